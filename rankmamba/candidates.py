@@ -1,0 +1,185 @@
+"""The first stage: BM25 candidates, and the groups of one relevant and several hard negative documents that training reads."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import bm25s
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from .errors import InputError
+from .formats import Documents, sort_run
+
+K1, B = 0.9, 0.4  # Anserini's defaults, usual for passages
+GRID = tuple(product((0.6, 0.9, 1.2, 1.6, 2.0), (0.2, 0.4, 0.6, 0.8)))
+
+
+class BM25:
+    """BM25 as in Lucene (bm25s): idf ln(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b length / mean length)).
+
+    Documents and queries are cut alike: lower case, words of two characters and more, without bm25s' 33 English stop words,
+    not stemmed. A word that a query repeats counts each time. Scores are float32.
+    """
+
+    def __init__(self, index: bm25s.BM25, doc_ids: Sequence[str]):
+        self.k1, self.b = index.k1, index.b
+        self._index, self._doc_ids = index, np.array(doc_ids, dtype=object)
+        self._id_order = np.empty(len(doc_ids), dtype=np.int64)  # place of each document among the sorted ids
+        self._id_order[np.argsort(self._doc_ids, kind="stable")] = np.arange(len(doc_ids))
+
+    @classmethod
+    def build(cls, documents: Mapping[str, str], k1: float = K1, b: float = B) -> "BM25":
+        """Index documents {doc_id: text}, read one at a time.
+
+        Raises:
+            InputError: k1 or b is out of range, or no document has a word to index.
+        """
+        return cls._from_tokens(*_tokenise(documents), k1, b)
+
+    @classmethod
+    def _from_tokens(cls, doc_ids: Sequence[str], tokens, k1: float, b: float) -> "BM25":
+        if not (k1 >= 0 and 0 <= b <= 1):
+            raise InputError(f"expected k1 >= 0 and b from 0 to 1, got k1={k1} and b={b}")
+        index = bm25s.BM25(k1=k1, b=b, method="lucene")
+        index.index(tokens, create_empty_token=False, show_progress=False)
+        return cls(index, doc_ids)
+
+    def search(self, queries: Mapping[str, str], top_k: int = 100, show_progress: bool = False) -> pd.DataFrame:
+        """Return the run of the `top_k` best documents of each query, exact under the tie rule also where the cut splits a tie.
+
+        Documents that share no word with the query are no candidates: a query may have fewer than `top_k` results, or none.
+        """
+        vocabulary, query_ids, documents, scores = self._index.vocab_dict, [], [], []
+        for query_id, text in tqdm(queries.items(), "BM25", unit=" queries", mininterval=1, disable=not show_progress):
+            words = [vocabulary[word] for word in _words([text])[0] if word in vocabulary]
+            if not words:
+                continue
+            all_scores = self._index.get_scores_from_ids(words)
+            found = np.flatnonzero(all_scores > 0)
+            if len(found) > top_k:
+                # everything that ties with the last place stays in until the tie rule has spoken
+                found = found[all_scores[found] >= np.partition(all_scores, -top_k)[-top_k]]
+            found = found[np.lexsort((self._id_order[found], -all_scores[found]))[:top_k]]
+            query_ids += [query_id] * len(found)
+            documents.append(found)
+            scores.append(all_scores[found])
+        places = np.concatenate([np.empty(0, dtype=np.int64), *documents])
+        scores = np.concatenate([np.empty(0), *scores])
+        return sort_run(pd.DataFrame({"query_id": query_ids, "doc_id": self._doc_ids[places], "score": scores}))
+
+
+def _words(texts: Iterable[str]) -> list[list[str]]:
+    return bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
+
+
+def _tokenise(documents: Mapping[str, str]):
+    """Cut all documents into words: (doc_ids, bm25s tokens)."""
+    documents = documents if isinstance(documents, Documents) else Documents(documents)
+    doc_ids = []
+
+    def texts():
+        for doc_id, text in documents.pairs():
+            doc_ids.append(doc_id)
+            yield text
+
+    tokens = bm25s.tokenize(texts(), stopwords="en", show_progress=False)
+    if not tokens.vocab:
+        raise InputError(f"expected documents with words to index, got {len(doc_ids)} documents without any")
+    return doc_ids, tokens
+
+
+def tune_bm25(
+    documents: Mapping[str, str],
+    queries: Mapping[str, str],
+    qrels: pd.DataFrame,
+    grid: Sequence[tuple[float, float]] = GRID,
+    top_k: int = 100,
+    show_progress: bool = False,
+) -> pd.DataFrame:
+    """Try BM25 with each (k1, b) of the grid on development queries: a table k1, b, RR@k, R@k for k = `top_k`, best RR first.
+
+    RR is the mean over the judged queries of 1 / rank of the first relevant document; R is the mean of the share of the relevant
+    documents that is found.
+    """
+    relevant = qrels[(qrels["relevance"] > 0) & qrels["query_id"].isin(list(queries))]
+    if relevant.empty:
+        raise InputError("expected qrels with a relevant document for at least one of the queries, got none")
+    judged = qrels.loc[qrels["query_id"].isin(list(queries)), "query_id"].nunique()
+    per_query = relevant.groupby("query_id").size()
+    doc_ids, tokens = _tokenise(documents)
+    rows = []
+    for k1, b in tqdm(grid, "tuning BM25", mininterval=1, disable=not show_progress):
+        run = BM25._from_tokens(doc_ids, tokens, k1, b).search({i: queries[i] for i in per_query.index}, top_k)
+        hits = run.merge(relevant, on=["query_id", "doc_id"]).groupby("query_id")["rank"]
+        recall = (hits.size() / per_query).sum() / judged
+        rows.append((k1, b, (1 / hits.min()).sum() / judged, recall))
+    table = pd.DataFrame(rows, columns=["k1", "b", f"RR@{top_k}", f"R@{top_k}"])
+    return table.sort_values(f"RR@{top_k}", ascending=False, kind="stable", ignore_index=True)
+
+
+class Group(NamedTuple):
+    """One training example of LCE: a query, a relevant document, and the documents that it must beat."""
+
+    query_id: str
+    positive: str
+    negatives: tuple[str, ...]
+
+
+def lce_groups(
+    candidates: pd.DataFrame,
+    qrels: pd.DataFrame,
+    group_size: int = 8,
+    seed: int = 0,
+    epoch: int = 0,
+    depth: int = 100,
+    doc_ids: Sequence[str] | None = None,
+) -> list[Group]:
+    """Draw one group for each relevant (query, document) pair of the qrels, and shuffle the groups.
+
+    The `group_size` - 1 negatives are drawn without repetition from the query's first `depth` candidates, leaving out every
+    document that is judged relevant to the query (relevance > 0). The positive need not be a candidate. Where there are too few
+    negatives, the rest are random documents out of `doc_ids`, the ids of the collection.
+
+    The draw depends on nothing but seed, epoch, and the query's own candidates and judgements; another epoch draws anew. LCE
+    (localized contrastive estimation) is by Gao, Dai and Callan, ECIR 2021.
+
+    Raises:
+        InputError: negatives are lacking and `doc_ids` is not given or too short.
+    """
+    relevant: dict[str, set[str]] = defaultdict(set)
+    judged = qrels[qrels["relevance"] > 0]
+    for query_id, doc_id in zip(judged["query_id"], judged["doc_id"], strict=True):
+        relevant[query_id].add(doc_id)
+    pools: dict[str, list[str]] = defaultdict(list)
+    head = candidates[(candidates["rank"] <= depth) & candidates["query_id"].isin(list(relevant))]
+    for query_id, doc_id in zip(head["query_id"], head["doc_id"], strict=True):
+        if doc_id not in relevant[query_id]:
+            pools[query_id].append(doc_id)
+    groups = []
+    for query_id, positive in sorted((query_id, doc_id) for query_id, ids in relevant.items() for doc_id in ids):
+        pool = sorted(pools[query_id])
+        rng = np.random.default_rng([seed, epoch, zlib.crc32(f"{query_id} {positive}".encode())])
+        drawn = [pool[i] for i in rng.permutation(len(pool))[: group_size - 1]]
+        if len(drawn) < group_size - 1:
+            drawn += _random_documents(group_size - 1 - len(drawn), relevant[query_id].union(drawn), doc_ids, query_id, rng)
+        groups.append(Group(query_id, positive, tuple(drawn)))
+    return [groups[i] for i in np.random.default_rng([seed, epoch]).permutation(len(groups))]
+
+
+def _random_documents(count: int, excluded: set[str], doc_ids: Sequence[str] | None, query_id: str, rng) -> list[str]:
+    if doc_ids is None or len(doc_ids) < count + len(excluded):
+        have = "no doc_ids" if doc_ids is None else f"{len(doc_ids)} documents in all"
+        raise InputError(
+            f"expected {count} more negatives for query {query_id!r} than its candidates have, got {have}; "
+            "pass doc_ids=list(collection.documents), or a smaller group_size"
+        )
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        doc_id = doc_ids[int(rng.integers(len(doc_ids)))]
+        if doc_id not in excluded:
+            drawn[doc_id] = None
+    return list(drawn)

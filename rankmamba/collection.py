@@ -1,0 +1,279 @@
+"""Collections: documents, queries, judgements and first-stage candidates, loaded by one name.
+
+Readers, writers and `sort_run`, the tie rule, come from `formats` and are offered here too.
+"""
+
+import difflib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import InputError
+from .formats import (
+    QRELS_COLUMNS,
+    RUN_COLUMNS,
+    Documents,
+    JsonlDocuments,
+    read_documents,
+    read_lines,
+    read_qrels,
+    read_queries,
+    read_run,
+    refuse_duplicates,
+    sort_run,
+    write_documents,
+    write_qrels,
+    write_queries,
+    write_run,
+)
+
+__all__ = [
+    "QRELS_COLUMNS",
+    "RUN_COLUMNS",
+    "Collection",
+    "Documents",
+    "IrDocuments",
+    "JsonlDocuments",
+    "check_run",
+    "load",
+    "read_documents",
+    "read_qrels",
+    "read_queries",
+    "read_run",
+    "sort_run",
+    "write_documents",
+    "write_qrels",
+    "write_queries",
+    "write_run",
+]
+
+
+class IrDocuments(Documents):
+    """The documents of an ir_datasets dataset, looked up in its document store (built by ir_datasets on the first look-up)."""
+
+    def __init__(self, dataset, name: str):
+        self._dataset, self._name = dataset, name
+        self._store_or_none = None
+
+    @property
+    def _store(self):
+        if self._store_or_none is None:
+            with _fetching(self._name, "docs"):
+                self._store_or_none = self._dataset.docs_store()
+        return self._store_or_none
+
+    def __len__(self) -> int:
+        with _fetching(self._name, "docs"):
+            count = self._dataset.docs_count()
+        return sum(1 for _ in self) if count is None else count
+
+    def __iter__(self) -> Iterator[str]:
+        with _fetching(self._name, "docs"):
+            for document in self._dataset.docs_iter():
+                yield document.doc_id
+
+    def __contains__(self, doc_id: object) -> bool:
+        return bool(self.get_many([doc_id]))
+
+    def __getitem__(self, doc_id: str) -> str:
+        return self.get_many([doc_id])[doc_id]
+
+    def get_many(self, doc_ids: Iterable[str]) -> dict[str, str]:
+        doc_ids = list(doc_ids)
+        with _fetching(self._name, "docs"):
+            found = self._store.get_many(doc_ids)
+        return {doc_id: found[doc_id].default_text() for doc_id in doc_ids if doc_id in found}
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        with _fetching(self._name, "docs"):
+            for document in self._dataset.docs_iter():
+                yield document.doc_id, document.default_text()
+
+
+class Collection:
+    """What one experiment ranks: documents, queries {query_id: text}, qrels and the first-stage run `candidates` (or None).
+
+    A query without candidates is legal: it stays in `queries` and counts 0 when measured. `candidates` may be given as a
+    function; it is called at the first use, because the run of a large training set takes a while to read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        documents: Mapping[str, str],
+        queries: dict[str, str],
+        qrels: pd.DataFrame,
+        candidates: pd.DataFrame | Callable[[], pd.DataFrame] | None = None,
+    ):
+        self.name, self.queries, self.qrels = name, queries, qrels
+        self.documents = documents if isinstance(documents, Documents) else Documents(documents)
+        self._candidates = candidates
+
+    @property
+    def candidates(self) -> pd.DataFrame | None:
+        if callable(self._candidates):
+            self._candidates = self._candidates()
+        return self._candidates
+
+    def __repr__(self) -> str:
+        return f"Collection({self.name!r}: {len(self.queries):,} queries, {len(self.qrels):,} judgements)"
+
+    def counts(self) -> dict[str, float]:
+        """Count documents, queries, judgements, relevant judgements, and candidates per query."""
+        candidates = 0 if self.candidates is None else len(self.candidates)
+        return {
+            "documents": len(self.documents),
+            "queries": len(self.queries),
+            "judgements": len(self.qrels),
+            "relevant": int((self.qrels["relevance"] > 0).sum()),
+            "candidates per query": candidates / len(self.queries),
+        }
+
+    def examples(self, count: int, seed: int = 0) -> pd.DataFrame:
+        """Draw `count` judged relevant pairs: columns query and document (texts)."""
+        relevant = self.qrels[self.qrels["relevance"] > 0]
+        drawn = relevant.sample(min(count, len(relevant)), random_state=seed)
+        texts = self.documents.get_many(drawn["doc_id"])
+        return pd.DataFrame({"query": drawn["query_id"].map(self.queries), "document": drawn["doc_id"].map(texts)}).reset_index(
+            drop=True
+        )
+
+    def sample(self, count: int | None, seed: int = 0) -> "Collection":
+        """Draw `count` queries (all if None), the same for the same seed, with their judgements and candidates."""
+        if count is None or count >= len(self.queries):
+            return self
+        kept = set(random.Random(seed).sample(sorted(self.queries), count))
+
+        def of_kept(table: pd.DataFrame) -> pd.DataFrame:
+            return table[table["query_id"].isin(kept)].reset_index(drop=True)
+
+        candidates = None if self._candidates is None else lambda: of_kept(self.candidates)
+        queries = {query_id: text for query_id, text in self.queries.items() if query_id in kept}
+        return Collection(self.name, self.documents, queries, of_kept(self.qrels), candidates)
+
+
+def load(name_or_folder: str | Path) -> Collection:
+    """Load a collection: an ir_datasets id (ours are rankmamba/tiny and rankmamba/nq/train, /dev, /test) or a folder of your own.
+
+    A folder holds documents.jsonl, queries.tsv (query_id, tab, text), qrels.txt (TREC) and, if any, candidates.run (TREC).
+    Where an id and a folder have the same name, the id is meant; write ./name for the folder.
+
+    Raises:
+        InputError: there is no such id or folder, the id lacks queries or judgements, a file cannot be fetched or is malformed.
+    """
+    import ir_datasets
+
+    from . import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; imported here because it imports this module
+
+    name = str(name_or_folder)
+    try:
+        dataset = None if isinstance(name_or_folder, Path) else ir_datasets.load(name)
+    except KeyError:
+        dataset = None
+    if dataset is not None:
+        return _from_ir_datasets(name, dataset)
+    if Path(name).is_dir():
+        return _from_folder(Path(name))
+    close = difflib.get_close_matches(name, list(ir_datasets.registry), n=3)
+    raise InputError(
+        f"expected an ir_datasets id or a folder with documents.jsonl, got {name!r}; "
+        + (f"did you mean {' or '.join(close)}?" if close else "check the spelling and the current folder")
+    )
+
+
+def _from_folder(folder: Path) -> Collection:
+    collection = Collection(
+        str(folder),
+        read_documents(folder / "documents.jsonl"),
+        read_queries(folder / "queries.tsv"),
+        read_qrels(folder / "qrels.txt"),
+    )
+    check_run(collection.qrels, collection, folder / "qrels.txt")
+    if (folder / "candidates.run").exists():
+        collection._candidates = read_run(folder / "candidates.run")
+        check_run(collection.candidates, collection, folder / "candidates.run")
+    return collection
+
+
+def _from_ir_datasets(name: str, dataset) -> Collection:
+    import ir_datasets
+
+    missing = [kind for kind in ("docs", "queries", "qrels") if not dataset.has(kind)]
+    if missing:
+        below = [other for other in ir_datasets.registry if other.startswith(f"{name}/")]
+        remedy = f"try one of {', '.join(sorted(below)[:6])}" if below else "choose another id"
+        raise InputError(f"expected an id with documents, queries and judgements, got {name!r} without {missing}; {remedy}")
+    with _fetching(name, "queries"):
+        queries = {query.query_id: query.default_text() for query in dataset.queries_iter()}
+    for query_id, text in queries.items():
+        if not text.strip():
+            raise InputError(f"expected a text for each query, got none for query {query_id!r} of {name}")
+    with _fetching(name, "qrels"):
+        qrels = pd.DataFrame(
+            [(row.query_id, row.doc_id, row.relevance) for row in dataset.qrels_iter()], columns=QRELS_COLUMNS
+        ).drop_duplicates(ignore_index=True)
+    refuse_duplicates(qrels, f"the qrels of {name}")
+
+    def candidates() -> pd.DataFrame:
+        if hasattr(dataset, "scoreddocs_run"):  # ours are TREC files already
+            return dataset.scoreddocs_run()
+        with _fetching(name, "scoreddocs"):
+            rows = [(row.query_id, row.doc_id, row.score) for row in dataset.scoreddocs_iter()]
+        return sort_run(pd.DataFrame(rows, columns=RUN_COLUMNS[:3]))
+
+    return Collection(name, IrDocuments(dataset, name), queries, qrels, candidates if dataset.has("scoreddocs") else None)
+
+
+@contextmanager
+def _fetching(name: str, kind: str) -> Iterator[None]:
+    """Turn ir_datasets' bare download errors into one InputError that says which file, how big, and where to put it by hand."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"expected ir_datasets to provide the {kind} of {name}, got {type(error).__name__}: {str(error)[:200]}; "
+            f"{_download_remedy(name, kind)} (or use rankmamba/tiny, which needs no network)"
+        ) from error
+
+
+def _download_remedy(name: str, kind: str) -> str:
+    """Say which file ir_datasets wanted, from its own list of downloads: "msmarco-document/dev" queries -> "dev/queries"."""
+    import ir_datasets
+
+    with ir_datasets.util.PackageDataFile("etc/downloads.json").stream() as stream:
+        files = json.load(stream)
+    base, *subsets = name.split("/")
+    while True:
+        file = files.get(base, {}).get("/".join([*subsets, kind]))
+        if isinstance(file, dict) and "expected_md5" in file:
+            place = ir_datasets.util.home_path() / "downloads" / file["expected_md5"]
+            size = f"{file['size_hint'] / 1e6:,.1f} MB" if "size_hint" in file else "unknown size"
+            return f"check the network and try again, or put {file.get('url', 'the file')} ({size}) at {place}"
+        if not subsets:
+            return "check the network and the disk, and try again"
+        subsets.pop()
+
+
+def check_run(run: pd.DataFrame, collection: Collection, path: str | Path | None = None) -> None:
+    """Check that a run (or qrels) names only queries and documents of the collection; `path` is the file it was read from.
+
+    Raises:
+        InputError: it names an unknown query or document; the first one is given, with its file and line where there is a file.
+    """
+    for column in ("query_id", "doc_id"):
+        names = list(dict.fromkeys(run[column]))
+        known = collection.queries if column == "query_id" else collection.documents.get_many(names)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            where = ""
+            if path is not None:
+                field = 0 if column == "query_id" else 2
+                where = next(f" ({path}:{n})" for n, _, line in read_lines(Path(path)) if line.split()[field] == unknown[0])
+            raise InputError(
+                f"expected every {column} to be one of {collection.name}, got {unknown[0]!r}{where} and {len(unknown) - 1} more "
+                "that are unknown; remove them, or load the collection that they belong to"
+            )

@@ -1,0 +1,102 @@
+"""What runs here, what does not and why: `python -m rankmamba.doctor`, the second half of `python3 run.py doctor`."""
+
+import importlib.metadata
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ("rankmamba.scan.native", "mamba_ssm", "causal_conv1d", "flash_attn")
+
+
+def import_problem(module: str) -> str | None:
+    """Return the last line of the error that importing `module` ends with, None if it imports; tried in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        return f"the import crashed with {signal.Signals(-done.returncode).name}"
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode} without a word"])[-1].strip()
+
+
+def missing(extra: str = "") -> list[str]:
+    """Return the requirements of an extra ("": of the package itself) that are absent or of a version that does not fit."""
+    lacking = []
+    for requirement in map(Requirement, importlib.metadata.requires("rankmamba") or []):
+        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if always != (extra == "") or not (always or requirement.marker.evaluate({"extra": extra})):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            lacking.append(f"{requirement.name}{requirement.specifier}")
+        else:
+            if not requirement.specifier.contains(version, prereleases=True):
+                lacking.append(f"{requirement.name}{requirement.specifier} (there is {version})")
+    return lacking
+
+
+def size_mb(folder: Path) -> int:
+    """Return what the files below `folder` take, in MB."""
+    return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6)
+
+
+def torch_findings() -> Iterator[tuple[str, str]]:
+    """What torch is, what it computes with, and why."""
+    import torch
+
+    from .precision import autocast_dtype
+    from .scan import kernel
+
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU"
+    yield "torch", f"{torch.__version__}, {build}"
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}"
+    yield "CPU kernels", f"torch uses {torch.backends.cpu.get_cpu_capability()}"
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        yield "GPU", f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    elif torch.version.cuda:
+        yield "GPU", "none that this torch can use: look at `nvidia-smi` and at the version of the driver"
+    logging.getLogger("rankmamba").setLevel(logging.ERROR)  # a slow scan is a line below, not a warning
+    for device in devices:
+        yield f"format, {device}", autocast_dtype(device)[1]
+        yield f"scan, {device}", "{0.name}: {0.reason}".format(kernel(device))
+
+
+def findings() -> Iterator[tuple[str, str]]:
+    """Yield (what, finding) line by line; nothing that is missing or broken stops the later ones."""
+    problem = import_problem("torch")
+    if problem:
+        yield "torch", f"does not import: {problem}"
+    else:
+        yield from torch_findings()
+    for module in KERNELS:
+        problem = import_problem(module)
+        yield module, f"does not import: {problem}" if problem else "imports"
+    try:
+        for extra in ["", *importlib.metadata.metadata("rankmamba").get_all("Provides-Extra", [])]:
+            lacking = missing(extra)
+            yield f"extra {extra}" if extra else "requirements", "lacks " + ", ".join(lacking) if lacking else "complete"
+    except importlib.metadata.PackageNotFoundError:
+        yield "requirements", "rankmamba is not installed here: `python3 run.py study`, or pip install --editable ."
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    data = Path(os.environ.get("IR_DATASETS_HOME", "~/.ir_datasets")).expanduser()
+    for what, folder in (("data", data), ("hub cache", hub), ("results", ROOT / "results")):
+        yield what, f"{folder}, {size_mb(folder)} MB" if folder.is_dir() else f"{folder}, not there yet"
+
+
+def main() -> None:
+    """Print the findings."""
+    for what, finding in findings():
+        print(f"{what:<24}{finding}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

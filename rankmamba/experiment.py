@@ -1,0 +1,209 @@
+"""The steps of a study, one system at a time: do it, keep what it made, leave its record.
+
+Every step is found in the records when it was done before with the same settings, so an interrupted study goes on where it was.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.std import tqdm
+
+from . import scan
+from .backbones import SYSTEMS, find, load_tokenizer
+from .candidates import BM25
+from .collection import Collection, load, read_run, write_run
+from .errors import InputError
+from .evaluate import interpolate, per_query, tune_weight
+from .inputs import PairTokenizer
+from .reranker import Cost, Reranker
+from .results import environment, fingerprint, new_record, read_records, write_record
+from .tables import measured
+from .train import TrainConfig, train
+
+
+class Experiment:
+    """One study: a collection with /train, /dev and /test, and one folder for its records, runs, models and figures.
+
+    n_dev, n_test: how many queries are drawn, the same for every system and every seed; None takes all. seed: of training.
+    """
+
+    def __init__(
+        self, folder: str | Path, collection: str, scale: str, seed: int = 0, n_dev: int | None = None, n_test: int | None = None
+    ):
+        self.folder, self.collection, self.scale, self.seed = Path(folder), collection, scale, seed
+        self._sizes = {"train": None, "dev": n_dev, "test": n_test}
+        self._splits: dict[str, Collection] = {}
+
+    def split(self, name: str) -> Collection:
+        """Return the "train", "dev" or "test" part, with as many queries as the study uses."""
+        if name not in self._splits:
+            self._splits[name] = load(f"{self.collection}/{name}").sample(self._sizes[name])
+        return self._splits[name]
+
+    def document_lengths(self, system: str) -> np.ndarray:
+        """Count the tokens of every document, uncut, as `system`'s tokenizer makes them: int array (documents,)."""
+        inputs = PairTokenizer(load_tokenizer(find(system)), "encoder", max_length=1 << 20)
+        texts = [text for _, text in self.split("test").documents.pairs()]
+        return np.array([len(ids) for ids in inputs.documents(texts)])
+
+    def first_stage(self, system: str, k1: float, b: float) -> dict:
+        """Rank dev and test with BM25 and keep the runs; returns the record."""
+        config = self._config(k1=k1, b=b)
+        if record := self._found("first_stage", system, "test", config):
+            return record
+        started = time.perf_counter()
+        index = BM25.build(self.split("test").documents, k1=k1, b=b)
+        built = time.perf_counter()
+        for part in ("dev", "test"):
+            write_run(self.run_path(system, part), index.search(self.split(part).queries), system)
+        queries = len(self.split("dev").queries) + len(self.split("test").queries)
+        timing = {"index_seconds": built - started, "queries_per_s": queries / (time.perf_counter() - built)}
+        return self._leave("first_stage", system, "test", config, {"documents": len(self.split("test").documents)}, timing)
+
+    def train(self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None) -> dict:
+        """Train a system on the train split and keep the model; returns the record. A stopped run is marked partial in it."""
+        settings = dataclasses.asdict(config)
+        record = self._found("train", config.system, "train", settings)
+        if record and not record["result"]["partial"] and self.model_path(config.system).is_dir():
+            return record
+        trained = train(config, self.split("train"), self.model_path(config.system), on_step=on_step, stop=stop)
+        model = trained.reranker.model
+        result = {
+            "steps": trained.steps,
+            "tokens": trained.tokens,
+            "parameters": model.num_parameters(),
+            "parameters_outside_embeddings": model.parameters_outside_embeddings(),
+            "curve": [{name: row[name] for name in ("step", "loss", "accuracy", "tokens")} for row in trained.curve],
+            "partial": trained.stopped,
+        }
+        timing = {"seconds": trained.seconds, "tokens_per_s": trained.tokens / trained.seconds}
+        ran = {"precision": trained.precision} | _kernel(trained.reranker)
+        return self._leave("train", config.system, "train", settings, result, timing, ran)
+
+    def rerank(self, system: str, first_stage: str, top_k: int, show_progress: bool = True) -> dict:
+        """Rerank the first stage's `top_k` of each dev and test query with a trained system, keep the runs; returns the record."""
+        folder = self.model_path(system)
+        trained = self._last("train", system, "train")
+        if trained is None or not folder.is_dir():
+            raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
+        config = self._config(first_stage=first_stage, top_k=top_k, trained=fingerprint(trained))
+        if record := self._found("rerank", system, "test", config):
+            return record
+        reranker, cost = Reranker.from_pretrained(folder), Cost()
+        for part in ("dev", "test"):
+            run = reranker.rerank(self.run(first_stage, part), self.split(part), top_k=top_k, show_progress_bar=show_progress)
+            write_run(self.run_path(system, part), run, system)
+            cost += reranker.cost
+        result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens}
+        timing = {"seconds": cost.seconds, "pairs_per_s": cost.pairs / cost.seconds, "tokens_per_s": cost.tokens / cost.seconds}
+        return self._leave("rerank", system, "test", config, result, timing, {"precision": reranker.precision} | _kernel(reranker))
+
+    def evaluate(self, system: str, mixed_with: str | None = None) -> dict:
+        """Measure a system's test run, alone (behind its reranked documents the first stage's order) or mixed with a first stage.
+
+        The mixture's weight is chosen on dev. Returns the record, of the system "X" or "X + bm25".
+        """
+        test, run = self.split("test"), self.run(system, "test")
+        reranked = self._last("rerank", system, "test")
+        config = {} if reranked is None else {"first_stage": reranked["config"]["first_stage"], "top_k": reranked["config"]["top_k"]}
+        name, result = system, {}
+        if mixed_with is not None:
+            name = f"{system} + {mixed_with}"
+            dev = self.split("dev")
+            weight, table = tune_weight(self.run(system, "dev"), self.run(mixed_with, "dev"), dev.qrels)
+            run = interpolate(run, self.run(mixed_with, "test"), weight)
+            result = {"weight": weight, "dev": table.to_dict("list")}
+        elif reranked is not None:
+            run = interpolate(run, self.run(config["first_stage"], "test"), 1.0)
+        return self._leave("evaluate", name, "test", self._config(**config), measured(per_query(run, test.qrels)) | result, {})
+
+    def weight_tables(self, systems: Sequence[str], mixed_with: str = "bm25") -> dict[str, pd.DataFrame]:
+        """{system: table of weight and value on dev} from the records of `evaluate`."""
+        records = {system: self._last("evaluate", f"{system} + {mixed_with}", "test") for system in systems}
+        return {system: pd.DataFrame(record["result"]["dev"]) for system, record in records.items() if record is not None}
+
+    def side_by_side(self, systems: Sequence[str], top: int = 5) -> tuple[str, pd.DataFrame]:
+        """Put the `top` documents of several systems beside one another for the test query on which they differ most.
+
+        Returns the query's text and a table, one column a system; relevant documents carry a tick and where BM25 had them.
+        """
+        test = self.split("test")
+        runs = {system: self.run(system, "test") for system in systems}
+        relevant = test.qrels[test.qrels["relevance"] > 0]
+        ranks = pd.DataFrame(
+            {system: run.merge(relevant, on=["query_id", "doc_id"]).groupby("query_id")["rank"].min() for system, run in runs.items()}
+        )
+        query_id = (1 / ranks).std(axis=1).sort_values(ascending=False, kind="stable").index[0]
+        judged = set(relevant.loc[relevant["query_id"] == query_id, "doc_id"])
+        before = runs[systems[0]].query("query_id == @query_id").set_index("doc_id")["rank"]
+        columns = {}
+        for system, run in runs.items():
+            rows = run[(run["query_id"] == query_id) & (run["rank"] <= top)].set_index("rank")
+            texts = test.documents.get_many(rows["doc_id"])
+            columns[system] = rows["doc_id"].map(
+                lambda doc_id: f"{'✓ ' if doc_id in judged else ''}{texts[doc_id][:90]}… ({systems[0]}: {before.get(doc_id, '-')})"
+            )
+        return test.queries[query_id], pd.DataFrame(columns).fillna("")
+
+    def run(self, system: str, part: str) -> pd.DataFrame:
+        """Read a run that an earlier step kept."""
+        path = self.run_path(system, part)
+        if not path.is_file():
+            raise InputError(f"expected the run {path}, found none; run 01_data (first stages) or 03_rerank (systems) first")
+        return read_run(path)
+
+    def run_path(self, system: str, part: str) -> Path:
+        return self.folder / "runs" / f"{system}-{part}-seed{self.seed}.run"
+
+    def model_path(self, system: str) -> Path:
+        return self.folder / "models" / f"{system}-seed{self.seed}"
+
+    def _config(self, **settings) -> dict:
+        return {"n_dev": self._sizes["dev"], "n_test": self._sizes["test"], **settings}
+
+    def _last(self, kind: str, system: str, part: str) -> dict | None:
+        """The record of a step, whatever its settings were."""
+        if not self.folder.is_dir():
+            return None
+        wanted = (system, f"{self.collection}/{part}", self.seed)
+        records = read_records(self.folder, kind)
+        return next((r for r in records if (r["system"], r["collection"], r["seed"]) == wanted), None)
+
+    def _found(self, kind: str, system: str, part: str, config: dict) -> dict | None:
+        """The record of a step that was done with the same settings."""
+        record = self._last(kind, system, part)
+        return record if record is not None and record["config"] == config else None
+
+    def _leave(self, kind, system, part, config, result, timing, ran: dict | None = None) -> dict:
+        note = SYSTEMS[system].note if system in SYSTEMS else ""
+        record = new_record(
+            kind, system, f"{self.collection}/{part}", self.scale, self.seed, config, result, timing, environment() | (ran or {}), note
+        )
+        write_record(self.folder, record)
+        return record
+
+
+def _kernel(reranker: Reranker) -> dict:
+    """Which scan kernel a Mamba reranker runs, and why."""
+    if not reranker.has_scan:
+        return {"scan": "none"}
+    kernel = scan.kernel(reranker.device)
+    return {"scan": kernel.name, "scan_reason": kernel.reason}
+
+
+@contextmanager
+def progress(title: str, steps: int) -> Iterator[Callable[[dict], None]]:
+    """A bar over training steps with loss, elapsed and remaining time; yields what `train` calls after each step."""
+    with tqdm(total=steps, desc=title, unit="step", mininterval=1) as bar:
+
+        def on_step(row: dict) -> None:
+            bar.set_postfix(loss=f"{row['loss']:.2f}", refresh=False)
+            bar.update()
+
+        yield on_step

@@ -1,0 +1,347 @@
+"""The files of a collection: documents (JSONL), queries (TSV), judgements and runs (TREC), read strictly and written plainly.
+
+A run is a DataFrame query_id (str), doc_id (str), score (float64), rank (int, from 1); qrels are query_id, doc_id and
+relevance (int). Ids are printable and hold no space, because the TREC formats could not carry them otherwise. Empty lines are
+skipped everywhere; anything else that is not as described is an `InputError` with file and line.
+"""
+
+import itertools
+import json
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .errors import InputError
+from .files import replacing
+
+RUN_COLUMNS = ["query_id", "doc_id", "score", "rank"]
+QRELS_COLUMNS = ["query_id", "doc_id", "relevance"]
+
+
+class Documents(Mapping[str, str]):
+    """Texts by doc_id, in a fixed order: `len`, iteration over ids, `documents[doc_id]`, `in`, `get_many`, `pairs`.
+
+    This one holds its texts in memory; subclasses leave them on disk. An empty text is legal.
+    """
+
+    def __init__(self, texts: Mapping[str, str]):
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __getitem__(self, doc_id: str) -> str:
+        return self._texts[doc_id]
+
+    def get_many(self, doc_ids: Iterable[str]) -> dict[str, str]:
+        """Return the texts of several documents; ids that do not exist are absent from the result."""
+        return {doc_id: self[doc_id] for doc_id in doc_ids if doc_id in self}
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Yield (doc_id, text) in order, one document in memory at a time."""
+        return ((doc_id, self[doc_id]) for doc_id in self)
+
+
+class JsonlDocuments(Documents):
+    """The documents of a JSONL file, left on disk: a line is {"doc_id": ..., "text": ...} and may have a "title".
+
+    The whole file is checked once, here; after that a document costs one read. The text is the title, a space and the text.
+
+    Raises:
+        InputError: a line is not such an object or not UTF-8, a doc_id occurs twice, or the file has no document.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path, self._rows, ends = Path(path), {}, []
+        begins: list[int] = []
+        for number, begin, line in read_lines(self._path):
+            doc_id = _document(line, f"{path}:{number}")[0]
+            if doc_id in self._rows:
+                raise InputError(f"expected each doc_id once, got {doc_id!r} again ({path}:{number}); remove one of the two")
+            self._rows[doc_id] = len(begins)
+            begins.append(begin)
+            ends.append(begin + len(line.encode()))
+        if not begins:
+            raise InputError(f"expected at least one document, got an empty file ({path})")
+        self._spans = np.array([begins, ends], dtype=np.int64)
+        with open(path, "rb") as handle:
+            self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __reduce__(self):
+        return JsonlDocuments, (self._path,)  # another process maps the file itself
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, doc_id: object) -> bool:
+        return doc_id in self._rows
+
+    def __getitem__(self, doc_id: str) -> str:
+        begin, end = self._spans[:, self._rows[doc_id]]
+        return _document(self._bytes[begin:end].decode(), str(self._path))[1]
+
+
+def sort_run(run: pd.DataFrame, path: str | Path | None = None) -> pd.DataFrame:
+    """Put a run into THE order: by query_id, then score descending, then doc_id ascending; ranks count from 1 in each query.
+
+    Ids are compared as strings, character by character. This is the one place that breaks ties. `path` is the file that the run
+    was read from, for messages.
+
+    Raises:
+        InputError: a column is missing, an id is not a string, a score is not finite, or a query has a document twice.
+    """
+    missing = [column for column in RUN_COLUMNS[:3] if column not in run.columns]
+    if missing:
+        raise InputError(f"expected a run with columns query_id, doc_id and score, got none called {', '.join(missing)}")
+    codes, names = {}, {}
+    for column in ("query_id", "doc_id"):
+        codes[column], names[column] = pd.factorize(run[column].to_numpy(dtype=object), sort=False)
+        wrong = [value for value in names[column] if not isinstance(value, str)]
+        if wrong or (codes[column] < 0).any():
+            raise InputError(f"expected strings as {column} in a run, got {wrong[0] if wrong else None!r}; convert the column")
+        order = np.argsort(names[column], kind="stable")
+        position = np.empty(len(order), dtype=np.int64)
+        position[order] = np.arange(len(order))
+        codes[column], names[column] = position[codes[column]], names[column][order]
+    scores = pd.to_numeric(run["score"], errors="coerce").to_numpy(dtype=np.float64)
+    if not np.isfinite(scores).all():
+        row = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise InputError(
+            f"expected finite scores, got {run['score'].iloc[row]} for query {run['query_id'].iloc[row]!r}, "
+            f"document {run['doc_id'].iloc[row]!r}"
+        )
+    order = np.lexsort((codes["doc_id"], -scores, codes["query_id"]))
+    queries = codes["query_id"][order]
+    first = np.searchsorted(queries, queries)
+    result = pd.DataFrame(
+        {
+            "query_id": names["query_id"][queries],
+            "doc_id": names["doc_id"][codes["doc_id"][order]],
+            "score": scores[order],
+            "rank": np.arange(len(order)) - first + 1,
+        }
+    )
+    pairs = np.sort(codes["query_id"] * max(1, len(names["doc_id"])) + codes["doc_id"])
+    if (pairs[1:] == pairs[:-1]).any():
+        refuse_duplicates(run, "a run", path)
+    return result
+
+
+def read_documents(path: str | Path) -> JsonlDocuments:
+    """Open a JSONL file of documents; see `JsonlDocuments`."""
+    return JsonlDocuments(path)
+
+
+def write_documents(path: str | Path, documents: Iterable[tuple[str, str]]) -> None:
+    """Write (doc_id, text) pairs as JSONL."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
+        for doc_id, text in documents:
+            handle.write(json.dumps({"doc_id": _id(doc_id, "doc_id", path), "text": text}, ensure_ascii=False) + "\n")
+
+
+def read_queries(path: str | Path) -> dict[str, str]:
+    """Read queries from TSV (query_id, tab, text) as {query_id: text}; empty lines are skipped.
+
+    Raises:
+        InputError: a line has not two columns, an id occurs twice, a text is empty, or there is no query.
+    """
+    queries = {}
+    for number, _, line in read_lines(Path(path)):
+        where = f"{path}:{number}"
+        columns = line.split("\t")
+        if len(columns) != 2:
+            raise InputError(
+                f"expected query_id, one tab and the query text, got {len(columns)} columns ({where}): {line[:80]!r}"
+            )
+        query_id, text = _id(columns[0], "query_id", where), columns[1].strip()
+        if not text:
+            raise InputError(
+                f"expected a query text, got an empty one for query {query_id!r} ({where}); write one or remove the line"
+            )
+        if query_id in queries:
+            raise InputError(f"expected each query_id once, got {query_id!r} again ({where}); remove one of the two")
+        queries[query_id] = text
+    if not queries:
+        raise InputError(f"expected at least one query, got an empty file ({path})")
+    return queries
+
+
+def write_queries(path: str | Path, queries: Mapping[str, str]) -> None:
+    """Write queries as TSV; a text with a tab or a line break is an InputError, as it could not be read back."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
+        for query_id, text in queries.items():
+            if not text.strip() or any(character in text for character in "\t\n\r"):
+                raise InputError(f"expected a query text without tabs and line breaks, got {text[:80]!r} for query {query_id!r}")
+            handle.write(f"{_id(query_id, 'query_id', path)}\t{text}\n")
+
+
+def read_qrels(path: str | Path) -> pd.DataFrame:
+    """Read TREC qrels (query_id, iteration, doc_id, relevance) as a DataFrame query_id, doc_id, relevance, in file order.
+
+    Raises:
+        InputError: a line has not four columns, a relevance is not a whole number, a pair is judged twice, or there is no line.
+    """
+    rows = []
+    for number, _, line in read_lines(Path(path)):
+        columns = line.split()
+        if len(columns) != 4:
+            raise InputError(
+                f"expected 4 columns (query_id, iteration, doc_id, relevance), got {len(columns)} "
+                f"({path}:{number}): {line[:80]!r}"
+            )
+        rows.append((columns[0], columns[2], columns[3]))
+    if not rows:
+        raise InputError(f"expected at least one judgement, got an empty file ({path})")
+    query_ids, doc_ids, texts = (list(column) for column in zip(*rows, strict=True))
+    relevance = _numbers(texts, int, "a whole number as relevance", path)
+    qrels = pd.DataFrame({"query_id": query_ids, "doc_id": doc_ids, "relevance": relevance})
+    refuse_duplicates(qrels, "qrels", path)
+    return qrels
+
+
+def write_qrels(path: str | Path, qrels: pd.DataFrame) -> None:
+    """Write qrels in the TREC format."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
+        for query_id, doc_id, relevance in zip(qrels["query_id"], qrels["doc_id"], qrels["relevance"], strict=True):
+            handle.write(f"{_id(query_id, 'query_id', path)} 0 {_id(doc_id, 'doc_id', path)} {int(relevance)}\n")
+
+
+def read_run(path: str | Path) -> pd.DataFrame:
+    """Read a TREC run (query_id, Q0, doc_id, rank, score, tag). Order and ranks follow the scores, by the tie rule of `sort_run`.
+
+    An empty file is a run without results.
+
+    Raises:
+        InputError: a line has not six columns, a rank or score is no number, a score is not finite, or a document occurs twice.
+    """
+    query_ids, doc_ids, ranks, scores = [], [], [], []
+    seen: dict[str, str] = {}  # one string object for each id and rank, however many lines name it
+    for number, _, line in read_lines(Path(path)):
+        try:
+            query_id, _, doc_id, rank, score, _ = line.split()
+        except ValueError:
+            raise InputError(
+                f"expected 6 columns (query_id, Q0, doc_id, rank, score, tag), got {len(line.split())} "
+                f"({path}:{number}): {line[:80]!r}"
+            ) from None
+        query_ids.append(seen.setdefault(query_id, query_id))
+        doc_ids.append(seen.setdefault(doc_id, doc_id))
+        ranks.append(seen.setdefault(rank, rank))
+        scores.append(score)
+    _numbers(ranks, int, "a whole number as rank", path)
+    values = _numbers(scores, float, "a finite number as score", path)
+    return sort_run(pd.DataFrame({"query_id": query_ids, "doc_id": doc_ids, "score": values}), path)
+
+
+def write_run(path: str | Path, run: pd.DataFrame, tag: str) -> None:
+    """Write a run in the TREC format, scores with all their digits, so that `read_run` gives the same run."""
+    _id(tag, "tag", path)
+    run = sort_run(run)
+    for column in ("query_id", "doc_id"):
+        for name in dict.fromkeys(run[column]):
+            _id(name, column, path)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
+        columns = (run[column].tolist() for column in RUN_COLUMNS)
+        handle.writelines(f"{query} Q0 {doc} {rank} {score!r} {tag}\n" for query, doc, score, rank in zip(*columns, strict=True))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, int, str]]:
+    """Yield (line number, byte offset, text without line end) of the lines that are not empty; a byte-order mark is skipped."""
+    try:
+        handle = open(path, "rb")
+    except OSError as error:
+        raise InputError(f"expected a readable file, got {error.strerror} ({path})") from error
+    with handle:
+        offset = 0
+        for number, raw in enumerate(handle, 1):
+            begin, offset = offset, offset + len(raw)
+            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+                raw, begin = raw[3:], 3
+            try:
+                line = raw.rstrip(b"\r\n").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"expected UTF-8 text, got byte 0x{raw[error.start]:02x} at position {error.start + 1} ({path}:{number}); "
+                    "convert the file, e.g. with iconv -t UTF-8"
+                ) from None
+            if line:
+                yield number, begin, line
+
+
+def _document(line: str, where: str) -> tuple[str, str]:
+    """Read one line of a JSONL file of documents: (doc_id, text)."""
+    try:
+        document = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"expected one JSON object in the line, got {line[:80]!r} ({where}): {error}") from None
+    fields = sorted(document) if isinstance(document, dict) else type(document).__name__
+    if not isinstance(document, dict) or "doc_id" not in document or "text" not in document:
+        raise InputError(f'expected an object with "doc_id" and "text", got {fields} ({where})')
+    doc_id, title, text = document["doc_id"], document.get("title") or "", document["text"]
+    for field, value in (("doc_id", doc_id), ("title", title), ("text", text)):
+        if not isinstance(value, str):
+            raise InputError(f"expected a string as {field}, got {value!r:.80} ({where}); put it in quotes")
+    text = f"{title} {text}" if title else text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"expected text that UTF-8 can hold, got half a surrogate pair in document {doc_id!r} ({where})"
+        ) from None
+    return _id(doc_id, "doc_id", where), text
+
+
+def _id(value: str, field: str, where: str | Path) -> str:
+    """Check an id: printable, no spaces."""
+    if not isinstance(value, str) or not value or " " in value or not value.isprintable():
+        raise InputError(f"expected a {field} of printable characters without spaces, got {value!r:.80} ({where})")
+    return value
+
+
+def _numbers(texts: list[str], kind: type, expected: str, path: str | Path) -> np.ndarray:
+    """Convert a column of a file to int or float; what Python itself would add (1_000, nan, inf) is refused.
+
+    The texts are those of the file's non-empty lines, in order; so the line of a wrong one is found again for the message.
+    """
+    try:
+        values = np.array(list(map(kind, texts)), dtype=np.float64 if kind is float else np.int64)
+        if np.isfinite(values).all() and not any("_" in text for text in texts):
+            return values
+    except (ValueError, OverflowError):
+        pass
+
+    def wrong(text: str) -> bool:
+        try:
+            return "_" in text or not math.isfinite(kind(text)) or (kind is int and abs(int(text)) >= 2**63)
+        except (ValueError, OverflowError):
+            return True
+
+    row = next(row for row, text in enumerate(texts) if wrong(text))
+    raise InputError(f"expected {expected}, got {texts[row][:80]!r} ({path}:{_line_of_row(path, row)})")
+
+
+def _line_of_row(path: str | Path, row: int) -> int:
+    """The line number of the non-empty line with index `row`."""
+    return next(itertools.islice(read_lines(Path(path)), int(row), None))[0]
+
+
+def refuse_duplicates(table: pd.DataFrame, what: str, path: str | Path | None = None) -> None:
+    """Check that no (query_id, doc_id) occurs twice; `path` is the file whose non-empty lines are the rows."""
+    again = np.flatnonzero(table.duplicated(["query_id", "doc_id"]))
+    if len(again):
+        query_id, doc_id = table.iloc[again[0]][["query_id", "doc_id"]]
+        raise InputError(
+            f"expected each document once per query in {what}, got {doc_id!r} again for query {query_id!r}"
+            + (f" ({path}:{_line_of_row(path, again[0])})" if path else "")
+            + f", {len(again)} such rows in all; remove the repeated ones"
+        )

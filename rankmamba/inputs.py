@@ -1,0 +1,133 @@
+"""From (query, document) to token ids: the template, the truncation, right padding, batches by token budget.
+
+The two halves of a pair are tokenised apart and joined as ids. So a document's tokens never depend on the query, the same ids serve
+training, scoring and cached document states, and every text is tokenised once however many pairs it is in.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .errors import InputError
+
+KINDS = ("encoder", "causal", "encoder-decoder")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tokenised pair: `ids` and `types` (segment 0 or 1) are int32 arrays of length L."""
+
+    ids: np.ndarray
+    types: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class PairTokenizer:
+    """Turns texts into token ids, and two halves into one model input.
+
+    encoder, encoder-decoder: the tokenizer's own pair format, e.g. `[CLS] query [SEP] document [SEP]`, with segment ids.
+    causal: `Document: document\\n\\nQuery: query<eos>`, so that the query's tokens see the document, and the document's do not
+    depend on the query (arXiv 2403.18276, section 3).
+
+    A document keeps its first `max_length - max_query_length` tokens, a query what `max_query_length` leaves after the special
+    tokens: both limits are fixed, so truncation never depends on the other half, and a pair never exceeds `max_length`.
+    """
+
+    def __init__(self, tokenizer, kind: str, max_length: int = 512, max_query_length: int = 50):
+        if kind not in KINDS:
+            raise InputError(f"expected a kind of model among {', '.join(KINDS)}, got {kind!r}")
+        self.tokenizer, self.kind = tokenizer, kind
+        self.max_length, self.max_query_length = max_length, max_query_length
+        self.query_first = kind != "causal"
+        if self.query_first:
+            self.query_prefix = self.document_prefix = ""
+            self.before, self.between, self.after = pair_specials(tokenizer)
+        else:
+            if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+                raise InputError("expected a tokenizer with an end-of-sequence token for a causal model, got none; set eos_token")
+            self.query_prefix, self.document_prefix = "\n\nQuery: ", "Document: "
+            end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+            start = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
+            self.before, self.between, self.after = [] if start is None else [start], [], [end]
+        specials = len(self.before) + len(self.between) + len(self.after)
+        self.document_limit = max_length - max_query_length
+        self.query_limit = max_query_length - specials
+        if self.document_limit < 1 or self.query_limit < 1:
+            raise InputError(
+                f"expected max_length > max_query_length > {specials} special tokens, "
+                f"got max_length={max_length}, max_query_length={max_query_length}"
+            )
+        ids = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+        self.pad_id = next(i for i in ids if i is not None)  # its value never matters: the mask hides it
+        self.typed = "token_type_ids" in tokenizer.model_input_names and self.query_first
+
+    def queries(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Tokenise queries; each array holds at most `query_limit` ids."""
+        return self._tokenise(self.query_prefix, texts, self.query_limit)
+
+    def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Tokenise documents; each array holds at most `document_limit` ids."""
+        return self._tokenise(self.document_prefix, texts, self.document_limit)
+
+    def _tokenise(self, prefix: str, texts: Sequence[str], limit: int) -> list[np.ndarray]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            [prefix + text for text in texts],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=limit,
+            padding=False,
+            return_attention_mask=False,
+        )
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+    def join(self, query: np.ndarray, document: np.ndarray) -> Pair:
+        """Join a tokenised query and a tokenised document (arrays of ids) into one model input."""
+        first, second = (query, document) if self.query_first else (document, query)
+        ids = np.concatenate([self.before, first, self.between, second, self.after]).astype(np.int32)
+        types = np.zeros(len(ids), dtype=np.int32)
+        types[len(self.before) + len(first) + len(self.between) :] = 1
+        return Pair(ids, types)
+
+    def collate(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+        """Right-pad B pairs to the longest: `input_ids`, `attention_mask` and, where the model has segments, `token_type_ids`,
+        int64 tensors of shape (B, L)."""
+        width = max(len(pair) for pair in pairs)
+        ids = np.full((len(pairs), width), self.pad_id, dtype=np.int64)
+        mask, types = np.zeros_like(ids), np.zeros_like(ids)
+        for row, pair in enumerate(pairs):
+            ids[row, : len(pair)], types[row, : len(pair)], mask[row, : len(pair)] = pair.ids, pair.types, 1
+        batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if self.typed:
+            batch["token_type_ids"] = torch.from_numpy(types)
+        return batch
+
+
+def pair_specials(tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """Return the special ids that a tokenizer puts before, between and after the two texts of a pair."""
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
+    whole = tokenizer("a", "b")["input_ids"]
+    start = whole.index(first[0])
+    middle = start + len(first)
+    end = len(whole) - whole[::-1].index(second[-1])
+    return whole[:start], whole[middle : end - len(second)], whole[end:]
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
+    """Yield arrays of indices, longest sequences first, each batch at most `batch_tokens` tokens after padding.
+
+    Every index comes exactly once. Sequences of like length share a batch, so little is padded; the longest come first, so that
+    a batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is a batch of its own.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + size]
+        start += size

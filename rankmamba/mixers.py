@@ -1,0 +1,278 @@
+"""Hugging Face's Mamba, FalconMamba and Mamba-2 blocks, computed by `rankmamba.scan`.
+
+`use_scan` gives each block's mixer another forward pass; its modules, parameters and their names stay what they are, so weights load
+and save as before, and transformers itself is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.accelerate import force_accelerate_hooks
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from .errors import InputError
+from .scan import causal_conv1d, selective_scan, ssd_scan
+
+
+def use_scan(backbone: nn.Module) -> nn.Module:
+    """Let `rankmamba.scan` compute every Mamba, FalconMamba and Mamba-2 mixer inside `backbone`; return it, other models unchanged.
+
+    `attention_mask` (B, L), or longer with L last columns, becomes exact: a token where it is 0 touches no other token and no state.
+    `cache_params` may be a `MambaState`: the tokens then continue what the state has read, whatever their number.
+    """
+    for module in backbone.modules():
+        if type(module) in _OURS:
+            module.__class__ = _OURS[type(module)]  # the same object: hooks, sharing and the optimizer's parameters survive
+    return backbone
+
+
+@dataclass
+class MambaState:
+    """What a Mamba backbone keeps of the tokens it has read: two tensors, whatever their number.
+
+    conv: (layers, B, K-1, W), the last inputs of each convolution; W is E (Mamba) or E + 2 G N (Mamba-2). ssm: (layers, B, E, N) or
+    (layers, B, H, P, N), float32. `MambaState()` has read nothing.
+
+    Give it to the backbone as `cache_params`. A forward pass never changes it; what the backbone knows afterwards is `state.after`.
+    With record=False `after` is not kept, which saves its memory.
+
+    >>> state = MambaState()
+    >>> backbone(input_ids=documents, attention_mask=mask, cache_params=state, use_cache=False)
+    >>> candidates = state.after.select([3, 0, 0, 7])
+    >>> candidates.record = False
+    >>> backbone(input_ids=queries, cache_params=candidates, use_cache=False).last_hidden_state  # (4, L, D), continued
+    """
+
+    conv: torch.Tensor | None = None
+    ssm: torch.Tensor | None = None
+    record: bool = True
+    _next: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def after(self) -> MambaState:
+        """The state after the tokens of the last forward pass.
+
+        Raises:
+            InputError: there was none, or it was not recorded.
+        """
+        if not self._next:
+            raise InputError("expected a state that a forward pass has continued with record=True, got none; run the backbone first")
+        layers = [self._next[layer] for layer in sorted(self._next)]
+        return MambaState(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
+
+    def __len__(self) -> int:
+        """The number of sequences, B."""
+        return 0 if self.ssm is None else self.ssm.shape[1]
+
+    def select(self, rows: Sequence[int] | torch.Tensor) -> MambaState:
+        """Return the states of these rows of the batch, in this order; a row may come several times."""
+        self._need_tokens()
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.ssm.device)
+        return MambaState(self.conv.index_select(1, rows), self.ssm.index_select(1, rows))
+
+    def expand(self, n: int) -> MambaState:
+        """Return the state of one sequence n times, without copying it."""
+        if len(self) != 1:
+            raise InputError(f"expected the state of one sequence to repeat, got {len(self)}; use select")
+        return MambaState(*(t.expand(-1, n, *t.shape[2:]) for t in (self.conv, self.ssm)))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MambaState:
+        """Return the state on `device`, stored as `dtype`; the scan makes float32 of it again."""
+        self._need_tokens()
+        return MambaState(*(t.to(device=device, dtype=dtype) for t in (self.conv, self.ssm)))
+
+    @staticmethod
+    def cat(states: Sequence[MambaState]) -> MambaState:
+        """Return the states of several batches as one batch."""
+        for state in states:
+            state._need_tokens()
+        return MambaState(torch.cat([s.conv for s in states], 1), torch.cat([s.ssm for s in states], 1))
+
+    def _need_tokens(self):
+        if self.ssm is None:
+            raise InputError("expected a state that has read tokens, got an empty one; use the `after` of a forward pass")
+
+    def _read(self, layer):
+        return (None, None) if self.ssm is None else (self.conv[layer], self.ssm[layer])
+
+    def _write(self, layer, conv, ssm):
+        if self.record:
+            self._next[layer] = (conv, ssm)
+
+
+@dataclass
+class _HuggingFaceCache:
+    """The same two calls on transformers' own cache, so that generate() works; its convolution state has one input more."""
+
+    cache: object
+    taps: int
+    record: bool = True
+
+    def _read(self, layer):
+        conv = self.cache.get_conv_state(layer)
+        return None if conv is None else conv[..., 1:].transpose(1, 2), self.cache.get_recurrent_state(layer)
+
+    def _write(self, layer, conv, ssm):
+        self.cache.update_conv_state(F.pad(conv.transpose(1, 2), (1, 0)), layer, conv_kernel_size=self.taps)
+        self.cache.update_recurrent_state(ssm, layer)
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Where the real tokens of a batch are. lengths: (B,). order, back: (B, L), to the front of their row and back again, or None."""
+
+    lengths: torch.Tensor
+    order: torch.Tensor | None
+    back: torch.Tensor | None
+
+    @staticmethod
+    def of(attention_mask: torch.Tensor | None, length: int) -> _Padding | None:
+        if attention_mask is None or attention_mask.dim() != 2:
+            return None
+        real = attention_mask[:, -length:].bool()
+        if real.all():
+            return None
+        lengths = real.sum(1)
+        if torch.equal(real, torch.arange(length, device=real.device) < lengths[:, None]):
+            return _Padding(lengths, None, None)
+        order = torch.argsort((~real).byte(), dim=1, stable=True)
+        return _Padding(lengths, order, torch.argsort(order, dim=1))
+
+    def to_front(self, hidden):
+        return hidden if self.order is None else hidden.gather(1, self.order[..., None].expand_as(hidden))
+
+    def put_back(self, hidden):
+        return hidden if self.back is None else hidden.gather(1, self.back[..., None].expand_as(hidden))
+
+    def beyond(self, length):
+        """(B, L), true behind the last real token."""
+        return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
+
+
+class _ScanMixer:
+    """What the three mixers share: padding, states and the convolution.
+
+    A causal model cannot see to its right, so once the real tokens of a row stand in front, the tokens behind them need care only
+    where a final state is wanted.
+    """
+
+    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        """hidden_states: (B, L, D) -> (B, L, D). attention_mask: (B, >= L), 1 = real. cache_params: `MambaState`, a Cache or None."""
+        padding = _Padding.of(attention_mask, hidden_states.shape[1])
+        if padding is not None:
+            hidden_states = padding.to_front(hidden_states)
+        state = cache_params
+        if state is not None and not isinstance(state, MambaState):
+            state = _HuggingFaceCache(state, self.conv_kernel_size)
+        mixed = self._mix(hidden_states, state, padding)
+        return mixed if padding is None else padding.put_back(mixed)
+
+    def _convolve(self, x, past, padding, record):
+        """x: (B, L, W) -> act(conv(x)), and the last K-1 real inputs if they are to be recorded."""
+        fused = self.activation in ("silu", "swish")
+        y = causal_conv1d(
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_state=past,
+            return_final_state=record and padding is None,
+            activation="silu" if fused else None,
+        )
+        y, last = y if record and padding is None else (y, None)
+        if record and padding is not None:
+            kept = self.conv_kernel_size - 1
+            before = x.new_zeros(x.shape[0], kept, x.shape[2]) if past is None else past.to(x.dtype)
+            at = padding.lengths[:, None] + torch.arange(kept, device=x.device)
+            last = torch.cat([before, x], 1).gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+        return y if fused else self.act(y), last
+
+
+class _ScanMamba(_ScanMixer):
+    """Mamba's mixer (arXiv 2312.00752, figure 3). FalconMamba normalises delta, B and C on the way (arXiv 2410.05355, section 3)."""
+
+    def _mix(self, hidden_states, state, padding):
+        past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
+        record = state is not None and state.record
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        u, last_inputs = self._convolve(x, past_conv, padding, record)
+        low_rank, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+        if isinstance(self, FalconMambaMixer):
+            low_rank, B, C = self.dt_layernorm(low_rank), self.b_layernorm(B), self.c_layernorm(C)
+        delta, delta_bias = self._delta(low_rank)
+        if record and padding is not None:
+            # softplus(-1e4) = 0: nothing is added to the state and nothing of it decays
+            delta = delta.masked_fill(padding.beyond(delta.shape[1])[..., None], -1e4)
+        y = selective_scan(
+            u,
+            delta,
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D.float(),
+            z,
+            delta_bias,
+            initial_state=past_ssm,
+            return_final_state=record,
+        )
+        if record:
+            y, last_state = y
+            state._write(self.layer_idx, last_inputs, last_state)
+        return self.out_proj(y)
+
+    def _delta(self, low_rank):
+        """(B, L, R) -> the step before its softplus, (B, L, E), and the bias that is still to be added to it."""
+        if type(self.dt_proj) is nn.Linear:
+            # The bias decides the step's size (softplus of about -5); adding it in bfloat16 would move the step by a percent.
+            return F.linear(low_rank, self.dt_proj.weight), self.dt_proj.bias.float()
+        # LoRA, a quantised layer: only its own call is right, and there the bias is inside. So not in autocast's bfloat16.
+        with torch.autocast(low_rank.device.type, enabled=False):
+            return self.dt_proj(low_rank.to(self.dt_proj.bias.dtype)), None
+
+
+class _ScanMamba2(_ScanMixer):
+    """Mamba-2's mixer (arXiv 2405.21060, figure 6)."""
+
+    def _mix(self, hidden_states, state, padding):
+        past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
+        record = state is not None and state.record
+        batch, length, _ = hidden_states.shape
+        shared = self.n_groups * self.ssm_state_size
+        z, xBC, delta = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        xBC, last_inputs = self._convolve(xBC, past_conv, padding, record)
+        x, B, C = xBC.split([self.intermediate_size, shared, shared], dim=-1)
+        step = F.softplus(delta.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
+        if record and padding is not None:
+            step = step.masked_fill(padding.beyond(length)[..., None], 0.0)
+        y = ssd_scan(
+            x.unflatten(-1, (self.num_heads, self.head_dim)),
+            step,
+            -torch.exp(self.A_log.float()),
+            B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
+            C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
+            self.D.float(),
+            initial_state=past_ssm,
+            return_final_state=record,
+        )
+        if record:
+            y, last_state = y
+            state._write(self.layer_idx, last_inputs, last_state)
+        return self.out_proj(self.norm(y.flatten(2), z).to(hidden_states.dtype))
+
+
+def _computed_by_scan(theirs, ours, hooked):
+    """A subclass of transformers' mixer: its modules and initialisation, our forward pass, offloaded weights fetched first."""
+    forward = force_accelerate_hooks(hooked)(_ScanMixer.forward)
+    return type(f"Scan{theirs.__name__}", (ours, theirs), {"forward": forward, "__module__": __name__, "__doc__": ours.__doc__})
+
+
+ScanMambaMixer = _computed_by_scan(MambaMixer, _ScanMamba, ["conv1d", "dt_proj"])
+ScanFalconMambaMixer = _computed_by_scan(FalconMambaMixer, _ScanMamba, ["conv1d", "dt_proj"])
+ScanMamba2Mixer = _computed_by_scan(Mamba2Mixer, _ScanMamba2, ["conv1d"])
+_OURS = {MambaMixer: ScanMambaMixer, FalconMambaMixer: ScanFalconMambaMixer, Mamba2Mixer: ScanMamba2Mixer}

@@ -1,0 +1,124 @@
+"""The network of a reranker: any Hugging Face backbone, one pooled token, dropout, one linear head.
+
+It is a Hugging Face model of its own type, so `AutoModelForSequenceClassification.from_pretrained(folder)` loads what we save once
+`rankmamba` is imported.
+"""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from . import mixers
+from .embeddings import FixedWordEmbedding
+
+
+class RerankerConfig(PreTrainedConfig):
+    """What a saved reranker is.
+
+    backbone_config: the backbone's own configuration. kind: `inputs.KINDS`; decides template and pooling. limits: max_length and
+    max_query_length in tokens, see `inputs.PairTokenizer`. head_dropout: probability. word_embeddings: None (the backbone has
+    its own) or a name in `embeddings.WORD_EMBEDDINGS`. system: the row of the results table it belongs to.
+    """
+
+    model_type = "rankmamba"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    def __init__(
+        self,
+        backbone_config=None,
+        kind="causal",
+        limits=None,
+        head_dropout=0.1,
+        word_embeddings=None,
+        system="",
+        **kwargs,
+    ):
+        if isinstance(backbone_config, dict):
+            backbone_config = AutoConfig.for_model(**backbone_config)
+        self.backbone_config = backbone_config
+        self.kind, self.limits = kind, limits or {"max_length": 512, "max_query_length": 50}
+        self.head_dropout, self.word_embeddings, self.system = head_dropout, word_embeddings, system
+        kwargs.setdefault("num_labels", 1)
+        super().__init__(**kwargs)
+
+
+class RerankerModel(PreTrainedModel):
+    """backbone -> pooled token -> dropout -> Linear(D, 1); the head and its logits are float32 whatever the backbone runs in.
+
+    Pooled is the first token (encoder), the last real token by the mask (causal), the only decoder step (encoder-decoder).
+    """
+
+    config_class = RerankerConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, config: RerankerConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler = None  # BERT's pooler belongs to its next-sentence task; the head reads the token itself
+        if config.word_embeddings is not None:
+            backbone.set_input_embeddings(FixedWordEmbedding(config.word_embeddings, config.backbone_config.hidden_size))
+        self.backbone = mixers.use_scan(backbone)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.score = nn.Linear(config.backbone_config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in Hugging Face; fixed word embeddings, which are not in the saved file, are fetched from their package."""
+        model = super().from_pretrained(*args, **kwargs)
+        for module in (model[0] if isinstance(model, tuple) else model).modules():
+            if isinstance(module, FixedWordEmbedding):
+                module.load_table()
+        return model
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
+        """Score B pairs.
+
+        input_ids, attention_mask, token_type_ids: int64 (B, L). Returns logits float32 (B, num_labels).
+        """
+        hidden = self._hidden(input_ids, attention_mask, token_type_ids)
+        pooled = pool(hidden, attention_mask, self.config.kind)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = nn.functional.linear(self.dropout(pooled.float()), self.score.weight.float(), self.score.bias.float())
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _hidden(self, input_ids, attention_mask, token_type_ids):
+        kind, inputs = self.config.kind, {"input_ids": input_ids, "attention_mask": attention_mask}
+        if kind == "causal":
+            # To the right of the last real token there is nothing that a causal model could see: padding on the right needs no
+            # mask, and without one the attention runs its fast causal kernel.
+            if attention_mask is not None and bool(attention_mask[:, 0].all()):
+                del inputs["attention_mask"]
+            inputs["use_cache"] = False
+        elif kind == "encoder-decoder":
+            start = self.config.backbone_config.decoder_start_token_id or 0
+            inputs["decoder_input_ids"] = input_ids.new_full((len(input_ids), 1), start)
+            inputs["use_cache"] = False
+        if token_type_ids is not None and kind == "encoder":
+            inputs["token_type_ids"] = token_type_ids
+        return self.backbone(**inputs).last_hidden_state
+
+    def parameters_outside_embeddings(self) -> int:
+        """Count the parameters that are not in an embedding table (a projection of fixed word embeddings counts)."""
+        tables = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return sum(p.numel() for p in self.parameters() if id(p) not in tables)
+
+
+def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """Pick the pooled token: hidden (B, L, D), mask (B, L) -> (B, D)."""
+    if kind != "causal":
+        return hidden[:, 0]
+    if attention_mask is None:
+        return hidden[:, -1]
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (attention_mask * positions).argmax(-1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+AutoConfig.register("rankmamba", RerankerConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(RerankerConfig, RerankerModel, exist_ok=True)

@@ -1,0 +1,267 @@
+"""The figures: pure functions from tables to a figure, in one style, with one colour, marker and line for a family of systems.
+
+Figures are unknown to pyplot: none has to be closed, none leaks between cells. A system mixed with the first stage ("X + bm25")
+has X's colour and an open marker.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
+
+from .errors import InputError
+from .evaluate import BASELINE, PRIMARY, Tables, summarise
+from .files import replacing
+from .style import STYLE, base, look, mixed
+
+
+class Chart(Figure):
+    """A figure that notebooks show by themselves (IPython knows plain ones only once pyplot has chosen its backend)."""
+
+    def _repr_png_(self) -> tuple[bytes, dict]:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=160)
+        width, height = self.get_size_inches()
+        return buffer.getvalue(), {"width": round(80 * width), "height": round(80 * height)}
+
+
+def save(figure: Figure, folder: str | Path, name: str) -> Path:
+    """Write <folder>/<name>.png (150 dots per inch) and .svg, each wholly or not at all; returns the path of the PNG."""
+    for kind in ("svg", "png"):
+        path = Path(folder) / f"{name}.{kind}"
+        with replacing(path) as temporary, matplotlib.rc_context(STYLE):
+            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return path
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    @functools.wraps(draw)
+    def styled(*arguments, **options):
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return styled
+
+
+@_styled
+def forest(values: Mapping[str, Tables], measures: str | Sequence[str] = PRIMARY, baseline: str = BASELINE) -> Figure:
+    """Mean and 95% interval of every system, a panel a measure; the baseline's as a line and a band across.
+
+    values: {system: its `per_query` table, or one for each seed}. A system and its mixture share a row; ticks are single seeds.
+    """
+    measures = [measures] if isinstance(measures, str) else list(measures)
+    means = {system: summarise(tables) for system, tables in values.items()}
+    rank = {base(system): means.get(base(system), means[system])[measures[0]]["mean"] for system in values}
+    rows = sorted(rank, key=lambda system: (system != baseline, look(system) != look(baseline), -rank[system]))
+    figure = Chart(figsize=(2.5 + 4.5 * len(measures), 1.4 + 0.55 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
+        if baseline in means:
+            low, high, middle = (means[baseline][measure][key] for key in ("low", "high", "mean"))
+            axes.axvspan(low, high, color=look(baseline).color, alpha=0.12, linewidth=0)
+            axes.axvline(middle, color=look(baseline).color, linestyle=look(baseline).line, linewidth=1.5)
+        for system, tables in values.items():
+            twins = sum(base(other) == base(system) for other in values) > 1
+            place = rows.index(base(system)) + (0 if not twins else 0.17 if mixed(system) else -0.17)
+            interval = means[system][measure]
+            axes.plot([interval["low"], interval["high"]], [place, place], color=look(system).color)
+            if not isinstance(tables, pd.DataFrame) and len(tables) > 1:
+                axes.plot([table[measure].mean() for table in tables], [place] * len(tables), "k|", markersize=9)
+            axes.plot(interval["mean"], place, **_marker(system))
+            axes.annotate(f" {interval['mean']:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", fontsize=11)
+        axes.set(xlabel=f"{measure}: mean, 95% interval", yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    _key(figure, values)
+    return figure
+
+
+@_styled
+def cost(table: pd.DataFrame, measure: str = PRIMARY, by: str = "pairs_per_s") -> Figure:
+    """Effectiveness against cost on a logarithmic axis, from one collection's final table; without that cost, a line across.
+
+    by: "pairs_per_s", "minutes" (training) or "tokens" (training). A thin line joins a system to its mixture.
+    """
+    names = {"pairs_per_s": "documents scored per second", "minutes": "minutes of training", "tokens": "tokens of training"}
+    if by not in names:
+        raise InputError(f"expected a cost among {', '.join(names)}, got {by!r}")
+    figure, axes = _figure(ylabel=f"{measure} (bar: a typical 95% interval)", xlabel=f"{names[by]}, logarithmic")
+    labels = {}
+    for system, part in table.groupby(table["system"].map(base), sort=False):
+        if part[by].isna().all():
+            axes.axhline(part[measure].iloc[0], color=look(system).color, linestyle=look(system).line, linewidth=1.5)
+        axes.plot(part[by], part[measure], color=look(system).color, linewidth=1)
+        for row in part.to_dict("records"):
+            axes.plot(row[by], row[measure], **_marker(row["system"]))
+        labels[system] = part[measure].iloc[0]
+    half = (table[f"{measure} high"] - table[f"{measure} low"]).median() / 2
+    low, high = table[by].min() / 1.6, table[by].max() * 1.6
+    axes.errorbar(low * 1.15, table[measure].mean(), yerr=half, color="black", capsize=4, linewidth=1.5)
+    if low < high:
+        axes.set(xscale="log", xlim=(low, high))
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter=EngFormatter())
+    _end_labels(axes, labels)
+    _key(figure, table["system"])
+    return figure
+
+
+@_styled
+def training_curves(
+    curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]], group_size: int | None = None, by: str = "step"
+) -> Figure:
+    """Training loss of every system, smoothed over a twentieth of the run; faint behind: raw values, or the range of the seeds.
+
+    curves: {system: table with step, loss (nats) and tokens, or one for each seed}. by: "step" or "tokens". group_size draws the
+    loss of guessing, ln(group size).
+    """
+    figure, axes = _figure(xlabel=f"training {by}s".replace("ss", "s"), ylabel="LCE loss (nats)")
+    ends = {}
+    for system, given in curves.items():
+        style = look(system)
+        tables = [table.reset_index(drop=True) for table in ([given] if isinstance(given, pd.DataFrame) else given)]
+        smooth = pd.concat([table["loss"].ewm(span=max(1, len(table) / 20)).mean() for table in tables], axis=1)
+        places = pd.concat([table[by] for table in tables], axis=1).mean(axis=1)
+        if len(tables) == 1:
+            axes.plot(places, tables[0]["loss"], color=style.color, linewidth=0.6, alpha=0.15)
+        axes.fill_between(places, smooth.min(axis=1), smooth.max(axis=1), color=style.color, alpha=0.25, linewidth=0)
+        line = {"linestyle": style.line, "linewidth": 1.8, "markevery": 0.12, "markersize": 6}
+        axes.plot(places, smooth.mean(axis=1), **_marker(system) | line)
+        ends[system] = float(smooth.iloc[-1].mean())
+    if group_size is not None:
+        axes.axhline(math.log(group_size), color="black", linestyle=":", linewidth=1.5)
+        axes.annotate(f"guessing: ln {group_size}", (0.98, math.log(group_size)), xycoords=("axes fraction", "data"), ha="right",
+                      xytext=(0, 4), textcoords="offset points")  # fmt: skip
+    axes.set(ylim=(0, None), xlim=(0, None))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _end_labels(axes, ends)
+    return figure
+
+
+@_styled
+def wins_and_losses(
+    values: Mapping[str, Tables], measure: str = PRIMARY, systems: Sequence[str] | None = None, baseline: str = BASELINE
+) -> Figure:
+    """Each query's difference to the baseline, sorted, a panel a system, with the shares of queries won, tied and lost."""
+    systems = [system for system in values if system != baseline] if systems is None else list(systems)
+    columns = min(3, len(systems))
+    rows = math.ceil(len(systems) / columns)
+    figure = Chart(figsize=(0.8 + 3.3 * columns, 0.7 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    reference = _means(values[baseline], measure)
+    for place, (axes, system) in enumerate(zip(panels, systems, strict=False)):
+        differences = np.sort((_means(values[system], measure) - reference).to_numpy())[::-1]
+        edges, color = np.linspace(0, 1, len(differences) + 1), look(system).color
+        axes.stairs(np.maximum(differences, 0), edges, fill=True, color=color)
+        axes.stairs(np.minimum(differences, 0), edges, fill=True, facecolor="white", edgecolor=color, hatch="////", linewidth=0.8)
+        axes.axhline(0, color="#444444", linewidth=0.8)
+        won, lost = (differences > 1e-12).mean(), (differences < -1e-12).mean()
+        axes.text(0.03, -0.08, f"better\n{won:.0%}", va="top")
+        axes.text(0.97, 0.08, f"worse\n{lost:.0%}", ha="right")
+        if 1 - won - lost > 0.2:
+            axes.text((won + 1 - lost) / 2, 0.08, f"same\n{1 - won - lost:.0%}", ha="center")
+        axes.set(title=f"{system}: {differences.mean():+.3f}", ylim=(-1.05, 1.05), xlim=(0, 1), xticks=(0, 0.5, 1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.tick_params(labelbottom=place + columns >= len(systems))
+    for axes in panels[len(systems) :]:
+        axes.remove()
+    figure.get_layout_engine().set(w_pad=0.12)
+    figure.supxlabel("queries, sorted by their difference", fontsize=12)
+    figure.supylabel(f"{measure} minus {baseline}'s", fontsize=12)
+    return figure
+
+
+@_styled
+def document_lengths(lengths: Sequence[int], limit: int, unit: str = "tokens") -> Figure:
+    """How long the documents are; those longer than `limit` are hatched. The last bar holds the longest hundredth."""
+    lengths = np.asarray(lengths)
+    whole, end = (lengths <= limit).mean(), max(np.quantile(lengths, 0.99), 1.5 * limit)
+    width = math.ceil(end / 40)
+    bins = np.arange(limit % width - width, end + width, width) + 0.5  # a bar ends at the limit
+    figure, axes = _figure(xlabel=f"length of the document ({unit})", ylabel="documents", height=3.8)
+    shown = pd.Series(np.minimum(lengths, bins[-1]))
+    seaborn.histplot(x=shown[lengths <= limit], bins=bins, ax=axes, color="#0072B2", edgecolor="white", alpha=1)
+    seaborn.histplot(x=shown[lengths > limit], bins=bins, ax=axes, color="#fbe3d2", edgecolor="#D55E00", hatch="////", alpha=1)
+    top = axes.get_ylim()[1]
+    axes.axvline(limit + 0.5, color="black", linestyle="--", linewidth=1.5)
+    axes.text(limit + 0.5, 1.2 * top, f"  read whole: {whole:.0%}\n  cut at {limit} {unit}: {1 - whole:.0%}", va="top")
+    axes.text(bins[-1], (shown > bins[-2]).sum() + 0.02 * top, "longer", ha="right", fontsize=10)
+    axes.set(xlim=(0, bins[-1]), ylim=(0, 1.2 * top))
+    axes.grid(False, axis="x")
+    return figure
+
+
+@_styled
+def weight_curves(tables: Mapping[str, pd.DataFrame], measure: str = PRIMARY) -> Figure:
+    """A measure on dev against the weight of the model in the mixture with the first stage, the best weight of each marked.
+
+    tables: {system: table weight, value of `evaluate.tune_weight`}.
+    """
+    figure, axes = _figure(xlabel="weight of the model (0: first stage alone, 1: model alone)", ylabel=f"{measure} on dev")
+    ends = {}
+    for system, table in tables.items():
+        table = table.sort_values("weight", ignore_index=True)
+        axes.plot(table["weight"], table["value"], color=look(system).color, linestyle=look(system).line)
+        best = table.loc[table["value"].idxmax()]
+        axes.plot(best["weight"], best["value"], **_marker(system), clip_on=False)
+        ends[system] = table["value"].iloc[-1]
+    axes.set(xlim=(0, 1))
+    _end_labels(axes, ends)
+    return figure
+
+
+def _figure(xlabel: str, ylabel: str, height: float = 4.8) -> tuple[Figure, Axes]:
+    figure = Chart(figsize=(8.5, height), layout="constrained")
+    return figure, figure.subplots(subplot_kw={"xlabel": xlabel, "ylabel": ylabel})
+
+
+def _means(tables: Tables, measure: str) -> pd.Series:
+    """Every query's value, mean over seeds."""
+    tables = [tables] if isinstance(tables, pd.DataFrame) else tables
+    return sum(table[measure] for table in tables) / len(tables)
+
+
+def _marker(system: str) -> dict:
+    style = look(system)
+    face = "white" if mixed(system) else style.color
+    return {"marker": style.marker, "color": style.color, "markerfacecolor": face, "markeredgewidth": 1.6, "linestyle": "none"}
+
+
+def _key(figure: Figure, systems: Sequence[str]) -> None:
+    """Say what open markers mean, if there are any."""
+    if any(map(mixed, systems)):
+        looks = {"alone": "black", "mixed with the first stage": "white"}
+        lines = [Line2D([], [], marker="o", color="black", markerfacecolor=face, linestyle="none") for face in looks.values()]
+        figure.legend(lines, looks, loc="outside upper right", ncols=2, frameon=False, fontsize=11)
+
+
+def _end_labels(axes: Axes, values: Mapping[str, float]) -> None:
+    """Write each name with its marker at the right edge beside its value, or near it where names would touch."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    names = sorted(values, key=values.get)
+    for name, place in zip(names, _spread([values[name] for name in names], 0.06 * (high - low)), strict=True):
+        right = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+        axes.plot([1, 1.03, 1.05], [values[name], place, place], color=look(name).color, linewidth=1, **right)
+        axes.plot(1.05, place, **_marker(name), **right)
+        axes.text(1.07, place, name, va="center", transform=axes.get_yaxis_transform())
+
+
+def _spread(values: list[float], gap: float) -> list[float]:
+    """Sorted values, moved to be at least `gap` apart: those that would touch are spaced evenly around their mean."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and np.mean(groups[-1]) - np.mean(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2:
+            last = groups.pop()
+            groups[-1] += last
+    return [np.mean(group) + gap * (k - (len(group) - 1) / 2) for group in groups for k in range(len(group))]

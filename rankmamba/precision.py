@@ -1,0 +1,29 @@
+"""Which number format a device computes in, and why."""
+
+import torch
+
+
+def autocast_dtype(device: torch.device | str, asked: torch.dtype | None = None) -> tuple[torch.dtype, str]:
+    """Return (dtype for autocast, the reason): what was asked for, else bfloat16 where the device has matrix units for it.
+
+    Weights, states, the head and the scores stay float32 either way.
+    """
+    device = torch.device(device)
+    if asked is not None:
+        return asked, f"{'bf16' if asked == torch.bfloat16 else 'fp32'}: asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, f"bf16: {torch.cuda.get_device_name(device)} has bfloat16 tensor cores"
+        return torch.float32, f"fp32: {torch.cuda.get_device_name(device)} has no bfloat16 tensor cores"
+    if device.type == "cpu":
+        if torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "bf16: this CPU has AMX"
+        if torch.cpu._is_avx512_bf16_supported():
+            return torch.bfloat16, "bf16: this CPU has AVX512-BF16"
+        return torch.float32, "fp32: this CPU has neither AMX nor AVX512-BF16, so bfloat16 would be emulated"
+    return torch.float32, f"fp32: bfloat16 on {device.type} is untested here"
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype):
+    """A context in which matrix products run in `dtype`; float32 means no autocast at all."""
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,60 @@
+"""The words of the report: sentences made from the records, and from nothing else."""
+
+import pandas as pd
+
+from .evaluate import BASELINE, PRIMARY
+from .style import mixed
+
+
+def answer(table: pd.DataFrame, measure: str = PRIMARY, baseline: str = BASELINE) -> str:
+    """Say in Markdown, from the final table of one collection, which systems beat the first stage and how the nano ones compare.
+
+    A difference counts as shown when its Holm-corrected p is below 0.05; anything else is called unresolved.
+    """
+    reference = table.set_index("system").loc[baseline]
+    lines = [
+        f"On {reference['queries']:,} test queries of `{reference['collection']}`, {baseline} alone reaches {measure} "
+        f"{reference[measure]:.3f}."
+    ]
+    compared = table[table["difference"].notna()].sort_values("difference", ascending=False)
+    groups = {
+        "**Better than the first stage**": compared[(compared["p_holm"] < 0.05) & (compared["difference"] > 0)],
+        "**Not told apart from it** with this many queries": compared[compared["p_holm"] >= 0.05],
+        "**Worse than the first stage**": compared[(compared["p_holm"] < 0.05) & (compared["difference"] < 0)],
+    }
+    lines += [f"- {title}: {_differences(rows)}." for title, rows in groups.items() if len(rows)]
+    nano = table[table["system"].str.startswith(("nano-", "tiny-")) & ~table["system"].map(mixed)]
+    if len(nano) > 1:
+        best, worst = nano.loc[nano[measure].idxmax()], nano.loc[nano[measure].idxmin()]
+        fast, slow = nano.loc[nano["pairs_per_s"].idxmax()], nano.loc[nano["pairs_per_s"].idxmin()]
+        lines.append(
+            f"\nAmong the small systems trained alike, {measure} goes from {worst[measure]:.3f} ({worst['system']}) to "
+            f"{best[measure]:.3f} ({best['system']}), and scoring from {slow['pairs_per_s']:,.0f} ({slow['system']}) to "
+            f"{fast['pairs_per_s']:,.0f} documents per second ({fast['system']})."
+        )
+    return "\n".join(lines)
+
+
+def _differences(rows: pd.DataFrame) -> str:
+    return ", ".join(f"{row.system} ({row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}])" for row in rows.itertuples())
+
+
+def provenance(records: list[dict], scale: str) -> str:
+    """Say in Markdown where and how the records came about, and the command that makes them again."""
+    newest = max(records, key=lambda record: record["created"])
+    trained = [record for record in records if record["kind"] == "train"]
+    machine = newest["environment"]
+    lines = [
+        f"- made by rankmamba {newest['version']} on {machine['cpu']} ({machine['cpus']} cores, {machine['cpu_capability']}), "
+        f"device {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, finished {newest['created']}",
+        f"- seeds: {', '.join(str(seed) for seed in sorted({record['seed'] for record in records}))}",
+    ]
+    for record in trained:
+        ran, config = record["environment"], record["config"]
+        lines.append(
+            f"- {record['system']}: {record['result']['steps']} steps of {config['batch_size']} groups of {config['group_size']}, "
+            f"learning rate {config['learning_rate']:g}, at most {config['max_length']} tokens, {ran['precision']}"
+            + (f"; scan: {ran['scan']}" if ran["scan"] != "none" else "")
+            + (" (**stopped early**)" if record["result"]["partial"] else "")
+        )
+    return "\n".join([*lines, f"\nAgain: `python3 run.py study --scale {scale}`"])

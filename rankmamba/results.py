@@ -1,0 +1,221 @@
+"""Records: one JSON file a run. Every table and figure (`tables`, `plots`) is made from records and from nothing else.
+
+`config` and `result` of a record are deterministic: the same seed gives the same ones. What varies stands in `timing`,
+`environment` and `created`. `python -m rankmamba.results FOLDER [--csv]` prints the final table, or its tidy numbers.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from . import __version__
+from .errors import InputError
+from .files import write_text
+from .tables import final_table, format_table, tidy
+
+IDENTITY = ("kind", "system", "collection", "seed")
+FIELDS = {
+    **dict.fromkeys(("kind", "system", "collection", "scale", "created", "version"), str),
+    **dict.fromkeys(("config", "result", "timing", "environment"), dict),
+    "seed": int,
+}
+# What the tables read from each kind of record; other kinds are free.
+NEEDED = {
+    "train": {"result": {"tokens": int, "parameters_outside_embeddings": int}, "timing": {"seconds": float}},
+    "rerank": {"timing": {"pairs_per_s": float}},
+    "evaluate": {"result": {"measures": dict, "per_query": dict}},
+}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object"}
+
+
+def environment() -> dict:
+    """Describe the machine and the versions that a run used."""
+    import torch  # reading records needs no torch, which takes a second to import
+
+    gpu = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "transformers", "numpy")},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "devices": torch.cuda.device_count() if gpu else 1,
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def new_record(
+    kind: str,
+    system: str,
+    collection: str,
+    scale: str,
+    seed: int,
+    config: dict,
+    result: dict,
+    timing: dict | None = None,
+    environment: dict | None = None,
+    note: str = "",
+) -> dict:
+    """Make a record of a run that ended just now. note: a footnote to the system in every table."""
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {"kind": kind, "system": system, "collection": collection, "scale": scale, "seed": seed, "note": note}
+    record |= {"config": config, "result": result, "timing": timing or {}, "environment": environment or {}}
+    return record | {"created": created, "version": __version__}
+
+
+def write_record(folder: str | Path, record: Mapping) -> Path:
+    """Write a record to <folder>/records/<kind>-<system>-<collection>-seed<seed>.json, wholly or not at all, and return the path.
+
+    A later record of the same kind, system, collection and seed replaces an earlier one. NumPy numbers and arrays, tuples and
+    paths are written as plain JSON; floats keep all their digits.
+
+    Raises:
+        InputError: a key is missing or of a wrong type, a value is NaN, infinite or no JSON, or another run has that file name.
+    """
+    record = _plain(record, "")
+    _check(record, "the record")
+    path = Path(folder) / "records" / _file_name(record)
+    if path.is_file():
+        try:
+            other = json.loads(path.read_bytes())
+            taken = any(other[key] != record[key] for key in IDENTITY)
+        except (ValueError, KeyError, TypeError):
+            taken = False  # a broken file is mended by replacing it
+        if taken:
+            mine, theirs = ([found[key] for key in IDENTITY] for found in (record, other))
+            raise InputError(f"expected another name than {path.name} for {mine}, got one that {theirs} has; rename the system")
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def read_records(folder: str | Path, kind: str | None = None) -> list[dict]:
+    """Read the records of a results folder, in the order of their file names; `kind` picks one kind. No records: an empty list.
+
+    Raises:
+        InputError: the folder is missing, or a file is truncated, not JSON, lacks a key, has a wrong type or a foreign name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"expected a results folder, got {str(folder)!r}, which is none; run the study first, or check the path")
+    paths = sorted((folder / "records").glob(f"{_slug(kind)}-*.json" if kind else "*.json"))
+    records = [_read(path) for path in paths]
+    return [record for record in records if kind in (None, record["kind"])]
+
+
+def _read(path: Path) -> dict:
+    remedy = "delete it and run its step again"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise InputError(f"expected a record, got broken JSON ({path}:{error.lineno}: {error.msg}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"expected a record, got no JSON ({path}: {error}); {remedy}") from error
+    _check(record, str(path))
+    if path.name != _file_name(record):
+        raise InputError(f"expected {_file_name(record)} as this record's file name, got {path}; move copies elsewhere")
+    return record
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no number")
+
+
+def _check(record: object, where: str) -> None:
+    """Check that a record has its keys, each of its type."""
+    if not isinstance(record, dict):
+        raise InputError(f"expected a record, a JSON object, got {type(record).__name__} ({where})")
+    _check_keys(record, FIELDS, "", where)
+    for part, needed in NEEDED.get(record["kind"], {}).items():
+        _check_keys(record[part], needed, f"{part}.", where)
+    if not isinstance(record.get("note", ""), str):
+        raise InputError(f"expected text as 'note', got {record['note']!r} ({where})")
+    for part in ("measures", "per_query") if record["kind"] == "evaluate" else ():
+        measures = record["result"][part]
+        _check_keys(measures, dict.fromkeys(measures, dict), f"result.{part}.", where)
+        for measure, values in measures.items():
+            _check_keys(values, dict.fromkeys(values, float), f"result.{part}.{measure}.", where)
+
+
+def _check_keys(values: dict, types: dict, prefix: str, where: str) -> None:
+    for key, kind in types.items():
+        if key not in values:
+            raise InputError(f"expected the key '{prefix}{key}', got a record without it ({where})")
+        value = values[key]
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise InputError(f"expected {TYPE_NAMES[kind]} as '{prefix}{key}', got {value!r:.80} ({where})")
+
+
+def _plain(value: object, key: str):
+    """The value in JSON's own types; `key` says where in the record it is."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"expected finite numbers in a record, got {value} as {key!r}; find its cause, or leave the key out")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{key}[{place}]") for place, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: _plain(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+    raise InputError(f"expected numbers, text, lists and objects with text as keys, got {type(value).__name__} as {key!r}")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
+
+
+def _file_name(record: Mapping) -> str:
+    return f"{'-'.join(_slug(record[key]) for key in IDENTITY[:3])}-seed{record['seed']}.json"
+
+
+def fingerprint(record: Mapping) -> str:
+    """SHA-256 of what is deterministic in a record: what it is of, `config` and `result`. Runs with the same seed agree in it."""
+    part = _plain({key: record[key] for key in (*IDENTITY, "config", "result")}, "")
+    return hashlib.sha256(json.dumps(part, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rankmamba.results", description="Print the final table of a results folder.")
+    parser.add_argument("folder", help="a folder with records, such as results/quick or data/study")
+    parser.add_argument("--csv", action="store_true", help="print system, seed, collection, measure and value instead")
+    options = parser.parse_args(arguments)
+    try:
+        records = read_records(options.folder)
+        if options.csv:
+            tidy(records).to_csv(sys.stdout, index=False, lineterminator="\n")
+        else:
+            print(format_table(final_table(records)))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

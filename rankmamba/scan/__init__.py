@@ -1,0 +1,132 @@
+"""The selective scan of Mamba and Mamba-2 and the short convolution before it: one call each, on every device.
+
+B batch, L tokens, E inner width, N state size, K taps, H heads of width P, G groups of heads that share B and C. Channels last.
+Activations (u, delta, B, C, z, x) are float32, bfloat16 or float64; the state is float32 (float64 for float64), and so are all sums.
+"""
+
+import torch
+
+from ..errors import InputError
+from .dispatch import Kernel, forced, implementation, kernel
+
+__all__ = ["Kernel", "causal_conv1d", "forced", "kernel", "selective_scan", "ssd_scan"]
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_final_state: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Run Mamba's selective scan: y_t = C_t h_t + D u_t, h_t = exp(d_t A) h_(t-1) + d_t B_t u_t, d = softplus(delta + delta_bias).
+
+    u, delta, z: (B, L, E). A: (E, N), negative. B, C: (B, L, N). D, delta_bias: (E,). z gates: y silu(z).
+    initial_state: (B, E, N), the final state of what came before; zero if left out.
+    Returns y (B, L, E) in u's precision, and with return_final_state also the state after the last token, (B, E, N).
+    Differentiable once, in every tensor.
+
+    Raises:
+        InputError: shapes that do not fit.
+    Source: arXiv 2312.00752, algorithm 2 and section 3.4.
+    """
+    batch, length, inner = _shape("u", u, 3)
+    n = _shape("A", A, 2)[1]
+    expected = {
+        "delta": (delta, (batch, length, inner)),
+        "A": (A, (inner, n)),
+        "B": (B, (batch, length, n)),
+        "C": (C, (batch, length, n)),
+        "D": (D, (inner,)),
+        "z": (z, (batch, length, inner)),
+        "delta_bias": (delta_bias, (inner,)),
+        "initial_state": (initial_state, (batch, inner, n)),
+    }
+    _check("u", u, expected)
+    return implementation(u).selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, return_final_state)
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_final_state: bool = False,
+    activation: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Filter each channel over its own last K values: y_t = act(bias + sum_k weight[:, k] x_(t-K+1+k)).
+
+    x: (B, L, E). weight: (E, K). bias: (E,). initial_state: (B, K-1, E), the inputs before the first, oldest first; zero if left out.
+    activation: None or "silu". Returns y (B, L, E), and with return_final_state also the last K-1 inputs, (B, K-1, E).
+
+    Raises:
+        InputError: shapes that do not fit, or another activation.
+    Source: arXiv 2312.00752, figure 3.
+    """
+    batch, _, inner = _shape("x", x, 3)
+    taps = _shape("weight", weight, 2)[1]
+    expected = {
+        "weight": (weight, (inner, taps)),
+        "bias": (bias, (inner,)),
+        "initial_state": (initial_state, (batch, taps - 1, inner)),
+    }
+    _check("x", x, expected)
+    if taps < 1 or activation not in (None, "silu"):
+        raise InputError(f"expected at least one tap and activation None or 'silu', got {taps} and {activation!r}")
+    return implementation(x).causal_conv1d(x, weight, bias, initial_state, return_final_state, activation)
+
+
+def ssd_scan(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    return_final_state: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Run Mamba-2's scan: per head, y_t = C_t h_t + D x_t, h_t = exp(delta_t A) h_(t-1) + delta_t x_t B_t.
+
+    x: (B, L, H, P). delta: (B, L, H), the step itself (after softplus), not negative. A: (H,), negative. B, C: (B, L, G, N), G divides H.
+    D: (H,). initial_state: (B, H, P, N). Returns y like x, and with return_final_state the state after the last token, (B, H, P, N).
+
+    Raises:
+        InputError: shapes that do not fit.
+    Source: arXiv 2405.21060, sections 3.2 and 6.
+    """
+    batch, length, heads, width = _shape("x", x, 4)
+    groups, n = _shape("B", B, 4)[2:]
+    expected = {
+        "delta": (delta, (batch, length, heads)),
+        "A": (A, (heads,)),
+        "B": (B, (batch, length, groups, n)),
+        "C": (C, (batch, length, groups, n)),
+        "D": (D, (heads,)),
+        "initial_state": (initial_state, (batch, heads, width, n)),
+    }
+    _check("x", x, expected)
+    if groups == 0 or heads % groups:
+        raise InputError(f"expected heads in G equal groups, got {heads} heads and G = {groups}")
+    return implementation(x).ssd_scan(x, delta, A, B, C, D, initial_state, return_final_state)
+
+
+def _shape(name, tensor, dims):
+    if tensor.dim() != dims:
+        raise InputError(f"expected {name} with {dims} dimensions, got {tuple(tensor.shape)}")
+    return tensor.shape
+
+
+def _check(leading, first, expected):
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"expected {name} {shape} beside {leading} {tuple(first.shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != first.device:
+            raise InputError(f"expected {name} on {first.device} like {leading}, got {tensor.device}")

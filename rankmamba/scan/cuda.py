@@ -1,0 +1,83 @@
+"""The CUDA kernels of mamba-ssm and causal-conv1d, behind this package's shapes.
+
+Importing this module imports both; only `dispatch` does so, when the first CUDA tensor comes.
+"""
+
+import torch
+import torch.nn.functional as F
+from causal_conv1d import causal_conv1d_fn
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+CHUNK = 64  # tokens at a time for the part of the scan the kernel lacks; (B, CHUNK, E, N) float32 in memory
+
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
+    """See `rankmamba.scan.selective_scan`."""
+    delta, B, C = (t.to(u.dtype) for t in (delta, B, C))
+    A, D, delta_bias = (None if t is None else t.float() for t in (A, D, delta_bias))
+    # The kernel starts from a zero state. The scan is linear in its state, so what a given one adds is added afterwards.
+    gate = None if initial_state is not None or z is None else z.to(u.dtype).transpose(1, 2)
+    y, final_state = selective_scan_fn(
+        *(t.transpose(1, 2) for t in (u, delta)),
+        A,
+        *(t.transpose(1, 2) for t in (B, C)),
+        D,
+        z=gate,
+        delta_bias=delta_bias,
+        delta_softplus=True,
+        return_last_state=True,
+    )
+    y = y.transpose(1, 2)
+    if initial_state is not None:
+        step = F.softplus(delta.float() if delta_bias is None else delta.float() + delta_bias)
+        carried, decay = _decayed(step, A, C.float(), initial_state.float())
+        y, final_state = y.float() + carried, final_state + decay * initial_state.float()
+        if z is not None:
+            y = y * F.silu(z.float())
+    y = y.to(u.dtype)
+    return (y, final_state) if return_final_state else y
+
+
+def _decayed(step, A, C, state):
+    """Return what `state` alone gives at each step, (B, L, E), and the share of it that is left after the last, (B, E, N)."""
+    elapsed = step.cumsum(1)
+    parts = [
+        torch.einsum("blen,ben,bln->ble", torch.exp(elapsed_c[..., None] * A), state, C_c)
+        for elapsed_c, C_c in zip(elapsed.split(CHUNK, 1), C.split(CHUNK, 1), strict=True)
+    ]
+    return torch.cat(parts, 1), torch.exp(step.sum(1)[..., None] * A)
+
+
+def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
+    """See `rankmamba.scan.causal_conv1d`."""
+    taps = weight.shape[1]
+    state = None if initial_state is None else initial_state.to(x.dtype)
+    y = causal_conv1d_fn(
+        # The kernel takes initial states only where a token's channels lie together.
+        (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2),
+        weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        initial_states=None if state is None else state.contiguous().transpose(1, 2),
+        activation=activation,
+    ).transpose(1, 2)
+    if not return_final_state:
+        return y
+    past = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if state is None else state
+    return y, torch.cat([past, x[:, -taps:]], 1)[:, -(taps - 1) :] if taps > 1 else past
+
+
+def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):
+    """See `rankmamba.scan.ssd_scan`."""
+    y, final_state = mamba_chunk_scan_combined(
+        x,
+        delta.float(),
+        A.float(),
+        B.to(x.dtype),
+        C.to(x.dtype),
+        chunk_size=256,
+        D=None if D is None else D.float(),
+        initial_states=None if initial_state is None else initial_state.to(x.dtype),
+        return_final_states=True,
+    )
+    return (y, final_state.float()) if return_final_state else y

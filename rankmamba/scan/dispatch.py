@@ -1,0 +1,88 @@
+"""Which implementation runs: decided by the tensor's device, its precision and what really imports here."""
+
+import contextlib
+import contextvars
+import functools
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from . import portable
+
+_log = logging.getLogger(__name__)
+_forced = contextvars.ContextVar("rankmamba.scan", default=None)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What computes the scan. name: "cuda", "native" or "portable". reason: why this one, and what to do for a faster one."""
+
+    name: str
+    reason: str
+
+
+def kernel(device: torch.device | str = "cpu") -> Kernel:
+    """Return what runs for float32 and bfloat16 tensors on `device`; float64 always runs portable."""
+    return _choose(torch.device(device).type)[0]
+
+
+@contextlib.contextmanager
+def forced(name: str):
+    """Run with the kernel called `name` inside the `with` block, for comparisons.
+
+    Raises:
+        ImportError: it cannot run here.
+    """
+    module = {"portable": lambda: portable, "native": _native, "cuda": _cuda}[name]()
+    token = _forced.set(module)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def implementation(tensor: torch.Tensor) -> ModuleType:
+    """Return the module whose functions take `tensor`."""
+    module = _forced.get()
+    if module is None:
+        module = portable if tensor.dtype == torch.float64 else _choose(tensor.device.type)[1]
+    return module
+
+
+@functools.cache
+def _choose(device: str) -> tuple[Kernel, ModuleType]:
+    if device == "cuda":
+        try:
+            return Kernel("cuda", "mamba-ssm and causal-conv1d import"), _cuda()
+        except Exception as error:  # an extension built for another torch fails in many ways
+            remedy = "pip install --no-build-isolation '.[gpu]' beside the torch that is in use"
+            chosen = Kernel("portable", f"mamba-ssm or causal-conv1d does not import ({_first_line(error)}); {remedy}")
+    elif device == "cpu":
+        try:
+            native = _native()
+            return Kernel("native", native.description()), native
+        except (ImportError, OSError) as error:
+            remedy = "install a C++ compiler (Debian: apt-get install g++), then pip install --no-build-isolation --editable ."
+            chosen = Kernel("portable", f"the native kernel is not there ({_first_line(error)}); {remedy}")
+    else:
+        return Kernel("portable", f"there is no kernel for {device}"), portable
+    _log.warning("the scan runs in plain PyTorch, several times slower: %s", chosen.reason)
+    return chosen, portable
+
+
+def _cuda() -> ModuleType:
+    from . import cuda
+
+    return cuda
+
+
+def _native() -> ModuleType:
+    from . import native
+
+    return native
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,81 @@
+// Chooses the widest build of the kernels this processor runs, and deals their work to threads.
+#include <stdlib.h>
+
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+extern "C" {
+extern const Kernels rankmamba_kernels_base;
+#ifdef HAVE_AVX2
+extern const Kernels rankmamba_kernels_avx2;
+#endif
+#ifdef HAVE_AVX512
+extern const Kernels rankmamba_kernels_avx512;
+#endif
+}
+
+namespace {
+
+struct Build {
+    const char *name;
+    const Kernels *kernels;
+};
+
+Build choose() {
+#ifdef HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return {"avx512", &rankmamba_kernels_avx512};
+#endif
+#ifdef HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", &rankmamba_kernels_avx2};
+#endif
+    return {"base", &rankmamba_kernels_base};
+}
+
+const Build build = choose();
+
+// libgomp's entry point for a parallel region, from the copy that torch has loaded: one pool of threads for both. May be null.
+void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
+
+template <class Arguments>
+struct Work {
+    const Kernel<Arguments> &kernel;
+    const Arguments &arguments;
+    int64_t items, next;
+
+    // Each thread takes the next piece until none is left: no thread numbers, and a slow core delays nobody.
+    static void take(void *self) {
+        Work &work = *(Work *)self;
+        const size_t bytes = (work.kernel.workspace(work.arguments) * sizeof(float) + 63) / 64 * 64;
+        void *space = bytes ? aligned_alloc(64, bytes) : nullptr;
+        if (bytes && !space) abort();
+        for (int64_t i; (i = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED)) < work.items;)
+            work.kernel.run(work.arguments, i, (float *)space);
+        free(space);
+    }
+};
+
+template <class Arguments>
+void run(const Kernel<Arguments> &kernel, const Arguments &arguments, int threads) {
+    Work<Arguments> work{kernel, arguments, kernel.items(arguments), 0};
+    if (threads > work.items) threads = (int)work.items;
+    if (threads <= 1) return Work<Arguments>::take(&work);
+    if (gomp_parallel) return gomp_parallel(Work<Arguments>::take, &work, threads, 0);
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; i++) others.emplace_back(Work<Arguments>::take, &work);
+    Work<Arguments>::take(&work);
+    for (auto &thread : others) thread.join();
+}
+
+}  // namespace
+
+extern "C" {
+const char *rankmamba_build() { return build.name; }
+int rankmamba_block() { return build.kernels->block; }
+int rankmamba_tile() { return build.kernels->tile; }
+void rankmamba_use_gomp(void *entry) { gomp_parallel = (decltype(gomp_parallel))entry; }
+void rankmamba_scan_forward(const Scan *s, int threads) { run(build.kernels->scan_forward, *s, threads); }
+void rankmamba_scan_backward(const Scan *s, int threads) { run(build.kernels->scan_backward, *s, threads); }
+}

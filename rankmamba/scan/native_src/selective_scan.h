@@ -1,0 +1,322 @@
+// Mamba's selective scan (arXiv 2312.00752, algorithm 2), channels in the lanes.
+//
+// A block of channels takes a tile of tokens at a time, and within the tile one state index n after the other: so the state of one n
+// stays in registers for the whole tile, and the tile's steps, inputs and outputs stay in the first-level cache for all n.
+// The backward pass starts from the state before each tile, makes the tile's states again and walks back through them.
+#pragma once
+#include "vec.h"
+
+namespace {
+
+constexpr int TILE = 32;  // tokens
+
+struct ScanShape {
+    int64_t blocks, tiles;
+    explicit ScanShape(const Scan &s) : blocks(ceil_div(s.inner, BLOCK)), tiles(ceil_div(s.length, TILE)) {}
+    int64_t checkpoint(const Scan &s, int64_t b, int64_t block, int64_t tile) const {
+        return ((b * blocks + block) * tiles + tile) * s.states * BLOCK;
+    }
+};
+
+// One block of channels: what stays the same for all its tokens.
+struct Block {
+    int64_t b, first;
+    int count;  // channels that exist, at most BLOCK
+    float *A2, *D, *bias;  // (N, BLOCK), (BLOCK), (BLOCK)
+    float largest_A2;
+
+    Block(const Scan &s, int64_t b_, int64_t block, float *space)
+        : b(b_), first(block * BLOCK), count(smaller(BLOCK, s.inner - block * BLOCK)), A2(space), D(space + s.states * BLOCK),
+          bias(D + BLOCK), largest_A2(0) {
+        for (int64_t n = 0; n < s.states; n++) load_span(s.A2 + n * s.inner + first, count, BLOCK, A2 + n * BLOCK);
+        load_span(s.D ? s.D + first : nullptr, count, BLOCK, D);
+        load_span(s.delta_bias ? s.delta_bias + first : nullptr, count, BLOCK, bias);
+        vf largest = vf{};
+        for (int64_t i = 0; i < s.states * BLOCK; i += W) largest = at_least(largest, magnitude(load(A2 + i)));
+        for (int i = 0; i < W; i++) largest_A2 = largest[i] > largest_A2 ? largest[i] : largest_A2;
+    }
+    static int64_t workspace(const Scan &s) { return s.states * BLOCK + 2 * BLOCK; }
+};
+
+// B or C of a tile as floats, (tokens, N).
+inline void load_states(const Rows &r, int64_t b, int64_t t0, int tokens, int n, float *to) {
+    for (int t = 0; t < tokens; t++) load_row(r, b, t0 + t, 0, n, n, to + t * n);
+}
+
+// A sequence's state (E, N), null for zero, turned into the block's (N, BLOCK), and back.
+inline void turn_state(const float *from, const Scan &s, const Block &block, float *to) {
+    memset(to, 0, s.states * BLOCK * sizeof(float));
+    if (!from) return;
+    from += (block.b * s.inner + block.first) * s.states;
+    for (int e = 0; e < block.count; e++)
+        for (int64_t n = 0; n < s.states; n++) to[n * BLOCK + e] = from[e * s.states + n];
+}
+inline void turn_back_state(const float *from, const Scan &s, const Block &block, float *to) {
+    to += (block.b * s.inner + block.first) * s.states;
+    for (int e = 0; e < block.count; e++)
+        for (int64_t n = 0; n < s.states; n++) to[e * s.states + n] = from[n * BLOCK + e];
+}
+
+// How the decays exp2(delta A2) of a tile are computed. A step so large that 2^x underflows is rare: only then is x clamped.
+enum class Decay { float32, bfloat16, clamped };
+
+inline Decay choose_decay(const Scan &s, const Block &block, vf largest_delta) {
+    float largest = 0;
+    for (int i = 0; i < W; i++) largest = largest_delta[i] > largest ? largest_delta[i] : largest;
+    if (!(largest * block.largest_A2 < 125.f)) return Decay::clamped;
+    return s.delta.bfloat16 ? Decay::bfloat16 : Decay::float32;
+}
+
+template <Decay HOW>
+inline void decays(const float *delta, const vf *A2, vf *a) {
+    for (int c = 0; c < VECTORS; c++) a[c] = load(delta + c * W) * A2[c];
+    if (HOW == Decay::clamped)
+        exp2_clamped<VECTORS>(a);
+    else
+        exp2_all<HOW == Decay::bfloat16 ? 4 : 5, VECTORS>(a);
+}
+
+// A tile of tokens for one n. delta, du = delta u, y: (tokens, BLOCK); B, C: one number per token, `stride` apart; h: (BLOCK).
+template <Decay HOW>
+void forward_state(int tokens, int64_t stride, const float *A2, const float *delta, const float *du, const float *B, const float *C,
+                   float *h, float *y) {
+    vf state[VECTORS], a2[VECTORS];
+    for (int c = 0; c < VECTORS; c++) state[c] = load(h + c * W), a2[c] = load(A2 + c * W);
+    for (int t = 0; t < tokens; t++, delta += BLOCK, du += BLOCK, y += BLOCK) {
+        vf a[VECTORS];
+        decays<HOW>(delta, a2, a);
+        const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
+        for (int c = 0; c < VECTORS; c++) state[c] = a[c] * state[c] + load(du + c * W) * b;
+        for (int c = 0; c < VECTORS; c++) store(y + c * W, load(y + c * W) + state[c] * weight);
+    }
+    for (int c = 0; c < VECTORS; c++) store(h + c * W, state[c]);
+}
+
+int64_t forward_items(const Scan &s) { return s.batch * ScanShape(s).blocks; }
+int64_t forward_workspace(const Scan &s) { return Block::workspace(s) + s.states * (BLOCK + 2 * TILE) + 4 * TILE * BLOCK; }
+
+void forward_run(const Scan &s, int64_t item, float *space) {
+    const FlushDenormals flush;
+    const ScanShape shape(s);
+    const int64_t index = item % shape.blocks;
+    const Block block(s, item / shape.blocks, index, space);
+    const int states = (int)s.states;
+    float *h = space + Block::workspace(s);  // (N, BLOCK)
+    float *delta = h + states * BLOCK, *du = delta + TILE * BLOCK, *y = du + TILE * BLOCK, *row = y + TILE * BLOCK;
+    float *B = row + TILE * BLOCK, *C = B + TILE * states;
+    turn_state(s.initial, s, block, h);
+    for (int64_t tile = 0; tile < shape.tiles; tile++) {
+        const int64_t t0 = tile * TILE, b = block.b;
+        const int tokens = smaller(TILE, s.length - t0), next = smaller(TILE, s.length - t0 - tokens);
+        if (s.checkpoints)
+            memcpy(s.checkpoints + shape.checkpoint(s, b, index, tile), h, states * BLOCK * sizeof(float));
+        load_states(s.B, b, t0, tokens, states, B);
+        load_states(s.C, b, t0, tokens, states, C);
+        vf largest = vf{};
+        for (int t = 0; t < tokens; t++) {
+            if (t < next) prefetch_row(s.delta, b, t0 + TILE + t, block.first), prefetch_row(s.u, b, t0 + TILE + t, block.first);
+            if (s.z.data) prefetch_row(s.z, b, t0 + t, block.first);
+            prefetch_row(s.y, b, t0 + t, block.first);
+            load_row(s.delta, b, t0 + t, block.first, block.count, BLOCK, delta + t * BLOCK);
+            load_row(s.u, b, t0 + t, block.first, block.count, BLOCK, row);
+            vf d[VECTORS];
+            for (int c = 0; c < VECTORS; c++) d[c] = load(delta + t * BLOCK + c * W) + load(block.bias + c * W);
+            softplus<VECTORS>(d, nullptr);
+            for (int c = 0; c < VECTORS; c++) {
+                const int at = t * BLOCK + c * W;
+                const vf u = load(row + c * W);
+                largest = at_least(largest, d[c]);
+                store(delta + at, d[c]);
+                store(du + at, d[c] * u);
+                store(y + at, u * load(block.D + c * W));
+            }
+        }
+        const Decay how = choose_decay(s, block, largest);
+        const auto run = how == Decay::clamped    ? forward_state<Decay::clamped>
+                         : how == Decay::bfloat16 ? forward_state<Decay::bfloat16>
+                                                  : forward_state<Decay::float32>;
+        for (int n = 0; n < states; n++) run(tokens, states, block.A2 + n * BLOCK, delta, du, B + n, C + n, h + n * BLOCK, y);
+        for (int t = 0; t < tokens; t++) {
+            if (s.z.data) {
+                load_row(s.z, b, t0 + t, block.first, block.count, BLOCK, row);
+                vf z[VECTORS], gate[VECTORS];
+                for (int c = 0; c < VECTORS; c++) z[c] = load(row + c * W);
+                sigmoid<VECTORS>(z, gate);
+                for (int c = 0; c < VECTORS; c++) {
+                    const int at = t * BLOCK + c * W;
+                    store(y + at, load(y + at) * (z[c] * gate[c]));
+                }
+            }
+            store_row(s.y, b, t0 + t, block.first, block.count, y + t * BLOCK);
+        }
+    }
+    if (s.final) turn_back_state(h, s, block, s.final);
+}
+
+// The buffers of one tile in the backward pass, (TILE, BLOCK) each.
+struct Tile {
+    float *delta, *slope, *u, *du, *dy, *y, *ddelta, *ddu;
+    static constexpr int COUNT = 8;
+    explicit Tile(float *space) {
+        float **all[COUNT] = {&delta, &slope, &u, &du, &dy, &y, &ddelta, &ddu};
+        for (float **buffer : all) *buffer = space, space += TILE * BLOCK;
+    }
+};
+
+// A tile for one n, there and back. before: the state before the tile; carry: in, the gradient of the state after the tile, out, of
+// `before`; dA: (BLOCK), added to; dB, dC: (tokens, W), added to, still to be summed over the lanes; a: (TILE, BLOCK) and
+// h: (TILE + 1, BLOCK), scratch. With GATED, y becomes the output before the gate.
+template <Decay HOW, bool GATED>
+void backward_state(int tokens, int64_t stride, const float *A2, const Tile &tile, const float *B, const float *C,
+                    const float *before, float *carry, float *dA, float *dB, float *dC, float *a, float *h) {
+    vf state[VECTORS], a2[VECTORS];
+    for (int c = 0; c < VECTORS; c++) state[c] = load(before + c * W), a2[c] = load(A2 + c * W), store(h + c * W, state[c]);
+    for (int t = 0; t < tokens; t++) {
+        const int at = t * BLOCK;
+        vf decay[VECTORS];
+        decays<HOW>(tile.delta + at, a2, decay);
+        const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
+        for (int c = 0; c < VECTORS; c++) {
+            store(a + at + c * W, decay[c]);
+            state[c] = decay[c] * state[c] + load(tile.du + at + c * W) * b;
+            store(h + at + BLOCK + c * W, state[c]);
+            if (GATED) store(tile.y + at + c * W, load(tile.y + at + c * W) + state[c] * weight);
+        }
+    }
+    vf g[VECTORS], da[VECTORS];
+    for (int c = 0; c < VECTORS; c++) g[c] = load(carry + c * W), da[c] = load(dA + c * W);
+    for (int t = tokens - 1; t >= 0; t--) {
+        const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
+        vf db = load(dB + t * W), dc = load(dC + t * W);
+        for (int c = 0; c < VECTORS; c++) {
+            const int at = t * BLOCK + c * W;
+            const vf dy = load(tile.dy + at);
+            dc += dy * load(h + at + BLOCK);
+            g[c] += dy * weight;  // the gradient of h_t
+            db += g[c] * load(tile.du + at);
+            store(tile.ddu + at, load(tile.ddu + at) + g[c] * b);
+            g[c] *= load(a + at);
+            const vf dlog = g[c] * load(h + at);  // the gradient of delta_t A
+            store(tile.ddelta + at, load(tile.ddelta + at) + dlog * a2[c]);
+            da[c] += dlog * load(tile.delta + at);
+        }
+        store(dB + t * W, db);
+        store(dC + t * W, dc);
+    }
+    for (int c = 0; c < VECTORS; c++) store(carry + c * W, g[c]), store(dA + c * W, da[c]);
+}
+
+int64_t backward_items(const Scan &s) { return s.batch * s.groups; }
+int64_t backward_workspace(const Scan &s) {
+    const int64_t blocks = ceil_div(ScanShape(s).blocks, s.groups);
+    return blocks * (2 * s.states + 2) * BLOCK + Block::workspace(s) + s.states * 2 * TILE * (1 + W) + (Tile::COUNT + 3) * TILE * BLOCK +
+           BLOCK;
+}
+
+void backward_run(const Scan &s, int64_t item, float *space) {
+    const FlushDenormals flush;
+    const ScanShape shape(s);
+    const int64_t b = item / s.groups, group = item % s.groups, blocks = ceil_div(shape.blocks, s.groups);
+    const int64_t from = group * blocks, to = from + blocks < shape.blocks ? from + blocks : shape.blocks;
+    const int states = (int)s.states;
+    const int64_t state_size = states * BLOCK;
+    // What runs along with the tiles, for each block of the group: carry, dA (N, BLOCK), dD, dbias (BLOCK).
+    float *carry = space, *dA = carry + blocks * state_size, *dD = dA + blocks * state_size, *dbias = dD + blocks * BLOCK;
+    float *fixed = dbias + blocks * BLOCK;
+    const Tile tile(fixed + Block::workspace(s));
+    float *row = tile.delta + Tile::COUNT * TILE * BLOCK, *a = row + TILE * BLOCK, *h = a + TILE * BLOCK;
+    float *B = h + (TILE + 1) * BLOCK, *C = B + TILE * states, *dB = C + TILE * states, *dC = dB + states * TILE * W;
+    memset(dA, 0, blocks * (state_size + 2 * BLOCK) * sizeof(float));
+    for (int64_t i = from; i < to; i++) turn_state(s.dfinal, s, Block(s, b, i, fixed), carry + (i - from) * state_size);
+
+    for (int64_t index = shape.tiles - 1; index >= 0; index--) {
+        const int64_t t0 = index * TILE;
+        const int tokens = smaller(TILE, s.length - t0);
+        load_states(s.B, b, t0, tokens, states, B);
+        load_states(s.C, b, t0, tokens, states, C);
+        memset(dB, 0, 2 * states * TILE * W * sizeof(float));
+        for (int64_t i = from; i < to; i++) {
+            const Block block(s, b, i, fixed);
+            const int64_t first = block.first, own = (i - from) * state_size;
+            const int count = block.count;
+            vf largest = vf{};
+            for (int t = 0; t < tokens; t++) {
+                const int at = t * BLOCK;
+                vf d[VECTORS], slope[VECTORS];
+                load_row(s.u, b, t0 + t, first, count, BLOCK, tile.u + at);
+                load_row(s.delta, b, t0 + t, first, count, BLOCK, tile.delta + at);
+                load_row(s.dy, b, t0 + t, first, count, BLOCK, tile.dy + at);
+                for (int c = 0; c < VECTORS; c++) d[c] = load(tile.delta + at + c * W) + load(block.bias + c * W);
+                softplus<VECTORS>(d, slope);
+                for (int c = 0; c < VECTORS; c++) {
+                    const vf u = load(tile.u + at + c * W);
+                    largest = at_least(largest, d[c]);
+                    store(tile.delta + at + c * W, d[c]);
+                    store(tile.slope + at + c * W, slope[c]);
+                    store(tile.du + at + c * W, d[c] * u);
+                    store(tile.y + at + c * W, u * load(block.D + c * W));
+                    store(tile.ddelta + at + c * W, vf{});
+                    store(tile.ddu + at + c * W, vf{});
+                }
+                if (s.z.data) {
+                    // y was gated: dz = dy y silu'(z), of which y is still to come; then dy becomes the gradient before the gate.
+                    load_row(s.z, b, t0 + t, first, count, BLOCK, row + at);
+                    vf z[VECTORS], gate[VECTORS];
+                    for (int c = 0; c < VECTORS; c++) z[c] = load(row + at + c * W);
+                    sigmoid<VECTORS>(z, gate);
+                    for (int c = 0; c < VECTORS; c++) {
+                        const vf dy = load(tile.dy + at + c * W), silu = z[c] * gate[c];
+                        store(row + at + c * W, dy * (gate[c] + silu * (1.f - gate[c])));
+                        store(tile.dy + at + c * W, dy * silu);
+                    }
+                }
+            }
+            const Decay how = choose_decay(s, block, largest);
+            const auto run = s.z.data ? (how == Decay::clamped    ? backward_state<Decay::clamped, true>
+                                         : how == Decay::bfloat16 ? backward_state<Decay::bfloat16, true>
+                                                                  : backward_state<Decay::float32, true>)
+                                      : (how == Decay::clamped    ? backward_state<Decay::clamped, false>
+                                         : how == Decay::bfloat16 ? backward_state<Decay::bfloat16, false>
+                                                                  : backward_state<Decay::float32, false>);
+            const float *before = s.checkpoints + shape.checkpoint(s, b, i, index);
+            for (int n = 0; n < states; n++)
+                run(tokens, states, block.A2 + n * BLOCK, tile, B + n, C + n, before + n * BLOCK, carry + own + n * BLOCK,
+                    dA + own + n * BLOCK, dB + n * TILE * W, dC + n * TILE * W, a, h);
+            for (int t = 0; t < tokens; t++) {
+                const int at = t * BLOCK;
+                for (int c = 0; c < VECTORS; c++) {
+                    const int i_c = at + c * W;
+                    const int64_t sums = (i - from) * BLOCK + c * W;
+                    const vf dy = load(tile.dy + i_c), u = load(tile.u + i_c), ddu = load(tile.ddu + i_c);
+                    const vf ddelta = (ddu * u + load(tile.ddelta + i_c) * LN2) * load(tile.slope + i_c);
+                    store(dD + sums, load(dD + sums) + dy * u);
+                    store(dbias + sums, load(dbias + sums) + ddelta);
+                    store(tile.ddelta + i_c, ddelta);
+                    store(tile.ddu + i_c, ddu * load(tile.delta + i_c) + dy * load(block.D + c * W));
+                    if (s.z.data) store(row + i_c, load(row + i_c) * load(tile.y + i_c));
+                }
+                store_row(s.du, b, t0 + t, first, count, tile.ddu + at);
+                store_row(s.ddelta, b, t0 + t, first, count, tile.ddelta + at);
+                if (s.z.data) store_row(s.dz, b, t0 + t, first, count, row + at);
+            }
+        }
+        float *dB_out = s.dB + ((group * s.batch + b) * s.length + t0) * states;
+        float *dC_out = s.dC + ((group * s.batch + b) * s.length + t0) * states;
+        for (int t = 0; t < tokens; t++)
+            for (int n = 0; n < states; n++) {
+                dB_out[t * states + n] = sum(load(dB + (n * TILE + t) * W));
+                dC_out[t * states + n] = sum(load(dC + (n * TILE + t) * W));
+            }
+    }
+    for (int64_t i = from; i < to; i++) {
+        const Block block(s, b, i, fixed);
+        const int64_t own = (i - from) * state_size, at = b * s.inner + block.first;
+        turn_back_state(carry + own, s, block, s.dinitial);
+        for (int n = 0; n < states; n++)
+            memcpy(s.dA + (b * states + n) * s.inner + block.first, dA + own + n * BLOCK, block.count * sizeof(float));
+        memcpy(s.dD + at, dD + (i - from) * BLOCK, block.count * sizeof(float));
+        memcpy(s.ddelta_bias + at, dbias + (i - from) * BLOCK, block.count * sizeof(float));
+    }
+}
+
+}  // namespace

@@ -1,0 +1,194 @@
+// Vectors of WIDTH floats with the compiler's own vector types, and the few functions the kernels need on them.
+//
+// Everything is in an unnamed namespace: this file is compiled once per instruction set, and a function that the linker took from
+// the wrong build would be an illegal instruction on an older processor. For the same reason no standard library templates here.
+//
+// The functions work on M vectors at a time, step by step: a processor waits some four cycles for each step, and fills the wait with
+// the same step on the other vectors.
+#pragma once
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace {
+
+constexpr int W = WIDTH;
+constexpr int VECTORS = 4;  // M almost everywhere: enough to fill the wait, few enough for 16 registers
+constexpr int BLOCK = VECTORS * W;  // channels worked on together
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+inline vf broadcast(float x) { return x - vf{}; }
+inline vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+inline vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+// max(x, low) and min(x, high); where x is not a number it stays so (hence the order of the operands).
+#if defined(__AVX512F__)
+inline vf at_least(vf x, vf low) { return (vf)_mm512_max_ps((__m512)low, (__m512)x); }
+inline vf at_most(vf x, vf high) { return (vf)_mm512_min_ps((__m512)high, (__m512)x); }
+#elif defined(__AVX__)
+inline vf at_least(vf x, vf low) { return (vf)_mm256_max_ps((__m256)low, (__m256)x); }
+inline vf at_most(vf x, vf high) { return (vf)_mm256_min_ps((__m256)high, (__m256)x); }
+#else
+inline vf at_least(vf x, vf low) { return select(x < low, low, x); }
+inline vf at_most(vf x, vf high) { return select(x > high, high, x); }
+#endif
+
+inline float sum(vf v) {
+    float s = 0;
+    for (int i = 0; i < W; i++) s += v[i];
+    return s;
+}
+
+inline vf load_bf16(const uint16_t *p) {
+    vh v;
+    memcpy(&v, p, sizeof v);
+    return (vf)(__builtin_convertvector(v, vu) << 16);
+}
+inline void store_bf16(uint16_t *p, vf x) {
+    vu bits = (vu)x;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const vu nan = vu{} + 0x7fc0;
+    bits = (vu)select(x == x, (vf)bits, (vf)nan);
+    vh v = __builtin_convertvector(bits, vh);
+    memcpy(p, &v, sizeof v);
+}
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// x = 2^x, as 2^n (1 + f q(f)) with n = round(x), |f| <= 1/2. Relative error 1e-7 (DEGREE 5) or 5e-6 (4, for x from bfloat16, whose
+// rounding is hundreds of times that). Value and slope are exact at 0, so that a decay close to 1 keeps its distance from 1.
+// Right for -126 < x < 127.
+template <int DEGREE, int M>
+inline void exp2_all(vf *x) {
+    constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+    vf shifted[M], q[M];
+    for (int i = 0; i < M; i++) shifted[i] = x[i] + magic;
+    for (int i = 0; i < M; i++) q[i] = shifted[i] - magic;
+    for (int i = 0; i < M; i++) x[i] = x[i] - q[i];
+    if (DEGREE == 5) {
+        for (int i = 0; i < M; i++) q[i] = 0.00133003f * x[i] + 0.00966971f;
+        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 0.0555056f;
+        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 0.24022282f;
+        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + LN2;
+    } else {
+        for (int i = 0; i < M; i++) q[i] = 0.00952835f * x[i] + 0.05579333f;
+        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 0.24025109f;
+        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + LN2;
+    }
+    for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 1.f;
+    for (int i = 0; i < M; i++) x[i] = (vf)((vi)q[i] + ((vi)shifted[i] << 23));
+}
+
+// The same for every x: what underflows becomes 2^-125, what overflows 2^126.
+template <int M>
+inline void exp2_clamped(vf *x) {
+    for (int i = 0; i < M; i++) x[i] = at_most(at_least(x[i], broadcast(-125.f)), broadcast(126.f));
+    exp2_all<5, M>(x);
+}
+
+// 1 / (1 + exp(-x))
+template <int M>
+inline void sigmoid(const vf *x, vf *y) {
+    for (int i = 0; i < M; i++) y[i] = x[i] * -LOG2E;
+    exp2_clamped<M>(y);
+    for (int i = 0; i < M; i++) y[i] = 1.f / (1.f + y[i]);
+}
+
+// x = softplus(x) = max(x, 0) + log1p(w), w = exp(-|x|); log1p(w) = 2 atanh(s), s = w / (2 + w) <= 1/3. Relative error 2e-7.
+// slope: its derivative, the sigmoid of x, or null.
+template <int M>
+inline void softplus(vf *x, vf *slope) {
+    vf w[M], s[M], s2[M], p[M];
+    for (int i = 0; i < M; i++) w[i] = at_least(magnitude(x[i]) * -LOG2E, broadcast(-125.f));
+    exp2_all<5, M>(w);
+    for (int i = 0; i < M; i++) s[i] = w[i] / (2.f + w[i]);
+    if (slope) {
+        for (int i = 0; i < M; i++) slope[i] = select(x[i] > 0.f, broadcast(1.f), w[i]) / (1.f + w[i]);
+    }
+    for (int i = 0; i < M; i++) s2[i] = s[i] * s[i];
+    for (int i = 0; i < M; i++) p[i] = 0.14005995f * s2[i] + 0.14000902f;
+    for (int i = 0; i < M; i++) p[i] = p[i] * s2[i] + 0.20010764f;
+    for (int i = 0; i < M; i++) p[i] = p[i] * s2[i] + 0.33333208f;
+    for (int i = 0; i < M; i++) p[i] = p[i] * s2[i] + 1.f;
+    for (int i = 0; i < M; i++) x[i] = p[i] * (s[i] + s[i]) + at_least(x[i], vf{});
+}
+
+// Row t of batch b, channels [first, first + count), as `size` floats; what lies beyond `count` reads as zero.
+inline void load_row(const Rows &r, int64_t b, int64_t t, int64_t first, int count, int size, float *to) {
+    const int64_t at = b * r.batch_stride + t * r.row_stride + first;
+    int i = 0;
+    if (r.bfloat16) {
+        const uint16_t *from = (const uint16_t *)r.data + at;
+        for (; i + W <= count; i += W) store(to + i, load_bf16(from + i));
+        for (; i < count; i++) {
+            const uint32_t bits = (uint32_t)from[i] << 16;
+            memcpy(to + i, &bits, 4);
+        }
+    } else {
+        const float *from = (const float *)r.data + at;
+        for (; i + W <= count; i += W) store(to + i, load(from + i));
+        for (; i < count; i++) to[i] = from[i];
+    }
+    for (; i < size; i++) to[i] = 0;
+}
+
+inline void store_row(const Rows &r, int64_t b, int64_t t, int64_t first, int count, const float *from) {
+    const int64_t at = b * r.batch_stride + t * r.row_stride + first;
+    int i = 0;
+    if (r.bfloat16) {
+        uint16_t *to = (uint16_t *)r.data + at;
+        for (; i + W <= count; i += W) store_bf16(to + i, load(from + i));
+        if (i < count) {
+            float last[W] = {};
+            uint16_t rounded[W];
+            memcpy(last, from + i, (count - i) * sizeof(float));
+            store_bf16(rounded, load(last));
+            memcpy(to + i, rounded, (count - i) * sizeof(uint16_t));
+        }
+    } else {
+        float *to = (float *)r.data + at;
+        for (; i + W <= count; i += W) store(to + i, load(from + i));
+        for (; i < count; i++) to[i] = from[i];
+    }
+}
+
+// Ask for BLOCK channels of row t ahead of their use: rows lie far apart, and the processor's own guess is the next line.
+inline void prefetch_row(const Rows &r, int64_t b, int64_t t, int64_t first) {
+    const int64_t bytes = r.bfloat16 ? 2 : 4;
+    const char *at = (const char *)r.data + (b * r.batch_stride + t * r.row_stride + first) * bytes;
+    for (int64_t i = 0; i < BLOCK * bytes; i += 64) __builtin_prefetch(at + i);
+}
+
+// `count` floats, then zeros up to `size`; all zeros where there is nothing to read.
+inline void load_span(const float *from, int count, int size, float *to) {
+    if (!from) count = 0;
+    if (count) memcpy(to, from, count * sizeof(float));
+    if (count < size) memset(to + count, 0, (size - count) * sizeof(float));
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
+
+// Denormal numbers cost a hundred cycles each on many processors, and a decaying state makes them: zero instead, meanwhile.
+struct FlushDenormals {
+#if defined(__x86_64__)
+    const unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#endif
+};
+
+}  // namespace

@@ -1,0 +1,165 @@
+"""The scans in plain PyTorch: any device, float32 or float64, a chunk of tokens at a time.
+
+A chunk's states exist only while the chunk is worked on; the backward pass makes them again from the state before each chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 32  # tokens; their (B, CHUNK, E, N) states should stay within a core's cache
+
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
+    """See `rankmamba.scan.selective_scan`."""
+    out_dtype = u.dtype
+    A = _wide(A)
+    u, delta, B, C, D, z, delta_bias, initial_state = (
+        None if t is None else t.to(A.dtype) for t in (u, delta, B, C, D, z, delta_bias, initial_state)
+    )
+    delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
+    if initial_state is None:
+        initial_state = A.new_zeros(u.shape[0], *A.shape)
+    y, final_state = _SelectiveScan.apply(u, delta, A, B, C, initial_state)
+    if D is not None:
+        y = torch.addcmul(y, D, u)
+    if z is not None:
+        y = y * F.silu(z)
+    y = y.to(out_dtype)
+    return (y, final_state) if return_final_state else y
+
+
+def _wide(tensor):
+    """Compute in float32 at least: a state in bfloat16 forgets what a token adds to it."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t h_t, for u, delta (B, L, E), A (E, N), B, C (B, L, N), h (B, E, N)."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, h):
+        y = torch.empty_like(u)
+        starts = []
+        for chunk in _chunks(u.shape[1]):
+            starts.append(h)
+            states = _states(u[:, chunk], delta[:, chunk], A, B[:, chunk], h)[1]
+            y[:, chunk] = _contract_n(states, C[:, chunk])
+            h = states[:, -1].clone()  # a view would keep the whole chunk alive
+        ctx.save_for_backward(u, delta, A, B, C, *starts)
+        return y, h if starts else h.clone()
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        u, delta, A, B, C, *starts = ctx.saved_tensors
+        du, ddelta, dB, dC = (torch.empty_like(t) for t in (u, delta, B, C))
+        dA = torch.zeros_like(A)
+        for chunk, start in zip(reversed(_chunks(u.shape[1])), reversed(starts), strict=True):
+            u_c, delta_c, B_c, C_c, dy_c = (t[:, chunk] for t in (u, delta, B, C, dy))
+            decay, states = _states(u_c, delta_c, A, B_c, start)
+            dC[:, chunk] = _contract_e(dy_c, states)
+            # dstates[t]: how the loss moves with h_t, through y_t and through everything later.
+            dstates = dy_c[..., None] * C_c[:, :, None]
+            dstates[:, -1] += dh
+            for t in range(dstates.shape[1] - 2, -1, -1):
+                dstates[:, t].addcmul_(decay[:, t + 1], dstates[:, t + 1])
+            dh = decay[:, 0] * dstates[:, 0]
+            du_scaled = _contract_n(dstates, B_c)
+            dB[:, chunk] = _contract_e(delta_c * u_c, dstates)
+            du[:, chunk] = delta_c * du_scaled
+            # through the decay: d exp(delta A) = decay d(delta A), and decay * h_(t-1) is what is left of the state before
+            dstates[:, 1:].mul_(states[:, :-1])
+            dstates[:, 0].mul_(start)
+            dlog = dstates.mul_(decay)
+            ddelta[:, chunk] = torch.addcmul((dlog * A).sum(-1), u_c, du_scaled)
+            dA += torch.einsum("bken,bke->en", dlog, delta_c)
+        return du, ddelta, dA, dB, dC, dh
+
+
+def _chunks(length):
+    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+
+
+def _states(u, delta, A, B, h):
+    """Return what each step keeps of the state, exp(delta A), and the state after each step: both (B, K, E, N)."""
+    decay = torch.exp(delta[..., None] * A)
+    states = (delta * u)[..., None] * B[:, :, None]
+    for t in range(states.shape[1]):
+        states[:, t].addcmul_(decay[:, t], h)
+        h = states[:, t]
+    return decay, states
+
+
+def _contract_n(states, weights):
+    """(B, K, E, N), (B, K, N) -> (B, K, E)."""
+    return (states @ weights[..., None]).squeeze(-1)
+
+
+def _contract_e(weights, states):
+    """(B, K, E), (B, K, E, N) -> (B, K, N)."""
+    return (weights[:, :, None] @ states).squeeze(2)
+
+
+def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
+    """See `rankmamba.scan.causal_conv1d`."""
+    taps, length = weight.shape[1], x.shape[1]
+    wide = _wide(x)
+    past = wide.new_zeros(x.shape[0], taps - 1, x.shape[2]) if initial_state is None else initial_state.to(wide.dtype)
+    padded = torch.cat([past, wide], 1)
+    weight = weight.to(wide.dtype)
+    y = weight[:, 0] * padded[:, :length]
+    for k in range(1, taps):
+        y = torch.addcmul(y, weight[:, k], padded[:, k : k + length])
+    if bias is not None:
+        y = y + bias
+    if activation == "silu":
+        y = F.silu(y)
+    y = y.to(x.dtype)
+    return (y, padded[:, length:].to(x.dtype)) if return_final_state else y
+
+
+def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False, chunk=64):
+    """See `rankmamba.scan.ssd_scan`. Within a chunk a masked matrix product, between chunks a short recurrence (2405.21060, 6)."""
+    batch, length, heads, width = x.shape
+    groups, n = B.shape[2:]
+    shared = heads // groups  # heads that use the same B and C
+    A = _wide(A)
+    wide = A.dtype
+    # Chunks of Q tokens; delta = 0 in the padding: nothing is added and nothing decays there.
+    count = -(-length // chunk)
+    pad = count * chunk - length
+
+    def split(t, *shape):
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
+        return t.reshape(batch, count, chunk, *shape)
+
+    step = split(delta.to(wide), groups, shared).permute(0, 1, 3, 4, 2)  # (B, c, G, S, Q)
+    xs = split(x, groups, shared, width).permute(0, 1, 3, 4, 2, 5)  # (B, c, G, S, Q, P)
+    Bs = split(B, groups, n).transpose(2, 3)  # (B, c, G, Q, N)
+    Cs = split(C, groups, n).transpose(2, 3)
+    work = x.dtype  # the products run in the inputs' precision, with float32 sums; decays and states stay float32
+    log_decay = torch.cumsum(step * A.view(groups, shared, 1), -1)
+    # 1. within a chunk: y_i += sum_(j<=i) (C_i . B_j) exp(a_(j+1) + ... + a_i) delta_j x_j
+    scores = (Cs @ Bs.transpose(-1, -2)).to(wide)
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
+    between = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(later, float("-inf")).exp()
+    mixing = between * scores[:, :, :, None] * step[..., None, :]
+    y = (mixing.to(work) @ xs).to(wide)
+    # 2. what each chunk adds to the state, and the state before each chunk
+    total = log_decay[..., -1]
+    weights = step * torch.exp(total[..., None] - log_decay)
+    added = (xs * weights[..., None].to(work)).transpose(-1, -2).to(wide) @ Bs[:, :, :, None].to(wide)
+    state = A.new_zeros(batch, heads, width, n) if initial_state is None else initial_state.to(wide)
+    state = state.reshape(batch, groups, shared, width, n)
+    before = []
+    for decay, more in zip(total.exp()[..., None, None].unbind(1), added.unbind(1), strict=True):
+        before.append(state)
+        state = decay * state + more
+    # 3. what the state before the chunk gives
+    if before:
+        carried = Cs[:, :, :, None] @ torch.stack(before, 1).transpose(-1, -2).to(work)
+        y = torch.addcmul(y, carried.to(wide), log_decay.exp()[..., None])
+    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, count * chunk, heads, width)[:, :length]
+    if D is not None:
+        y = torch.addcmul(y, D.to(wide)[:, None], x.to(wide))
+    y, state = y.to(x.dtype), state.reshape(batch, heads, width, n)
+    return (y, state) if return_final_state else y

@@ -1,0 +1,62 @@
+"""How systems look in every figure and panel: one colour, marker and line for a family.
+
+Warm colours are state-space models, cool ones Transformers, grey is the first stage.
+"""
+
+from typing import NamedTuple
+
+
+class Look(NamedTuple):
+    """How a system is drawn: colour, marker, line style."""
+
+    color: str
+    marker: str
+    line: str | tuple
+
+
+# The first family with a word in a system's name decides. Colours after Okabe & Ito and P. Tol.
+FAMILIES = {
+    ("bm25",): Look("#555555", "D", (0, (1, 1.2))),
+    ("hybrid", "zamba", "jamba"): Look("#E69F00", "d", (0, (6, 1.5))),
+    ("mamba2", "mamba-2"): Look("#882255", "h", (0, (4, 1.5))),
+    ("mamba",): Look("#D55E00", "o", "-"),
+    ("minilm",): Look("#56B4E9", "P", (0, (2, 1))),
+    ("t5",): Look("#999933", "p", (0, (3, 1, 1, 1, 1, 1))),
+    ("bert", "electra"): Look("#0072B2", "s", "--"),
+    ("neox", "pythia", "gpt"): Look("#009E73", "^", "-."),
+    ("opt",): Look("#332288", "v", (0, (5, 1, 1, 1))),
+    ("smollm", "llama", "qwen"): Look("#117733", "<", (0, (8, 2))),
+}
+OTHER = Look("#999999", "X", ":")
+# matplotlib's settings for every figure.
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.edgecolor": "#444444",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e2e2e2",
+    "lines.linewidth": 2.2,
+    "lines.markersize": 8,
+    "figure.facecolor": "white",
+    "svg.hashsalt": "rankmamba",
+}
+
+
+def base(system: str) -> str:
+    """The system that was mixed with a first stage: "X" of "X + bm25"; any other system itself."""
+    return system.split(" + ")[0]
+
+
+def mixed(system: str) -> bool:
+    """Whether a system is a mixture with a first stage."""
+    return " + " in system
+
+
+def look(system: str) -> Look:
+    """How a system is drawn, by the family in its name; the same in every figure."""
+    name = base(system).lower()
+    return next((style for words, style in FAMILIES.items() if any(word in name for word in words)), OTHER)

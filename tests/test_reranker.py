@@ -1,0 +1,102 @@
+"""Reranker: scores, rankings, saving and loading, for every family."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rankmamba.backbones import NANO, SYSTEMS, build
+from rankmamba.collection import load
+from rankmamba.errors import InputError
+from rankmamba.reranker import Reranker
+
+FAMILIES = [f"tiny-{name}" for name in NANO]
+TEXTS = ["short", "a longer text about rivers and bridges " * 3, "", "snow on the mountain", "a book " * 30]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def reranker(request):
+    torch.manual_seed(0)
+    built = Reranker.from_pretrained(request.param, dtype=torch.float32, max_length=64, max_query_length=20)
+    for parameter in built.model.parameters():
+        parameter.data.mul_(3)  # lively weights: with small ones every text scores the same
+    return built
+
+
+def test_a_score_is_the_same_alone_and_in_mixed_company(reranker):
+    pairs = [("which river", text) for text in TEXTS]
+    alone = np.concatenate([reranker.predict([pair]) for pair in pairs])
+    together = reranker.predict(pairs, batch_tokens=100_000)
+    assert np.abs(alone - together).max() <= 1e-5
+    assert np.ptp(together) > 1e-3
+
+
+def test_the_order_of_pairs_and_the_token_budget_change_nothing(reranker):
+    pairs = [(query, text) for query in ("river", "a mountain in winter") for text in TEXTS]
+    scores = reranker.predict(pairs)
+    assert np.allclose(scores[::-1], reranker.predict(pairs[::-1], batch_tokens=70), atol=1e-5)
+
+
+def test_saving_and_loading_keeps_every_score(reranker, tmp_path):
+    pairs = [("which river", text) for text in TEXTS]
+    reranker.save_pretrained(tmp_path / "saved")
+    loaded = Reranker.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert np.array_equal(loaded.predict(pairs), reranker.predict(pairs))
+    assert not list((tmp_path / "saved").glob("*.bin"))
+
+
+def test_a_saved_folder_is_loaded_by_transformers_itself(reranker, tmp_path):
+    reranker.save_pretrained(tmp_path / "saved")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    batch = reranker.inputs.collate([reranker.inputs.join(reranker.inputs.queries(["a"])[0], reranker.inputs.documents(["b"])[0])])
+    with torch.inference_mode():
+        assert model(**batch).logits.item() == pytest.approx(float(reranker.predict([("a", "b")])[0]), abs=1e-6)
+
+
+def test_ranking_is_by_score_and_ties_keep_the_given_order(reranker):
+    ranked = reranker.rank("which river", [*TEXTS, TEXTS[1]], top_k=4, return_documents=True)
+    assert [row["score"] for row in ranked] == sorted((row["score"] for row in ranked), reverse=True)
+    assert all(row["text"] == [*TEXTS, TEXTS[1]][row["corpus_id"]] for row in ranked)
+    twins = [row["corpus_id"] for row in reranker.rank("which river", ["same"] * 5)]
+    assert twins == [0, 1, 2, 3, 4]
+    assert len(reranker.rank("q", ["one"], top_k=10)) == 1
+    assert reranker.rank("q", []) == []
+
+
+def test_reranking_a_run_gives_the_scores_of_predict(reranker):
+    collection = load("rankmamba/tiny/test")
+    run = reranker.rerank(collection.candidates, collection, top_k=5)
+    assert run.groupby("query_id").size().max() <= 5
+    texts = collection.documents.get_many(set(run["doc_id"]))
+    scores = reranker.predict([(collection.queries[q], texts[d]) for q, d in zip(run["query_id"], run["doc_id"], strict=True)])
+    assert np.allclose(scores, run["score"], atol=1e-5)
+    assert (run.groupby("query_id")["rank"].diff().dropna() == 1).all()
+
+
+def test_the_pyterrier_interface_adds_score_and_rank_from_zero(reranker):
+    frame = pd.DataFrame({"qid": ["1", "1", "2"], "query": ["river", "river", "snow"], "docno": list("abc"), "text": TEXTS[:3]})
+    result = reranker.transform(frame)
+    assert result.groupby("qid")["rank"].min().tolist() == [0, 0]
+    assert result[result["qid"] == "1"]["score"].is_monotonic_decreasing
+
+
+@pytest.mark.parametrize("column, value", [("query_id", "no-such-query"), ("doc_id", "no-such-document")])
+def test_a_run_that_names_something_unknown_is_refused_by_name(column, value):
+    collection = load("rankmamba/tiny/test")
+    reranker = Reranker.from_pretrained("tiny-bert", dtype=torch.float32)
+    with pytest.raises(InputError, match=value):
+        reranker.rerank(collection.candidates.assign(**{column: value}), collection)
+
+
+def test_an_unknown_system_and_a_number_for_a_text_are_refused():
+    with pytest.raises(InputError, match="no-such-system"):
+        Reranker.from_pretrained("no-such-system")
+    with pytest.raises(InputError, match="strings"):
+        Reranker.from_pretrained("tiny-bert").predict([("query", 3)])
+
+
+def test_nano_systems_have_equal_budgets_within_five_percent():
+    sizes = {name: build(SYSTEMS[f"nano-{name}"])[0].parameters_outside_embeddings() for name in NANO}
+    assert max(sizes.values()) / min(sizes.values()) <= 1.05, sizes
+    assert all(2e6 <= size <= 6e6 for size in sizes.values()), sizes
