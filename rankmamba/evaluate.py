@@ -248,8 +248,8 @@ def interpolate(run: pd.DataFrame, candidates: pd.DataFrame, weight: float) -> p
 
     A reranker scores only the top of the candidates. The mix, and the mean and deviation of both z, are over the documents that
     the model scored, query by query (equal scores: z = 0). The other candidates follow below in their first-stage order, as when
-    a top-k is reranked; their scores count down from the lowest mixed one. weight 1 gives the model's order, 0 the first stage's
-    (over the whole list, if the model scored a top-k).
+    a top-k is reranked; their scores count down from the lowest mixed one. weight 1 gives exactly the model's order, 0 the first
+    stage's (of the whole list, if the model scored a top-k), and their scores are places.
 
     Raises:
         InputError: a weight outside [0, 1], or a document that is no candidate of its query.
@@ -275,7 +275,7 @@ def tune_weight(
 
 
 def _align(run: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
-    """The candidates in order, with z-scores `model` and `first` over the documents that the model scored, elsewhere NaN."""
+    """The candidates in order; for `model` and `first` the z-scores and the place ("... order", best 0) over the scored ones."""
     scored = sort_run(run)[["query_id", "doc_id", "score"]].rename(columns={"score": "model"})
     both = sort_run(candidates).merge(scored, on=["query_id", "doc_id"], how="outer", indicator="found")
     alien = both[both["found"] == "right_only"]
@@ -285,6 +285,7 @@ def _align(run: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
     both["first"] = both["score"].where(both["model"].notna())
     for column in ("model", "first"):
         values, groups = both[column], both.groupby("query_id")[column]
+        both[f"{column} order"] = 1 - groups.rank(method="dense", ascending=False)
         equal = values.notna() & (groups.transform("max") == groups.transform("min"))
         both[column] = ((values - groups.transform("mean")) / groups.transform("std", ddof=0)).mask(equal, 0.0)
     return both.sort_values(["query_id", "rank"], ignore_index=True)
@@ -293,7 +294,10 @@ def _align(run: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
 def _mix(aligned: pd.DataFrame, weight: float) -> pd.DataFrame:
     if not 0 <= weight <= 1:
         raise InputError(f"expected a weight from 0 (first stage) to 1 (model), got {weight}")
-    mixed = weight * aligned["model"] + (1 - weight) * aligned["first"]
+    if weight in (0, 1):  # exactly that order: a huge score among small ones would make small z-scores equal
+        mixed = aligned["model order" if weight else "first order"]
+    else:
+        mixed = weight * aligned["model"] + (1 - weight) * aligned["first"]
     lowest = mixed.groupby(aligned["query_id"]).transform("min").fillna(0.0)
     place = mixed.isna().groupby(aligned["query_id"]).cumsum()
     return sort_run(aligned[["query_id", "doc_id"]].assign(score=mixed.fillna(lowest - place)))

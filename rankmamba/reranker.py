@@ -93,7 +93,6 @@ class Reranker:
                 raise InputError(f"expected pairs (query, document) of strings, got {pair!r}")
         queries, query_of = _unique(query for query, _ in pairs)
         documents, document_of = _unique(document for _, document in pairs)
-        self.cost = Cost()
         return self._score(
             self.inputs.queries(queries), self.inputs.documents(documents), query_of, document_of, batch_tokens, show_progress_bar
         )
@@ -131,7 +130,6 @@ class Reranker:
         missing = [doc_id for doc_id in doc_ids if doc_id not in texts]
         if missing:
             raise InputError(f"expected documents of {collection.name}, got a run with unknown document {missing[0]!r}")
-        self.cost = Cost()
         scores = self._score(
             self.inputs.queries([collection.queries[query_id] for query_id in query_ids]),
             self.inputs.documents([texts[doc_id] for doc_id in doc_ids]),
@@ -153,24 +151,25 @@ class Reranker:
 
     @torch.inference_mode()
     def _score(self, queries, documents, query_of, document_of, batch_tokens, show_progress_bar) -> np.ndarray:
-        """Score pairs given as two index arrays into tokenised queries and documents."""
+        """Score pairs given as two index arrays into tokenised queries and documents; a pair that comes twice is computed once."""
         started = time.perf_counter()
+        distinct, place = np.unique(np.stack([query_of, document_of]), axis=1, return_inverse=True)
+        query_of, document_of = distinct
         specials = len(self.inputs.before) + len(self.inputs.between) + len(self.inputs.after)
         query_lengths = np.array([len(ids) for ids in queries], dtype=int)
         document_lengths = np.array([len(ids) for ids in documents], dtype=int)
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
-        scores = np.empty(len(lengths), dtype=np.float32)
-        with tqdm(total=len(lengths), unit="pair", desc="scoring", disable=not show_progress_bar) as bar:
+        scores, padded_tokens = np.empty(len(lengths), dtype=np.float32), 0
+        with tqdm(total=len(lengths), unit="pair", desc="scoring", mininterval=1, disable=not show_progress_bar) as bar:
             for batch in token_batches(lengths, batch_tokens):
                 pairs = [self.inputs.join(queries[query_of[i]], documents[document_of[i]]) for i in batch]
                 features = {name: tensor.to(self.device) for name, tensor in self.inputs.collate(pairs).items()}
                 with autocast(self.device, self.dtype):
                     scores[batch] = self.model(**features).logits[:, 0].float().cpu().numpy()
-                self.cost.padded_tokens += features["input_ids"].numel()
+                padded_tokens += features["input_ids"].numel()
                 bar.update(len(batch))
-        self.cost.pairs, self.cost.tokens = len(lengths), int(lengths.sum())
-        self.cost.seconds = time.perf_counter() - started
-        return scores
+        self.cost = Cost(len(lengths), int(lengths.sum()), padded_tokens, time.perf_counter() - started)
+        return scores[place]
 
 
 def _unique(values: Iterable[str]) -> tuple[list[str], np.ndarray]:

@@ -105,7 +105,7 @@ def write_record(folder: str | Path, record: Mapping) -> Path:
         if taken:
             mine, theirs = ([found[key] for key in IDENTITY] for found in (record, other))
             raise InputError(f"expected another name than {path.name} for {mine}, got one that {theirs} has; rename the system")
-    write_text(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
 
 

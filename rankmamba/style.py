@@ -16,7 +16,7 @@ class Look(NamedTuple):
 
 # The first family with a word in a system's name decides. Colours after Okabe & Ito and P. Tol.
 FAMILIES = {
-    ("bm25",): Look("#555555", "D", (0, (1, 1.2))),
+    ("bm25",): Look("#222222", "D", (0, (1, 1.2))),
     ("hybrid", "zamba", "jamba"): Look("#E69F00", "d", (0, (6, 1.5))),
     ("mamba2", "mamba-2"): Look("#882255", "h", (0, (4, 1.5))),
     ("mamba",): Look("#D55E00", "o", "-"),

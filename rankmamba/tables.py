@@ -122,7 +122,9 @@ def caption(table: pd.DataFrame) -> str:
         lines.append("Intervals: 95%, bootstrap over queries and seeds; p is of the means over these seeds.")
     else:
         lines.append("Intervals: 95%, bootstrap over queries; what another seed would give is not in them.")
-    lines.append("params: outside the embeddings. Training and pairs/s: mean over seeds. X + Y: scores of X and Y mixed.")
+    lines.append(
+        "params: outside the embeddings. Tokens and minutes of training, pairs/s: mean over seeds. X + Y: their scores mixed."
+    )
     return "\n".join(lines + [f"[{place}] {note}" for place, note in enumerate(_notes(table), 1)])
 
 
@@ -165,8 +167,8 @@ def _cells(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
         cells[f"{name}\n"] = _intervals(table[[name, f"{name} low", f"{name} high"]], "")
     cells[f"{table['measure'].iloc[0]}\n- {table['baseline'].iloc[0]}"] = _intervals(table[["difference", "low", "high"]], "+")
     cells["p\n(Holm)"] = [("" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}",) for p in table["p_holm"]]
-    cells["trained\nM tokens"] = [(_short(count / 1e6),) for count in table["tokens"]]
-    cells["trained\nminutes"] = [(_short(minutes),) for minutes in table["minutes"]]
+    cells["train\ntokens"] = [("" if math.isnan(count) else _short(count / 1e6) + "M",) for count in table["tokens"]]
+    cells["train\nmin"] = [(_short(minutes),) for minutes in table["minutes"]]
     cells["pairs/s\n"] = [(_short(rate),) for rate in table["pairs_per_s"]]
     return pd.DataFrame(cells)
 

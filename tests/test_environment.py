@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import rankmamba
 from rankmamba import doctor
 
 if sys.version_info >= (3, 11):
@@ -99,3 +100,9 @@ def test_doctor_names_what_an_extra_lacks_and_what_is_too_old(monkeypatch):
     there = importlib.metadata.version("torch")
     assert doctor.missing("gpu") == [f"torch<2 (there is {there})", "no-such-thing>=3"]
     assert doctor.missing("lab") == ["nor-this"] and doctor.missing("test") == doctor.missing() == []
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == rankmamba.__version__ and citation["license"] == PROJECT["license"]
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2403.18276"

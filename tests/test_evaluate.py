@@ -257,6 +257,23 @@ def test_interpolation_ends_are_the_first_stage_and_the_model_above_the_tail():
     assert order(interpolate(MODEL, FIRST, 1), "b") == ["d1", "d2"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(some_runs, st.data())
+def test_the_ends_of_interpolation_are_exact_for_any_scores_and_any_top_k(scores, data):
+    first = make_run(scores)
+    top_k = data.draw(st.integers(0, 12))
+    top = first[first["rank"] <= top_k]
+    model = sort_run(
+        top.assign(score=data.draw(st.lists(some_scores, min_size=len(top), max_size=len(top)))).astype({"score": float})
+    )
+    columns = ["query_id", "doc_id", "rank"]
+    pd.testing.assert_frame_equal(interpolate(model, first, 0)[columns], first[columns])
+    mixed = interpolate(model, first, 1)
+    pd.testing.assert_frame_equal(mixed.loc[mixed["rank"] <= top_k, columns].reset_index(drop=True), model[columns])
+    tail = first.loc[first["rank"] > top_k, columns]
+    pd.testing.assert_frame_equal(mixed.loc[mixed["rank"] > top_k, columns].reset_index(drop=True), tail.reset_index(drop=True))
+
+
 def test_interpolation_mixes_z_scores_of_the_scored_documents_only():
     run = interpolate(MODEL, FIRST, 0.25)
     model, first = stats.zscore([-1, 0, 5]), stats.zscore([9, 8, 7])

@@ -38,11 +38,13 @@ def test_the_order_of_pairs_and_the_token_budget_change_nothing(reranker):
     assert np.allclose(scores[::-1], reranker.predict(pairs[::-1], batch_tokens=70), atol=1e-5)
 
 
-def test_saving_and_loading_keeps_every_score(reranker, tmp_path):
+def test_saving_and_loading_keeps_every_weight_and_score(reranker, tmp_path):
     pairs = [("which river", text) for text in TEXTS]
     reranker.save_pretrained(tmp_path / "saved")
     loaded = Reranker.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    assert np.array_equal(loaded.predict(pairs), reranker.predict(pairs))
+    before, after = reranker.model.state_dict(), loaded.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert np.allclose(loaded.predict(pairs), reranker.predict(pairs), rtol=0, atol=1e-6)
     assert not list((tmp_path / "saved").glob("*.bin"))
 
 

@@ -9,6 +9,8 @@
 namespace {
 
 constexpr int TILE = 32;  // tokens
+// One (TILE, BLOCK) buffer. Not a multiple of 4 kB: the same place in several buffers would compete for the same lines of the cache.
+constexpr int BUFFER = TILE * BLOCK + 2 * 16;
 
 struct ScanShape {
     int64_t blocks, tiles;
@@ -76,24 +78,44 @@ inline void decays(const float *delta, const vf *A2, vf *a) {
         exp2_all<HOW == Decay::bfloat16 ? 4 : 5, VECTORS>(a);
 }
 
-// A tile of tokens for one n. delta, du = delta u, y: (tokens, BLOCK); B, C: one number per token, `stride` apart; h: (BLOCK).
+#ifndef MC
+#define MC 2
+#define NR 1
+#endif
+template <Decay HOW, int R>
+inline void forward_part(int tokens, int64_t stride, const float *A2, const float *__restrict delta, const float *__restrict du,
+                   const float *__restrict B, const float *__restrict C, float *h, float *__restrict y) {
+    constexpr int M = MC * R;
+    vf state[M], a2[M];
+    for (int i = 0; i < M; i++) state[i] = load(h + i / MC * BLOCK + i % MC * W), a2[i] = load(A2 + i / MC * BLOCK + i % MC * W);
+    for (int t = 0; t < tokens; t++, delta += BLOCK, du += BLOCK, y += BLOCK) {
+        vf a[M], d[MC];
+        for (int c = 0; c < MC; c++) d[c] = load(delta + c * W);
+        for (int i = 0; i < M; i++) a[i] = d[i % MC] * a2[i];
+        if (HOW == Decay::clamped) exp2_clamped<M>(a);
+        else exp2_all<HOW == Decay::bfloat16 ? 4 : 5, M>(a);
+        for (int c = 0; c < MC; c++) d[c] = load(du + c * W);
+        for (int i = 0; i < M; i++) state[i] = a[i] * state[i] + d[i % MC] * broadcast(B[t * stride + i / MC]);
+        for (int c = 0; c < MC; c++) d[c] = load(y + c * W);
+        for (int i = 0; i < M; i++) d[i % MC] += state[i] * broadcast(C[t * stride + i / MC]);
+        for (int c = 0; c < MC; c++) store(y + c * W, d[c]);
+    }
+    for (int i = 0; i < M; i++) store(h + i / MC * BLOCK + i % MC * W, state[i]);
+}
 template <Decay HOW>
 void forward_state(int tokens, int64_t stride, const float *A2, const float *delta, const float *du, const float *B, const float *C,
                    float *h, float *y) {
-    vf state[VECTORS], a2[VECTORS];
-    for (int c = 0; c < VECTORS; c++) state[c] = load(h + c * W), a2[c] = load(A2 + c * W);
-    for (int t = 0; t < tokens; t++, delta += BLOCK, du += BLOCK, y += BLOCK) {
-        vf a[VECTORS];
-        decays<HOW>(delta, a2, a);
-        const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
-        for (int c = 0; c < VECTORS; c++) state[c] = a[c] * state[c] + load(du + c * W) * b;
-        for (int c = 0; c < VECTORS; c++) store(y + c * W, load(y + c * W) + state[c] * weight);
-    }
-    for (int c = 0; c < VECTORS; c++) store(h + c * W, state[c]);
+    int n = 0;
+    for (; n + NR <= stride; n += NR)
+        for (int c = 0; c < BLOCK; c += MC * W)
+            forward_part<HOW, NR>(tokens, stride, A2 + n * BLOCK + c, delta + c, du + c, B + n, C + n, h + n * BLOCK + c, y + c);
+    for (; n < stride; n++)
+        for (int c = 0; c < BLOCK; c += MC * W)
+            forward_part<HOW, 1>(tokens, stride, A2 + n * BLOCK + c, delta + c, du + c, B + n, C + n, h + n * BLOCK + c, y + c);
 }
 
 int64_t forward_items(const Scan &s) { return s.batch * ScanShape(s).blocks; }
-int64_t forward_workspace(const Scan &s) { return Block::workspace(s) + s.states * (BLOCK + 2 * TILE) + 4 * TILE * BLOCK; }
+int64_t forward_workspace(const Scan &s) { return Block::workspace(s) + s.states * (BLOCK + 2 * TILE) + 4 * BUFFER; }
 
 void forward_run(const Scan &s, int64_t item, float *space) {
     const FlushDenormals flush;
@@ -102,8 +124,8 @@ void forward_run(const Scan &s, int64_t item, float *space) {
     const Block block(s, item / shape.blocks, index, space);
     const int states = (int)s.states;
     float *h = space + Block::workspace(s);  // (N, BLOCK)
-    float *delta = h + states * BLOCK, *du = delta + TILE * BLOCK, *y = du + TILE * BLOCK, *row = y + TILE * BLOCK;
-    float *B = row + TILE * BLOCK, *C = B + TILE * states;
+    float *delta = h + states * BLOCK, *du = delta + BUFFER, *y = du + BUFFER, *row = y + BUFFER;
+    float *B = row + BUFFER, *C = B + TILE * states;
     turn_state(s.initial, s, block, h);
     for (int64_t tile = 0; tile < shape.tiles; tile++) {
         const int64_t t0 = tile * TILE, b = block.b;
@@ -135,7 +157,7 @@ void forward_run(const Scan &s, int64_t item, float *space) {
         const auto run = how == Decay::clamped    ? forward_state<Decay::clamped>
                          : how == Decay::bfloat16 ? forward_state<Decay::bfloat16>
                                                   : forward_state<Decay::float32>;
-        for (int n = 0; n < states; n++) run(tokens, states, block.A2 + n * BLOCK, delta, du, B + n, C + n, h + n * BLOCK, y);
+        run(tokens, states, block.A2, delta, du, B, C, h, y);
         for (int t = 0; t < tokens; t++) {
             if (s.z.data) {
                 load_row(s.z, b, t0 + t, block.first, block.count, BLOCK, row);
@@ -159,7 +181,7 @@ struct Tile {
     static constexpr int COUNT = 8;
     explicit Tile(float *space) {
         float **all[COUNT] = {&delta, &slope, &u, &du, &dy, &y, &ddelta, &ddu};
-        for (float **buffer : all) *buffer = space, space += TILE * BLOCK;
+        for (float **buffer : all) *buffer = space, space += BUFFER;
     }
 };
 
@@ -167,39 +189,38 @@ struct Tile {
 // `before`; dA: (BLOCK), added to; dB, dC: (tokens, W), added to, still to be summed over the lanes; a: (TILE, BLOCK) and
 // h: (TILE + 1, BLOCK), scratch. With GATED, y becomes the output before the gate.
 template <Decay HOW, bool GATED>
-void backward_state(int tokens, int64_t stride, const float *A2, const Tile &tile, const float *B, const float *C,
-                    const float *before, float *carry, float *dA, float *dB, float *dC, float *a, float *h) {
+void backward_state(int tokens, int64_t stride, const float *A2, const Tile &tile, const float *__restrict B, const float *__restrict C,
+                    const float *before, float *carry, float *dA, float *__restrict dB, float *__restrict dC, float *__restrict a,
+                    float *__restrict h) {
+    const float *__restrict delta = tile.delta, *__restrict du = tile.du, *__restrict dy = tile.dy;
+    float *__restrict y = tile.y, *__restrict ddelta = tile.ddelta, *__restrict ddu = tile.ddu;
     vf state[VECTORS], a2[VECTORS];
     for (int c = 0; c < VECTORS; c++) state[c] = load(before + c * W), a2[c] = load(A2 + c * W), store(h + c * W, state[c]);
     for (int t = 0; t < tokens; t++) {
         const int at = t * BLOCK;
         vf decay[VECTORS];
-        decays<HOW>(tile.delta + at, a2, decay);
+        decays<HOW>(delta + at, a2, decay);
         const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
-        for (int c = 0; c < VECTORS; c++) {
-            store(a + at + c * W, decay[c]);
-            state[c] = decay[c] * state[c] + load(tile.du + at + c * W) * b;
-            store(h + at + BLOCK + c * W, state[c]);
-            if (GATED) store(tile.y + at + c * W, load(tile.y + at + c * W) + state[c] * weight);
-        }
+        for (int c = 0; c < VECTORS; c++) store(a + at + c * W, decay[c]);
+        for (int c = 0; c < VECTORS; c++) state[c] = decay[c] * state[c] + load(du + at + c * W) * b;
+        for (int c = 0; c < VECTORS; c++) store(h + at + BLOCK + c * W, state[c]);
+        if (GATED)
+            for (int c = 0; c < VECTORS; c++) store(y + at + c * W, load(y + at + c * W) + state[c] * weight);
     }
     vf g[VECTORS], da[VECTORS];
     for (int c = 0; c < VECTORS; c++) g[c] = load(carry + c * W), da[c] = load(dA + c * W);
     for (int t = tokens - 1; t >= 0; t--) {
+        const int at = t * BLOCK;
         const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
-        vf db = load(dB + t * W), dc = load(dC + t * W);
-        for (int c = 0; c < VECTORS; c++) {
-            const int at = t * BLOCK + c * W;
-            const vf dy = load(tile.dy + at);
-            dc += dy * load(h + at + BLOCK);
-            g[c] += dy * weight;  // the gradient of h_t
-            db += g[c] * load(tile.du + at);
-            store(tile.ddu + at, load(tile.ddu + at) + g[c] * b);
-            g[c] *= load(a + at);
-            const vf dlog = g[c] * load(h + at);  // the gradient of delta_t A
-            store(tile.ddelta + at, load(tile.ddelta + at) + dlog * a2[c]);
-            da[c] += dlog * load(tile.delta + at);
-        }
+        vf db = load(dB + t * W), dc = load(dC + t * W), dlog[VECTORS];
+        for (int c = 0; c < VECTORS; c++) g[c] += load(dy + at + c * W) * weight;  // the gradient of h_t
+        for (int c = 0; c < VECTORS; c++) dc += load(dy + at + c * W) * load(h + at + BLOCK + c * W);
+        for (int c = 0; c < VECTORS; c++) db += g[c] * load(du + at + c * W);
+        for (int c = 0; c < VECTORS; c++) store(ddu + at + c * W, load(ddu + at + c * W) + g[c] * b);
+        for (int c = 0; c < VECTORS; c++) g[c] *= load(a + at + c * W);
+        for (int c = 0; c < VECTORS; c++) dlog[c] = g[c] * load(h + at + c * W);  // the gradient of delta_t A
+        for (int c = 0; c < VECTORS; c++) store(ddelta + at + c * W, load(ddelta + at + c * W) + dlog[c] * a2[c]);
+        for (int c = 0; c < VECTORS; c++) da[c] += dlog[c] * load(delta + at + c * W);
         store(dB + t * W, db);
         store(dC + t * W, dc);
     }
@@ -209,8 +230,7 @@ void backward_state(int tokens, int64_t stride, const float *A2, const Tile &til
 int64_t backward_items(const Scan &s) { return s.batch * s.groups; }
 int64_t backward_workspace(const Scan &s) {
     const int64_t blocks = ceil_div(ScanShape(s).blocks, s.groups);
-    return blocks * (2 * s.states + 2) * BLOCK + Block::workspace(s) + s.states * 2 * TILE * (1 + W) + (Tile::COUNT + 3) * TILE * BLOCK +
-           BLOCK;
+    return blocks * (2 * s.states + 2) * BLOCK + Block::workspace(s) + s.states * 2 * TILE * (1 + W) + (Tile::COUNT + 3) * BUFFER + BLOCK;
 }
 
 void backward_run(const Scan &s, int64_t item, float *space) {
@@ -224,8 +244,8 @@ void backward_run(const Scan &s, int64_t item, float *space) {
     float *carry = space, *dA = carry + blocks * state_size, *dD = dA + blocks * state_size, *dbias = dD + blocks * BLOCK;
     float *fixed = dbias + blocks * BLOCK;
     const Tile tile(fixed + Block::workspace(s));
-    float *row = tile.delta + Tile::COUNT * TILE * BLOCK, *a = row + TILE * BLOCK, *h = a + TILE * BLOCK;
-    float *B = h + (TILE + 1) * BLOCK, *C = B + TILE * states, *dB = C + TILE * states, *dC = dB + states * TILE * W;
+    float *row = tile.delta + Tile::COUNT * BUFFER, *a = row + BUFFER, *h = a + BUFFER;
+    float *B = h + BUFFER + BLOCK, *C = B + TILE * states, *dB = C + TILE * states, *dC = dB + states * TILE * W;
     memset(dA, 0, blocks * (state_size + 2 * BLOCK) * sizeof(float));
     for (int64_t i = from; i < to; i++) turn_state(s.dfinal, s, Block(s, b, i, fixed), carry + (i - from) * state_size);
 
@@ -243,6 +263,9 @@ void backward_run(const Scan &s, int64_t item, float *space) {
             for (int t = 0; t < tokens; t++) {
                 const int at = t * BLOCK;
                 vf d[VECTORS], slope[VECTORS];
+                if (i + 1 < to)
+                    prefetch_row(s.u, b, t0 + t, first + BLOCK), prefetch_row(s.delta, b, t0 + t, first + BLOCK), prefetch_row(s.dy, b, t0 + t, first + BLOCK), prefetch_row(s.z, b, t0 + t, first + BLOCK);
+                prefetch_row(s.du, b, t0 + t, first), prefetch_row(s.ddelta, b, t0 + t, first), prefetch_row(s.dz, b, t0 + t, first);
                 load_row(s.u, b, t0 + t, first, count, BLOCK, tile.u + at);
                 load_row(s.delta, b, t0 + t, first, count, BLOCK, tile.delta + at);
                 load_row(s.dy, b, t0 + t, first, count, BLOCK, tile.dy + at);

@@ -34,6 +34,16 @@ inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 inline vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
+// Keeps the compiler from fusing a product with the sums that use it: they would take the multiplier's place twice instead of once.
+inline vf rounded(vf x) {
+#if defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 // max(x, low) and min(x, high); where x is not a number it stays so (hence the order of the operands).
 #if defined(__AVX512F__)
 inline vf at_least(vf x, vf low) { return (vf)_mm512_max_ps((__m512)low, (__m512)x); }

@@ -1,0 +1,86 @@
+"""The notebooks, found by glob: committed clean, thin, and executed from first to last at scale tiny."""
+
+import json
+import re
+
+import nbformat
+import papermill
+import pytest
+
+from rankmamba import study
+from rankmamba.results import fingerprint, read_records
+from rankmamba.tables import final_table
+
+NOTEBOOKS = study.notebooks()
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    return study.run("tiny", folder=tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_clean_and_stays_thin(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    lines = [line for cell in code for line in cell.source.splitlines()]
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not [cell for cell in code if cell.outputs or cell.execution_count]
+    assert "papermill" not in notebook.metadata
+    assert len(notebook.cells) <= 25 and len(lines) <= 120
+    assert not [line for line in lines if line.lstrip().startswith(("def ", "class "))]
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_has_a_type_and_a_comment(path):
+    for name, parameter in papermill.inspect_notebook(path).items():
+        assert parameter["inferred_type_name"] != "None" and parameter["help"], name
+
+
+@pytest.mark.parametrize("scale", ["tiny", "quick"])
+def test_a_scale_names_only_parameters_that_notebooks_have_and_times_each_notebook(scale):
+    settings = study.read_scale(scale)
+    study.assign(NOTEBOOKS, settings["parameters"])
+    assert set(settings["minutes"]) == {path.stem for path in NOTEBOOKS}
+
+
+def test_the_defaults_in_the_notebooks_are_the_scale_quick():
+    quick = study.read_scale("quick")["parameters"]
+    for path in NOTEBOOKS:
+        for name, parameter in papermill.inspect_notebook(path).items():
+            if name in quick:
+                assert eval(parameter["default"]) == quick[name], f"{path.stem}: {name}"
+
+
+def test_every_notebook_runs_at_scale_tiny(executed):
+    assert sorted(path.name for path in (executed / "notebooks").glob("*.ipynb")) == [path.name for path in NOTEBOOKS]
+    for path in (executed / "notebooks").glob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        assert not [output for cell in cells for output in cell.get("outputs", []) if output.output_type == "error"]
+
+
+def test_the_records_hold_every_system_alone_and_mixed(executed):
+    table = final_table(read_records(executed))
+    systems = study.read_scale("tiny")["parameters"]["systems"]
+    assert {"bm25", "bm25-tuned", *systems, *(f"{name} + bm25" for name in systems)} <= set(table["system"])
+    assert table["RR@100"].between(0, 1).all()
+
+
+def test_the_report_is_one_file_that_loads_nothing_from_elsewhere(executed):
+    html = (executed / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64" in html and "nan" not in re.sub(r"<[^>]*>", " ", html).lower().split()
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^\"'> ]+", html)
+
+
+def test_the_same_seed_gives_the_same_records(executed, tmp_path):
+    again = study.run("tiny", folder=tmp_path / "again")
+    prints = [{(r["kind"], r["system"]): fingerprint(r) for r in read_records(folder)} for folder in (executed, again)]
+    assert prints[0] == prints[1] and len(prints[0]) > 10
+
+
+def test_a_second_run_finds_what_was_done_and_changes_no_record(executed):
+    before = {path.name: json.loads(path.read_text())["created"] for path in (executed / "records").glob("train-*.json")}
+    study.run("tiny", only="02", folder=executed)
+    assert before == {path.name: json.loads(path.read_text())["created"] for path in (executed / "records").glob("train-*.json")}

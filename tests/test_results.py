@@ -1,0 +1,301 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from rankmamba import results
+from rankmamba.errors import InputError
+from rankmamba.results import environment, final_table, fingerprint, format_table, new_record, read_records, write_record
+from rankmamba.tables import caption, curves, measured, per_query_values, readable, tidy
+
+NOTE = "saw these queries in its own pre-training"
+
+
+def record(kind="data", system="x", collection="set/test", seed=0, config=None, result=None, timing=None, note="") -> dict:
+    return new_record(kind, system, collection, "tiny", seed, config or {}, result or {}, timing, note=note)
+
+
+def values(seed: int, queries: int = 40, gain: float = 0.0) -> pd.DataFrame:
+    reciprocal = 1 / np.random.default_rng(seed).geometric(0.3, queries)
+    columns = {measure: np.minimum(1, reciprocal + gain) for measure in ("nDCG@10", "RR@10", "RR@100", "AP@100")}
+    return pd.DataFrame(columns, index=pd.Index([f"q{number}" for number in range(queries)], name="query_id"))
+
+
+def study(folder: Path, seeds: int = 1) -> Path:
+    """The records of a small study: bm25, and one system alone and mixed."""
+    write_record(folder, record("evaluate", "bm25", result=measured(values(1))))
+    for seed in range(seeds):
+        trained = {
+            "tokens": 2_000_000 * (seed + 1),
+            "parameters_outside_embeddings": 3_050_000,
+            "curve": [{"step": 1, "loss": 2.1}],
+        }
+        write_record(
+            folder, record("train", "nano-mamba", "set/train", seed, result=trained, timing={"seconds": 90.0}, note=NOTE)
+        )
+        write_record(folder, record("rerank", "nano-mamba", "set/dev+test", seed, timing={"pairs_per_s": 150 + seed}))
+        write_record(folder, record("evaluate", "nano-mamba", seed=seed, result=measured(values(2 + seed, gain=0.2))))
+        write_record(folder, record("evaluate", "nano-mamba + bm25", seed=seed, result=measured(values(12 + seed, gain=0.3))))
+    return folder
+
+
+def test_a_record_comes_back_as_it_was_with_every_digit(tmp_path):
+    result = {
+        "float32": np.float32(0.1),
+        "float64": np.float64(1) / 3,
+        "count": np.int64(7),
+        "flag": np.bool_(True),
+        "curve": np.linspace(0, 1, 3),
+        "pair": (1, None, "ü"),
+        "folder": Path("a/b"),
+    }
+    path = write_record(tmp_path, record(result=result))
+    assert path == tmp_path / "records" / "data-x-set-test-seed0.json"
+    (back,) = read_records(tmp_path)
+    assert back["result"] == {
+        "float32": float(np.float32(0.1)),
+        "float64": 1 / 3,
+        "count": 7,
+        "flag": True,
+        "curve": [0.0, 0.5, 1.0],
+        "pair": [1, None, "ü"],
+        "folder": str(Path("a/b")),
+    }
+    assert fingerprint(back) == fingerprint(record(result=result))
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5)
+some_json = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(st.characters(), max_size=5), some_json, max_size=4))
+def test_any_json_survives_but_nan_and_infinity_are_refused(tmp_path_factory, result):
+    folder = tmp_path_factory.mktemp("records")
+    if all(map(math.isfinite, numbers(result))):
+        write_record(folder, record(result=result))
+        assert read_records(folder)[0]["result"] == result
+    else:
+        with pytest.raises(InputError, match="finite numbers"):
+            write_record(folder, record(result=result))
+        assert not list(folder.rglob("*.json"))
+
+
+def numbers(value):
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers(item)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"loss": np.float32("nan")}, "got nan as 'result.loss'"),
+        ({"curve": [{"loss": 1.0}, {"loss": math.inf}]}, r"got inf as 'result.curve\[1\].loss'"),
+        ({"when": object()}, "got object as 'result.when'"),
+        ({"by_number": {1: 2}}, "got dict as 'result.by_number'"),
+    ],
+)
+def test_what_json_cannot_hold_is_refused_by_name(tmp_path, part, message):
+    with pytest.raises(InputError, match=message):
+        write_record(tmp_path, record(result=part))
+
+
+def test_the_fingerprint_is_of_config_and_result_alone():
+    first = record(config={"learning_rate": 1e-3}, result={"loss": 0.5}, timing={"seconds": 1.0})
+    later = {**first, "timing": {"seconds": 9.0}, "environment": {"cpu": "other"}, "created": "2030-01-01T00:00:00+00:00"}
+    assert fingerprint(first) == fingerprint(later)
+    assert fingerprint(first) == fingerprint({**first, "result": {"loss": np.float64(0.5)}})
+    assert fingerprint(first) != fingerprint({**first, "result": {"loss": math.nextafter(0.5, 1)}})
+    assert fingerprint(first) != fingerprint({**first, "config": {"learning_rate": 2e-3}})
+    assert fingerprint(first) != fingerprint({**first, "seed": 1})
+
+
+def test_a_later_record_of_the_same_run_replaces_it_and_another_run_never_does(tmp_path):
+    write_record(tmp_path, record(system="a/b", result={"value": 1}))
+    write_record(tmp_path, record(system="a/b", result={"value": 2}))
+    assert [found["result"]["value"] for found in read_records(tmp_path)] == [2]
+    with pytest.raises(InputError, match="another name than data-a-b-set-test-seed0.json"):
+        write_record(tmp_path, record(system="a-b"))
+    (tmp_path / "records" / "data-a-b-set-test-seed0.json").write_text("{")
+    write_record(tmp_path, record(system="a/b", result={"value": 3}))
+    assert read_records(tmp_path)[0]["result"]["value"] == 3
+
+
+def test_an_interrupted_write_leaves_the_earlier_record(tmp_path, monkeypatch):
+    write_record(tmp_path, record(result={"value": 1}))
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_record(tmp_path, record(result={"value": 2}))
+    assert read_records(tmp_path)[0]["result"]["value"] == 1
+    assert len(list((tmp_path / "records").iterdir())) == 1
+
+
+def test_every_truncation_of_a_record_is_an_input_error_that_names_the_file(tmp_path):
+    path = write_record(tmp_path, record("evaluate", result=measured(values(1, queries=2))))
+    whole = path.read_bytes().rstrip()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=path.name):
+            read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("system", None, "expected the key 'system'"),
+        ("seed", "0", "expected a whole number as 'seed', got '0'"),
+        ("seed", True, "expected a whole number as 'seed', got True"),
+        ("config", [], "expected an object as 'config'"),
+        ("note", 3, "expected text as 'note'"),
+        ("result", {}, "expected the key 'result.measures'"),
+        ("result", {"measures": {}, "per_query": 1}, "expected an object as 'result.per_query'"),
+        (
+            "result",
+            {"measures": {}, "per_query": {"RR": {"q": "high"}}},
+            "expected a number as 'result.per_query.RR.q', got 'high'",
+        ),
+        ("result", {"measures": {"RR": 1}, "per_query": {}}, "expected an object as 'result.measures.RR'"),
+    ],
+)
+def test_a_missing_key_or_a_wrong_type_is_named_with_its_file(tmp_path, key, value, message):
+    path = write_record(tmp_path, record("evaluate", result=measured(values(1))))
+    content = json.loads(path.read_text())
+    if value is None:
+        del content[key]
+    else:
+        content[key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message) as caught:
+        read_records(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"\xff\xfe", b"NaN", b'{"kind": NaN}', b"[" * 100_000, b"null", b"1" * 5000])
+def test_a_foreign_file_is_an_input_error(tmp_path, content):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "notes.json").write_bytes(content)
+    with pytest.raises(InputError, match="notes.json"):
+        read_records(tmp_path)
+
+
+def test_a_copy_under_another_name_does_not_count_twice(tmp_path):
+    path = write_record(tmp_path, record())
+    path.with_name("data-x copy.json").write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="expected data-x-set-test-seed0.json"):
+        read_records(tmp_path)
+
+
+def test_a_kind_is_read_without_the_others(tmp_path):
+    study(tmp_path)
+    (tmp_path / "records" / "train-broken.json").write_text("{")
+    assert {found["kind"] for found in read_records(tmp_path, "evaluate")} == {"evaluate"}
+    assert read_records(tmp_path / "records") == []
+    with pytest.raises(InputError, match="expected a results folder"):
+        read_records(tmp_path / "nowhere")
+
+
+def test_the_environment_is_plain_and_names_the_machine():
+    found = environment()
+    assert json.loads(json.dumps(found)) == found
+    assert (
+        found["cpu"] and found["threads"] >= 1 and {"python", "torch", "transformers", "device", "cpu_capability"} <= set(found)
+    )
+
+
+def test_the_final_table_has_the_numbers_of_the_records(tmp_path):
+    table = final_table(read_records(study(tmp_path))).set_index("system")
+    assert list(table.index) == ["bm25", "nano-mamba", "nano-mamba + bm25"]
+    row = table.loc["nano-mamba"]
+    assert row["RR@100"] == pytest.approx(values(2, gain=0.2)["RR@100"].mean())
+    assert row["RR@100 low"] < row["RR@100"] < row["RR@100 high"]
+    p = [stats.ttest_rel(values(seed, gain=gain)["RR@100"], values(1)["RR@100"]).pvalue for seed, gain in ((2, 0.2), (12, 0.3))]
+    assert row["p"] == pytest.approx(p[0]) and row["p_holm"] == pytest.approx(max(p[0], 2 * min(p)))
+    assert (row["queries"], row["seeds"], row["parameters"], row["tokens"], row["minutes"]) == (40, 1, 3_050_000, 2_000_000, 1.5)
+    assert row["pairs_per_s"] == table.loc["nano-mamba + bm25", "pairs_per_s"] == 150
+    assert math.isnan(table.loc["bm25", "p"]) and math.isnan(table.loc["bm25", "tokens"])
+
+
+def test_seeds_are_averaged_and_counted(tmp_path):
+    table = final_table(read_records(study(tmp_path, seeds=3))).set_index("system")
+    row = table.loc["nano-mamba"]
+    mean = sum(values(2 + seed, gain=0.2)["RR@100"] for seed in range(3)) / 3
+    assert (row["seeds"], row["tokens"], row["pairs_per_s"]) == (3, 4_000_000, 151)
+    assert row["RR@100"] == pytest.approx(mean.mean())
+    assert row["p"] == pytest.approx(stats.ttest_rel(mean, values(1)["RR@100"]).pvalue)
+    assert table.loc["bm25", "seeds"] == 1
+
+
+def test_the_printed_table_fits_120_columns_and_says_the_test_and_the_number_of_queries(tmp_path):
+    for seeds in (1, 3):
+        text = format_table(final_table(read_records(study(tmp_path, seeds))))
+        assert max(map(len, text.splitlines())) <= 125 and text.isascii()
+        assert "40 queries" in text and "paired t-test on RR@100 against bm25" in text and "2 systems (Holm)" in text
+        assert "nano-mamba + bm25 [1]" in text and f"[1] {NOTE}" in text
+        assert ("seeds" in text.splitlines()[0]) == (seeds > 1)
+
+
+def test_notebooks_get_the_same_table_as_text(tmp_path):
+    table = final_table(read_records(study(tmp_path)))
+    row, numbers_ = readable(table).loc["nano-mamba [1]"], table.set_index("system").loc["nano-mamba"]
+    low, high = numbers_["RR@100 low"], numbers_["RR@100 high"]
+    assert row["RR@100"] == f"{numbers_['RR@100']:.3f} [{low:.3f}, {high:.3f}]"
+    assert row["params (M)"] == "3.05" and readable(table).loc["bm25", "params (M)"] == ""
+    assert NOTE in caption(table)
+
+
+def test_collections_are_compared_apart(tmp_path):
+    study(tmp_path)
+    write_record(tmp_path, record("evaluate", "bm25", "other/test", result=measured(values(5, queries=7))))
+    records = read_records(tmp_path)
+    table = final_table(records)
+    assert table.groupby("collection")["queries"].first().to_dict() == {"other/test": 7, "set/test": 40}
+    assert format_table(table).count("system") - caption(table).count("system") == 2
+    with pytest.raises(InputError, match="one evaluated collection.*other/test, set/test"):
+        per_query_values(records)
+
+
+def test_a_study_without_its_baseline_has_no_differences(tmp_path):
+    write_record(tmp_path, record("evaluate", "nano-mamba", result=measured(values(2))))
+    table = final_table(read_records(tmp_path))
+    assert math.isnan(table.loc[0, "difference"]) and "nano-mamba" in format_table(table)
+
+
+def test_curves_of_all_runs_are_one_table(tmp_path):
+    table = curves(read_records(study(tmp_path, seeds=2)))
+    assert table[["system", "seed", "step", "loss"]].to_numpy().tolist() == [["nano-mamba", 0, 1, 2.1], ["nano-mamba", 1, 1, 2.1]]
+    assert curves([]).empty
+
+
+def test_the_command_prints_the_table_tidy_rows_or_what_is_wrong(tmp_path, capsys):
+    study(tmp_path)
+    assert results.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == format_table(final_table(read_records(tmp_path)))
+    assert results.main([str(tmp_path), "--csv"]) == 0
+    rows = pd.read_csv(pd.io.common.StringIO(capsys.readouterr().out))
+    pd.testing.assert_frame_equal(rows, tidy(read_records(tmp_path)).astype({"seed": "int64"}), check_dtype=False)
+    assert list(rows.columns) == ["system", "seed", "collection", "measure", "value"] and len(rows) == 12
+    assert results.main([str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err.startswith("error: expected a results folder")
+    assert results.main([str(tmp_path / "records")]) == 1
+    assert "run 04_evaluate" in capsys.readouterr().err
+
+
+def test_reading_records_does_not_load_torch():
+    code = "import sys, rankmamba.results; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
