@@ -1,4 +1,8 @@
-"""rankmamba: does Mamba rank documents as well as a Transformer, and what does it cost?"""
+"""rankmamba: does Mamba rank documents as well as a Transformer, and what does it cost?
+
+>>> import rankmamba
+>>> reranker = rankmamba.Reranker.from_pretrained("minilm-l6")
+"""
 
 import os
 
@@ -6,3 +10,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
+
+from .collection import load  # noqa: E402
+from .reranker import Reranker  # noqa: E402  also lets transformers' Auto classes load what we save
+
+__all__ = ["Reranker", "load"]

@@ -57,10 +57,8 @@ def per_query(run: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[str] = 
     # whole numbers: trec_eval keeps scores in float32, where close ones would fall together
     ranked = {query_id: found for query_id, found in _nested(run, -run["rank"].astype(float)).items() if query_id in judged}
     if not ranked and len(run):
-        raise InputError(
-            f"expected a run with judged queries, such as {next(iter(judged))!r}, got only others, such as "
-            f"{run['query_id'].iloc[0]!r}; check that run and qrels belong together"
-        )
+        found = f"{run['query_id'].iloc[0]!r} and others, none of them judged"
+        raise InputError(f"expected judged queries such as {next(iter(judged))!r} in the run, got {found}")
     table = pd.DataFrame(0.0, index=pd.Index(sorted(judged), name="query_id"), columns=list(measures))
     for name, measure in parsed.items():
         try:
@@ -86,8 +84,7 @@ def bootstrap_means(samples: Sequence[np.ndarray], resamples: int = RESAMPLES, s
     is too small by (n-1)/n, which matters for 3 seeds. Queries and seeds are drawn apart and their deviations from the mean
     added, so what varies with both counts twice: a little conservative. A single seed says nothing about the spread of seeds.
     """
-    queries = len(samples[0])
-    generators = np.random.default_rng(seed).spawn(len(samples) + 1)
+    generators, queries = np.random.default_rng(seed).spawn(len(samples) + 1), len(samples[0])
     by_query = np.column_stack([sample.mean(axis=1) for sample in samples])
     means = np.empty((resamples, len(samples)))
     block = max(1, 100_000 // queries)  # what fits the processor's cache is five times as fast
@@ -221,9 +218,8 @@ def _same_queries(tables: dict[str, pd.DataFrame]) -> None:
     (first, reference), *others = tables.items()
     for name, table in others:
         if not table.index.equals(reference.index):
-            alone = sorted(set(reference.index) ^ set(table.index))
-            found = f"{alone[0]!r} in one only" if alone else "them in another order"
-            raise InputError(f"expected {first} and {name} to be measured on the same queries, got {found}")
+            alone = sorted(set(reference.index) ^ set(table.index)) or ["another order"]
+            raise InputError(f"expected {first} and {name} to be measured on the same queries, got {alone[0]!r} in one only")
 
 
 def detectable_difference(differences, queries: int | None = None, alpha: float = 0.05, power: float = 0.8) -> float:

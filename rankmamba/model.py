@@ -11,6 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import mixers
 from .embeddings import FixedWordEmbedding
+from .last_layer import LastLayer
 
 
 class RerankerConfig(PreTrainedConfig):
@@ -62,6 +63,7 @@ class RerankerModel(PreTrainedModel):
         if config.word_embeddings is not None:
             backbone.set_input_embeddings(FixedWordEmbedding(config.word_embeddings, config.backbone_config.hidden_size))
         self.backbone = mixers.use_scan(backbone)
+        self._last_layer = LastLayer(backbone)
         self.dropout = nn.Dropout(config.head_dropout)
         self.score = nn.Linear(config.backbone_config.hidden_size, config.num_labels)
         self.post_init()
@@ -80,8 +82,10 @@ class RerankerModel(PreTrainedModel):
 
         input_ids, attention_mask, token_type_ids: int64 (B, L). Returns logits float32 (B, num_labels).
         """
-        hidden = self._hidden(input_ids, attention_mask, token_type_ids)
-        pooled = pool(hidden, attention_mask, self.config.kind)
+        positions = pooled_positions(input_ids, attention_mask, self.config.kind)
+        with self._last_layer.only(positions):
+            hidden = self._hidden(input_ids, attention_mask, token_type_ids)
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions]
         with torch.autocast(hidden.device.type, enabled=False):
             logits = nn.functional.linear(self.dropout(pooled.float()), self.score.weight.float(), self.score.bias.float())
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -109,15 +113,14 @@ class RerankerModel(PreTrainedModel):
         return sum(p.numel() for p in self.parameters() if id(p) not in tables)
 
 
-def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """Pick the pooled token: hidden (B, L, D), mask (B, L) -> (B, D)."""
+def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """Say which token of each sequence the head reads: ids and mask (B, L) -> int64 (B,)."""
+    batch, length = input_ids.shape
     if kind != "causal":
-        return hidden[:, 0]
+        return input_ids.new_zeros(batch)
     if attention_mask is None:
-        return hidden[:, -1]
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (attention_mask * positions).argmax(-1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return input_ids.new_full((batch,), length - 1)
+    return (attention_mask * torch.arange(length, device=input_ids.device)).argmax(-1)
 
 
 AutoConfig.register("rankmamba", RerankerConfig, exist_ok=True)

@@ -41,7 +41,7 @@ TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an o
 
 def environment() -> dict:
     """Describe the machine and the versions that a run used."""
-    import torch  # reading records needs no torch, which takes a second to import
+    import torch  # takes seconds to import, and nothing else here needs it
 
     gpu = torch.cuda.is_available()
     return {

@@ -85,11 +85,10 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
 def _costs(records: list[dict], system: str, collection: str) -> dict:
     """Size, training and speed of a system; means over seeds, NaN where nothing is recorded."""
     own = [record for record in records if record["system"] == base(system)]
-    trained = [record for record in own if record["kind"] == "train"]
     # /train, /dev and /test of one collection belong together; a system tested elsewhere was trained where it was trained
     here = [record for record in own if PurePosixPath(record["collection"]).parent == PurePosixPath(collection).parent]
-    trained = [record for record in here if record["kind"] == "train"] or trained
-    ranked = [record for record in here if record["kind"] == "rerank"]
+    trained, ranked = ([record for record in here if record["kind"] == kind] for kind in ("train", "rerank"))
+    trained = trained or [record for record in own if record["kind"] == "train"]
     return {
         "parameters": trained[-1]["result"]["parameters_outside_embeddings"] if trained else math.nan,
         "tokens": _mean([record["result"]["tokens"] for record in trained]),

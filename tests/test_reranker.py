@@ -1,5 +1,7 @@
 """Reranker: scores, rankings, saving and loading, for every family."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from rankmamba.backbones import NANO, SYSTEMS, build
 from rankmamba.collection import load
 from rankmamba.errors import InputError
+from rankmamba.last_layer import LastLayer
 from rankmamba.reranker import Reranker
 
 FAMILIES = [f"tiny-{name}" for name in NANO]
@@ -102,3 +105,21 @@ def test_nano_systems_have_equal_budgets_within_five_percent():
     sizes = {name: build(SYSTEMS[f"nano-{name}"])[0].parameters_outside_embeddings() for name in NANO}
     assert max(sizes.values()) / min(sizes.values()) <= 1.05, sizes
     assert all(2e6 <= size <= 6e6 for size in sizes.values()), sizes
+
+
+def test_the_last_layer_skips_what_nobody_reads_and_no_score_or_gradient_changes(reranker, monkeypatch):
+    model, pairs = reranker.model, [("which river", text) for text in TEXTS]
+    joined = [reranker.inputs.join(reranker.inputs.queries([q])[0], reranker.inputs.documents([d])[0]) for q, d in pairs]
+    batch = reranker.inputs.collate(joined)
+
+    def scores_and_gradient():
+        model.zero_grad()
+        logits = model(**batch).logits
+        logits.square().sum().backward()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    skipping, gradient = scores_and_gradient()
+    monkeypatch.setattr(LastLayer, "only", lambda self, positions: nullcontext())
+    whole, expected = scores_and_gradient()
+    assert torch.allclose(skipping, whole, atol=1e-5)
+    assert torch.allclose(gradient, expected, atol=1e-5 * expected.abs().max().item())

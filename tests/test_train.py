@@ -21,11 +21,12 @@ def test_lce_is_minus_log_softmax_of_the_positive_by_hand():
     assert lce_loss(scores).item() == pytest.approx(by_hand, abs=1e-6)
 
 
-@pytest.mark.parametrize("system", ["tiny-bert", "tiny-neox", "tiny-mamba", "tiny-mamba2"])
-def test_a_hundred_steps_fit_the_tiny_collection(system, tmp_path):
-    result = train(TrainConfig(system, max_steps=100, **TINY), load("rankmamba/tiny/train"), tmp_path / "model")
+@pytest.mark.parametrize("system, learning_rate", [("tiny-bert", 2e-3), ("tiny-neox", 2e-3), ("tiny-mamba", 1e-2), ("tiny-mamba2", 5e-3)])
+def test_a_hundred_steps_fit_the_tiny_collection(system, learning_rate, tmp_path):
+    config = TrainConfig(system, max_steps=100, seed=1, **{**TINY, "learning_rate": learning_rate})
+    result = train(config, load("rankmamba/tiny/train"), tmp_path / "model")
     losses = [row["loss"] for row in result.curve]
-    assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:10])
+    assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:20])
     assert result.steps == len(result.curve) == 100
     assert result.tokens == result.curve[-1]["tokens"] > 0
 

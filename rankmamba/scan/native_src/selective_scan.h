@@ -78,40 +78,20 @@ inline void decays(const float *delta, const vf *A2, vf *a) {
         exp2_all<HOW == Decay::bfloat16 ? 4 : 5, VECTORS>(a);
 }
 
-#ifndef MC
-#define MC 2
-#define NR 1
-#endif
-template <Decay HOW, int R>
-inline void forward_part(int tokens, int64_t stride, const float *A2, const float *__restrict delta, const float *__restrict du,
-                   const float *__restrict B, const float *__restrict C, float *h, float *__restrict y) {
-    constexpr int M = MC * R;
-    vf state[M], a2[M];
-    for (int i = 0; i < M; i++) state[i] = load(h + i / MC * BLOCK + i % MC * W), a2[i] = load(A2 + i / MC * BLOCK + i % MC * W);
-    for (int t = 0; t < tokens; t++, delta += BLOCK, du += BLOCK, y += BLOCK) {
-        vf a[M], d[MC];
-        for (int c = 0; c < MC; c++) d[c] = load(delta + c * W);
-        for (int i = 0; i < M; i++) a[i] = d[i % MC] * a2[i];
-        if (HOW == Decay::clamped) exp2_clamped<M>(a);
-        else exp2_all<HOW == Decay::bfloat16 ? 4 : 5, M>(a);
-        for (int c = 0; c < MC; c++) d[c] = load(du + c * W);
-        for (int i = 0; i < M; i++) state[i] = a[i] * state[i] + d[i % MC] * broadcast(B[t * stride + i / MC]);
-        for (int c = 0; c < MC; c++) d[c] = load(y + c * W);
-        for (int i = 0; i < M; i++) d[i % MC] += state[i] * broadcast(C[t * stride + i / MC]);
-        for (int c = 0; c < MC; c++) store(y + c * W, d[c]);
-    }
-    for (int i = 0; i < M; i++) store(h + i / MC * BLOCK + i % MC * W, state[i]);
-}
+// A tile of tokens for one n. delta, du = delta u, y: (tokens, BLOCK); B, C: one number per token, `stride` apart; h: (BLOCK).
 template <Decay HOW>
-void forward_state(int tokens, int64_t stride, const float *A2, const float *delta, const float *du, const float *B, const float *C,
-                   float *h, float *y) {
-    int n = 0;
-    for (; n + NR <= stride; n += NR)
-        for (int c = 0; c < BLOCK; c += MC * W)
-            forward_part<HOW, NR>(tokens, stride, A2 + n * BLOCK + c, delta + c, du + c, B + n, C + n, h + n * BLOCK + c, y + c);
-    for (; n < stride; n++)
-        for (int c = 0; c < BLOCK; c += MC * W)
-            forward_part<HOW, 1>(tokens, stride, A2 + n * BLOCK + c, delta + c, du + c, B + n, C + n, h + n * BLOCK + c, y + c);
+void forward_state(int tokens, int64_t stride, const float *A2, const float *__restrict delta, const float *__restrict du,
+                   const float *__restrict B, const float *__restrict C, float *h, float *__restrict y) {
+    vf state[VECTORS], a2[VECTORS];
+    for (int c = 0; c < VECTORS; c++) state[c] = load(h + c * W), a2[c] = load(A2 + c * W);
+    for (int t = 0; t < tokens; t++, delta += BLOCK, du += BLOCK, y += BLOCK) {
+        vf a[VECTORS];
+        decays<HOW>(delta, a2, a);
+        const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
+        for (int c = 0; c < VECTORS; c++) state[c] = a[c] * state[c] + load(du + c * W) * b;
+        for (int c = 0; c < VECTORS; c++) store(y + c * W, load(y + c * W) + state[c] * weight);
+    }
+    for (int c = 0; c < VECTORS; c++) store(h + c * W, state[c]);
 }
 
 int64_t forward_items(const Scan &s) { return s.batch * ScanShape(s).blocks; }
@@ -157,7 +137,7 @@ void forward_run(const Scan &s, int64_t item, float *space) {
         const auto run = how == Decay::clamped    ? forward_state<Decay::clamped>
                          : how == Decay::bfloat16 ? forward_state<Decay::bfloat16>
                                                   : forward_state<Decay::float32>;
-        run(tokens, states, block.A2, delta, du, B, C, h, y);
+        for (int n = 0; n < states; n++) run(tokens, states, block.A2 + n * BLOCK, delta, du, B + n, C + n, h + n * BLOCK, y);
         for (int t = 0; t < tokens; t++) {
             if (s.z.data) {
                 load_row(s.z, b, t0 + t, block.first, block.count, BLOCK, row);

@@ -34,16 +34,6 @@ inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 inline vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
-// Keeps the compiler from fusing a product with the sums that use it: they would take the multiplier's place twice instead of once.
-inline vf rounded(vf x) {
-#if defined(__x86_64__)
-    asm("" : "+x"(x));
-#elif defined(__aarch64__)
-    asm("" : "+w"(x));
-#endif
-    return x;
-}
-
 // max(x, low) and min(x, high); where x is not a number it stays so (hence the order of the operands).
 #if defined(__AVX512F__)
 inline vf at_least(vf x, vf low) { return (vf)_mm512_max_ps((__m512)low, (__m512)x); }
@@ -57,9 +47,11 @@ inline vf at_most(vf x, vf high) { return select(x > high, high, x); }
 #endif
 
 inline float sum(vf v) {
-    float s = 0;
-    for (int i = 0; i < W; i++) s += v[i];
-    return s;
+    typedef float quarter __attribute__((vector_size(16)));
+    quarter q[W / 4];
+    memcpy(q, &v, sizeof v);
+    for (int i = 1; i < W / 4; i++) q[0] += q[i];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
 inline vf load_bf16(const uint16_t *p) {
