@@ -32,17 +32,20 @@ class LastLayer:
     """
 
     def __init__(self, backbone: nn.Module):
-        self._backbone, self._positions = backbone, None
-        layers, names = TOKENWISE.get(backbone.config.model_type, (None, ()))
+        self._positions, self._layer = None, None
+        if backbone.config.model_type not in TOKENWISE:
+            return
+        layers, names = TOKENWISE[backbone.config.model_type]
+        self._layer = backbone.get_submodule(layers)[-1]
         for name in names:
-            module = backbone.get_submodule(layers)[-1].get_submodule(name)
+            module = self._layer.get_submodule(name)
             module.register_forward_pre_hook(self._take)
             module.register_forward_hook(self._put_back)
 
     @contextmanager
     def only(self, positions: torch.Tensor) -> Iterator[None]:
         """positions: int64 (B,), the token of each sequence whose output is needed."""
-        if not self._backbone.is_gradient_checkpointing:
+        if not getattr(self._layer, "gradient_checkpointing", False):
             self._positions = positions
         try:
             yield

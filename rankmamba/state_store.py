@@ -1,7 +1,7 @@
 """The files of a store of document states: number formats, a writer that may be killed at any moment, a reader that maps them.
 
 A folder holds manifest.json (whose presence says that the store is whole), states.bin (one record a document), table.bin (where
-each record is, its tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8 and int4, profile.bin.
+each record is, its tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8, int4 and stores without all layers, profile.bin.
 """
 
 import errno
@@ -32,6 +32,7 @@ MANIFEST, PROGRESS, LOCK = "manifest.json", "progress.json", "build.lock"
 STATES, ROWS, IDS, LOOKUP, PROFILE = "states.bin", "table.bin", "ids.bin", "lookup.bin", "profile.bin"
 
 Parts = list[torch.Tensor]  # what one document's state is made of, in a fixed order
+Profile = list[tuple[torch.Tensor, torch.Tensor]]  # for each part the mean of each number over documents, and its unit
 
 
 def record_bytes(dtype: str, numbers: int) -> int:
@@ -40,10 +41,11 @@ def record_bytes(dtype: str, numbers: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def encode(dtype: str, parts: Parts, profile: Parts | None = None) -> np.ndarray:
+def encode(dtype: str, parts: Parts, profile: Profile | None = None) -> np.ndarray:
     """Write one document's parts (float32) as a record, uint8 (record_bytes,).
 
-    int8, int4: every number is divided by its own place's usual size, `profile`; then each 32 in a row share a scale (float16).
+    int8, int4: every number is taken as its distance from the mean of its place, in units of its place (both in `profile`); then
+    each 32 in a row share a scale (float16).
 
     Raises:
         InputError: a number is not finite, or too large for float16.
@@ -54,7 +56,7 @@ def encode(dtype: str, parts: Parts, profile: Parts | None = None) -> np.ndarray
             raise InputError(f"expected states that {dtype} can hold, got numbers beyond its range; use bfloat16 or float32")
         encoded = stored.view(torch.uint8)
     else:
-        flat = torch.cat([(part / usual).reshape(-1) for part, usual in zip(parts, profile, strict=True)])
+        flat = torch.cat([((part - mean) / unit).reshape(-1) for part, (mean, unit) in zip(parts, profile, strict=True)])
         if not flat.isfinite().all():
             raise InputError("expected finite states, got infinite ones or NaN; check the model's weights")
         groups = torch.nn.functional.pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
@@ -70,7 +72,7 @@ def encode(dtype: str, parts: Parts, profile: Parts | None = None) -> np.ndarray
     return record
 
 
-def decode(dtype: str, record: np.ndarray, parts: Parts, profile: Parts | None = None) -> None:
+def decode(dtype: str, record: np.ndarray, parts: Parts, profile: Profile | None = None) -> None:
     """Read a record into one document's parts, which may be strided and of any float type."""
     numbers = sum(part.numel() for part in parts)
     raw = torch.from_numpy(record)
@@ -89,10 +91,10 @@ def decode(dtype: str, record: np.ndarray, parts: Parts, profile: Parts | None =
     start = 0
     for place, part in enumerate(parts):
         values = flat[start : start + part.numel()].view(part.shape)
-        if profile is None:
-            part.copy_(values)
-        else:
-            part.copy_(values.mul_(profile[place]))
+        if dtype in BITS:
+            mean, unit = profile[place]
+            values = torch.addcmul(mean, values, unit)
+        part.copy_(values)
         start += part.numel()
 
 
@@ -129,6 +131,8 @@ class Writer:
             compare_headers(header, before["header"], f"the states in {folder}", "choose another folder, or delete this one")
             self.done = before["done"]
         if not self.whole:
+            for halfway in folder.glob(".*.json.*"):  # what a kill left of `write_text`
+                shutil.rmtree(halfway)
             for name in (STATES, ROWS, IDS):
                 with open(folder / name, "ab") as file:
                     file.truncate(self.done[name])
@@ -181,12 +185,12 @@ class Writer:
             raise InputError(f"expected {size:,} bytes for the states in {self.folder}, got a disk that lacks {missing:,} of them; "
                              "free some space, or choose a smaller dtype")  # fmt: skip
 
-    def profile(self, shapes: Sequence[Sequence[int]]) -> Parts | None:
-        """Return the profile if the first block was begun, else None."""
+    def profile(self, shapes: Sequence[Sequence[int]]) -> Profile | None:
+        """Return the profile if a block was committed, else None: it is made from the first batch of documents."""
         return read_profile(self.folder, shapes) if self.done["documents"] else None
 
-    def write_profile(self, profile: Parts) -> Parts:
-        (self.folder / PROFILE).write_bytes(b"".join(part.contiguous().numpy().tobytes() for part in profile))
+    def write_profile(self, profile: Profile) -> Profile:
+        (self.folder / PROFILE).write_bytes(b"".join(tensor.contiguous().numpy().tobytes() for pair in profile for tensor in pair))
         return profile
 
     def finish(self) -> None:
@@ -267,9 +271,9 @@ class Reader:
         self._checked = np.zeros(len(self.names), dtype=bool)
         self._profile = None
 
-    def profile(self, shapes: Sequence[Sequence[int]]) -> Parts | None:
-        """Return what `encode` divided by, or None for float types; shapes: of its parts."""
-        return None if self.dtype in FLOATS else read_profile(self.folder, shapes)
+    def profile(self, shapes: Sequence[Sequence[int]]) -> Profile | None:
+        """Return the profile that the records were written with, or None if without; shapes: of a document's parts."""
+        return read_profile(self.folder, shapes) if PROFILE in self.manifest["sha256"] else None
 
     def record(self, row: int, numbers: int) -> np.ndarray:
         """Return a document's record; the first reading of each one checks it.
@@ -299,10 +303,10 @@ class Reader:
                 raise InputError(f"expected the state of {self.names[row]!r} as it was written, got other bytes; build them again")
 
 
-def read_profile(folder: Path, shapes: Sequence[Sequence[int]]) -> Parts:
+def read_profile(folder: Path, shapes: Sequence[Sequence[int]]) -> Profile:
     flat = torch.from_numpy(np.fromfile(folder / PROFILE, dtype=np.float32))
-    pieces = flat.split([int(np.prod(shape)) for shape in shapes])
-    return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    pieces = flat.split([2 * int(np.prod(shape)) for shape in shapes])
+    return [tuple(piece.view(2, *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def read_manifest(folder: Path) -> dict:

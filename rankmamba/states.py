@@ -27,7 +27,7 @@ from .mixers import MambaState
 from .model import pooled_positions
 from .precision import autocast
 from .reranker import Cost, Reranker, _unique
-from .state_store import DTYPES, FLOATS, Parts, Reader, Writer, building, compare_headers, decode, encode, record_bytes
+from .state_store import DTYPES, FLOATS, Parts, Profile, Reader, Writer, building, compare_headers, decode, encode, record_bytes
 
 BLOCK = 256, 1 << 16  # documents and tokens between two commits of a build
 VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "name_or_path", "output_hidden_states"}
@@ -49,7 +49,9 @@ class DocumentStates:
         self._reader, header = reader, reader.manifest["header"]
         self.dtype = header["dtype"]
         self._kind = _kind(reranker, header["layers"])
-        self._profile = reader.profile(self._kind.shapes(1))
+        profile = reader.profile(self._kind.whole_shapes)
+        self._profile = profile and self._kind.keep(profile)
+        self._kind.rest = profile
         self.cost = Cost()
 
     @classmethod
@@ -66,7 +68,7 @@ class DocumentStates:
         """Compute the state of every document and store it in `folder`; a build that was stopped goes on where it was.
 
         dtype: float32 (the scores of full scoring), bfloat16, float16, int8 or int4 (with scales). layers: keep only these layers'
-        states (Mamba; not exact: the other layers see the query alone). batch_tokens: documents' tokens computed together.
+        states (Mamba; not exact: the other layers start from the mean state of some documents). batch_tokens: documents' tokens computed together.
 
         Raises:
             InputError: the backbone is not causal, the folder holds other states or has another builder, the disk is full, ...
@@ -319,8 +321,9 @@ def _store(kind, reranker: Reranker, writer: Writer, block, batch_tokens: int, b
     """Compute and store the states of one block."""
     doc_ids, pairs, digests = zip(*block, strict=True)
     dtype, profile = writer.header["dtype"], None
-    if dtype not in FLOATS:
-        profile = writer.profile(kind.shapes(1))
+    with_profile = dtype not in FLOATS or kind.kept is not None
+    if with_profile:
+        profile = writer.profile(kind.whole_shapes)
 
     def records():
         nonlocal profile
@@ -331,10 +334,10 @@ def _store(kind, reranker: Reranker, writer: Writer, block, batch_tokens: int, b
             ids, mask = (features[name].to(reranker.device) for name in ("input_ids", "attention_mask"))
             with autocast(reranker.device, reranker.dtype):
                 states = kind.read(ids, mask)
-            if profile is None and dtype not in FLOATS:
-                profile = writer.write_profile(kind.usual(states))
+            if profile is None and with_profile:
+                profile = writer.write_profile(kind.profile(states))
             for place, parts in zip(batch, states, strict=True):
-                yield place, encode(dtype, parts, profile)
+                yield place, encode(dtype, kind.keep(parts), profile and kind.keep(profile))
             bar.update(len(batch))
 
     numbers = [_numbers(kind, len(pair)) for pair in pairs]
@@ -367,27 +370,33 @@ class _Recurrent:
         depth = self.backbone.config.num_hidden_layers
         if one is None or len(one.ssm) != depth:
             raise InputError(f"expected Mamba mixers in all {depth} layers, got others in {type(self.backbone).__name__}")
-        self._shapes = [tuple(one.conv[:, 0].shape), tuple(one.ssm[:, 0].shape)]
+        self.whole_shapes = [tuple(one.conv[:, 0].shape), tuple(one.ssm[:, 0].shape)]
+        self.rest: Profile | None = None  # where the layers that were not kept start from
         if layers is not None:
             self.kept = sorted({int(layer) for layer in layers})
             if not self.kept or not set(self.kept) <= set(range(depth)):
                 raise InputError(f"expected layers from 0 to {depth - 1}, got {list(layers)}")
 
     def shapes(self, tokens: int) -> list[tuple[int, ...]]:
-        """The shapes of one document's parts."""
-        return [(len(self.kept or range(shape[0])), *shape[1:]) for shape in self._shapes]
+        """The shapes of what is kept of one document."""
+        return [(len(self.kept or range(shape[0])), *shape[1:]) for shape in self.whole_shapes]
+
+    def keep(self, parts):
+        """Of all layers' parts, or pairs in a profile, those that are kept."""
+        if self.kept is None:
+            return parts
+        return [tuple(t[self.kept] for t in part) if isinstance(part, tuple) else part[self.kept] for part in parts]
 
     def read(self, ids, mask) -> list[Parts]:
-        """Read documents: ids, mask (B, L) -> each one's parts, float32 on the CPU."""
+        """Read documents: ids, mask (B, L) -> each one's parts of all layers, float32 on the CPU."""
         state = MambaState()
         self.backbone(input_ids=ids, attention_mask=mask, cache_params=state, use_cache=False)
-        kept = slice(None) if self.kept is None else self.kept
-        parts = [part[kept].float().cpu() for part in (state.after.conv, state.after.ssm)]
+        after = state.after
+        parts = [part.float().cpu() for part in (after.conv, after.ssm)]
         return [[part[:, row] for part in parts] for row in range(len(ids))]
 
-    def usual(self, states: list[Parts]) -> Parts:
-        """The usual size of each number, over documents."""
-        return [_root_mean_square(torch.stack(parts), 0) for parts in zip(*states, strict=True)]
+    def profile(self, states: list[Parts]) -> Profile:
+        return [_mean_and_unit(torch.stack(parts), 0) for parts in zip(*states, strict=True)]
 
     def room(self, lengths):
         return [torch.empty(shape[0], len(lengths), *shape[1:]) for shape in self.shapes(1)]
@@ -396,9 +405,9 @@ class _Recurrent:
         return [part[:, place] for part in batch]
 
     def ready(self, batch) -> MambaState:
-        if self.kept is not None:  # the other layers have read nothing
-            batch = [part.new_zeros(shape[0], *part.shape[1:]).index_copy_(0, torch.tensor(self.kept), part)
-                     for shape, part in zip(self._shapes, batch, strict=True)]  # fmt: skip
+        if self.kept is not None:
+            means = [mean[:, None].repeat_interleave(part.shape[1], 1) for (mean, _), part in zip(self.rest, batch, strict=True)]
+            batch = [mean.index_copy_(0, torch.tensor(self.kept), part) for mean, part in zip(means, batch, strict=True)]
         return MambaState(*(part.to(self.device) for part in batch), record=False)
 
     def go_on(self, state, ids, mask):
@@ -409,7 +418,7 @@ class _Recurrent:
 class _Attention:
     """GPT-NeoX, OPT, GPT-2, Llama and the like: keys and values of every token, (layers, 2, H, L, head width)."""
 
-    fixed, kept = False, None
+    fixed, kept, rest = False, None, None
 
     @torch.inference_mode()
     def __init__(self, reranker: Reranker, layers: Sequence[int] | None):
@@ -429,18 +438,24 @@ class _Attention:
             raise InputError(f"expected a backbone with the same full attention in all layers, got {type(self.backbone).__name__}")
         return layers
 
+    @property
+    def whole_shapes(self) -> list[tuple[int, ...]]:
+        return self.shapes(1)
+
     def shapes(self, tokens: int) -> list[tuple[int, ...]]:
         """The shape of one document's part."""
         return [(self.depth, 2, self.heads, tokens, self.width)]
+
+    def keep(self, parts):
+        return parts
 
     def read(self, ids, mask) -> list[Parts]:
         """Read documents: ids, mask (B, L), padded on the right, where no token looks -> each one's part, float32 on the CPU."""
         both = torch.stack([torch.stack([layer.keys, layer.values]) for layer in self._caches(ids)]).float().cpu()
         return [[both[:, :, row, :, :length]] for row, length in enumerate(mask.sum(1).tolist())]
 
-    def usual(self, states: list[Parts]) -> Parts:
-        """The usual size of each number of a token, over tokens."""
-        return [_root_mean_square(torch.cat([part for (part,) in states], 3), 3, keepdim=True)]
+    def profile(self, states: list[Parts]) -> Profile:
+        return [_mean_and_unit(torch.cat([part for (part,) in states], 3), 3, keepdim=True)]
 
     def room(self, lengths):
         room = torch.empty(self.depth, 2, len(lengths), self.heads, int(max(lengths)) + self.longest_query, self.width, dtype=self.dtype)
@@ -488,6 +503,7 @@ class _Held(DynamicLayer):
         return self.room[0, :, :, :end], self.room[1, :, :, :end]
 
 
-def _root_mean_square(values: torch.Tensor, dim: int, keepdim: bool = False) -> torch.Tensor:
-    size = values.square().mean(dim, keepdim=keepdim).sqrt()
-    return torch.where(size > 0, size, 1.0)
+def _mean_and_unit(values: torch.Tensor, dim: int, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean, and the square root of the standard deviation: midway between one error for all numbers and the same relative one."""
+    spread, mean = torch.std_mean(values, dim, correction=0, keepdim=keepdim)
+    return mean, torch.where(spread > 0, spread.sqrt(), 1.0)

@@ -42,6 +42,30 @@ struct Conv {
     Rows dy, dx, dinitial;
     float *dweight, *dbias;  // (B, K, E), (B, E): to be summed over B
 };
+
+// Mamba-2's scan inside chunks, arXiv 2405.21060, section 6. Rows of H P channels; (B, chunks Q, H) where a number per step is held.
+struct Ssd {
+    int64_t batch, length, heads, width, groups, chunk, chunks;  // B, L, H, P, G, Q
+    int64_t carried_from, dxw_until;  // the chunks that have `carried`; and `dxw`: those before
+    Rows x, y;  // (B, L, H P)
+    Rows carried;  // (chunks with it, B, Q, H P): the batch is chunk-major, "row" counts within the chunk
+    const float *scores;  // (chunks, B, G, Q, Q)
+    const float *log_high, *log_low;  // (B, chunks, Q, H): running sums of delta A log2(e) in each chunk, as the sum of two floats
+    const float *delta;  // (B, chunks, Q, H)
+    const float *D;  // (H) or null
+    // backward only
+    Rows dy, dxw, dx;  // dxw like carried
+    float *dscores, *da, *ddelta;  // like scores, log_high (for the natural logarithm), delta
+    float *dD;  // (chunks, B, H), to be summed
+};
+// Rows times one factor per token and head, cut into chunks: (B, L, H P) to (chunks, B, Q, H P), zeros where the last chunk has no token.
+struct Weigh {
+    int64_t batch, length, heads, width, chunk, chunks;
+    int64_t from;  // the first chunk wanted
+    Rows x, out;
+    const float *factor;  // (B, all chunks, Q, H)
+    int64_t factor_batch_stride;
+};
 }
 
 // One build of a kernel: `items` independent pieces of work; each needs `workspace` floats, 64-byte aligned.
@@ -56,4 +80,6 @@ struct Kernels {
     int width, block, tile;  // lanes, channels per block, tokens per tile
     Kernel<Scan> scan_forward, scan_backward;
     Kernel<Conv> conv_forward, conv_backward;
+    Kernel<Ssd> ssd_forward, ssd_backward;
+    Kernel<Weigh> weigh;
 };

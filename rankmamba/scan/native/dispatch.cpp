@@ -77,5 +77,10 @@ int rankmamba_block() { return build.kernels->block; }
 int rankmamba_tile() { return build.kernels->tile; }
 void rankmamba_use_gomp(void *entry) { gomp_parallel = (decltype(gomp_parallel))entry; }
 void rankmamba_scan_forward(const Scan *s, int threads) { run(build.kernels->scan_forward, *s, threads); }
+void rankmamba_conv_forward(const Conv *s, int threads) { run(build.kernels->conv_forward, *s, threads); }
+void rankmamba_conv_backward(const Conv *s, int threads) { run(build.kernels->conv_backward, *s, threads); }
+void rankmamba_ssd_forward(const Ssd *s, int threads) { run(build.kernels->ssd_forward, *s, threads); }
+void rankmamba_ssd_backward(const Ssd *s, int threads) { run(build.kernels->ssd_backward, *s, threads); }
+void rankmamba_weigh(const Weigh *s, int threads) { run(build.kernels->weigh, *s, threads); }
 void rankmamba_scan_backward(const Scan *s, int threads) { run(build.kernels->scan_backward, *s, threads); }
 }

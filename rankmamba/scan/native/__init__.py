@@ -1,0 +1,7 @@
+"""The native CPU kernels: C++ without Python or torch in it. Importing this package raises ImportError where they were not built."""
+
+from .library import description
+from .mamba import causal_conv1d, selective_scan
+from .mamba2 import ssd_scan
+
+__all__ = ["causal_conv1d", "description", "selective_scan", "ssd_scan"]

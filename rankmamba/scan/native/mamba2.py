@@ -1,0 +1,193 @@
+"""Mamba-2's scan on a CPU: matrix products by torch, everything between them by the native kernels (arXiv 2405.21060, section 6).
+
+The sequence is cut into c chunks of Q tokens. The S = H / G heads of a group share B and C: so what a chunk adds to the state is one
+product (N, Q) (Q, S P), and what it reads from it one product (Q, N) (N, S P), with the state as (N, S P).
+"""
+
+import ctypes
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .. import portable
+from .library import Ssd, Weigh, as_rows, library, plain, pointer, rows, threads, tracked
+
+CHUNK = 64  # tokens at most; work inside a chunk grows with Q, work on the states between chunks with 1/Q
+
+
+def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):
+    """See `rankmamba.scan.ssd_scan`."""
+    tensors = (x, delta, A, B, C, D, initial_state)
+    if x.numel() == 0 or B.numel() == 0:
+        return portable.ssd_scan(*tensors, return_final_state)
+    if tracked(tensors):
+        y, final_state = _SsdScan.apply(*tensors, return_final_state)
+    else:
+        y, final_state = _Chunks(*tensors, return_final_state).forward()
+    return (y, final_state) if return_final_state else y
+
+
+class _SsdScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, D, initial_state, want_final):
+        chunks = _Chunks(x, delta, A, B, C, D, initial_state, want_final)
+        y, final_state = chunks.forward()
+        ctx.save_for_backward(x, delta, A, B, C, D, initial_state, chunks.before, chunks.carried)
+        ctx.want_final = want_final
+        ctx.set_materialize_grads(False)
+        return y, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dfinal):
+        *tensors, before, carried = ctx.saved_tensors
+        if dy is None and dfinal is None:
+            return (None,) * 8
+        chunks = _Chunks(*tensors, ctx.want_final)
+        chunks.before, chunks.carried = before, carried
+        gradients = chunks.backward(torch.zeros_like(tensors[0]) if dy is None else dy, dfinal)
+        return *(None if t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)), None
+
+
+class _Chunks:
+    """One call, cut into chunks. Large tensors have the chunk first: leaving out the first or the last chunk is then a slice.
+
+    before: the state before each chunk that reads one, (c', B, G, N, S P). carried: what the chunk reads from it, (c' B, Q, H P).
+    """
+
+    def __init__(self, x, delta, A, B, C, D, initial_state, want_final):
+        self.batch, self.length, self.heads, self.width = x.shape
+        self.groups, self.n = B.shape[2:]
+        self.shared = self.heads // self.groups
+        self.count = -(-self.length // CHUNK)
+        self.size = -(-self.length // self.count)  # equal chunks leave little of the last one empty
+        self.reads_from = 0 if initial_state is not None else 1  # the first chunk that reads a state
+        self.adds_until = self.count if want_final else self.count - 1  # chunks beyond need not add to it
+        self.x = self._rows(x)
+        self.work = self.x.dtype  # the large products run in this; states and decays are float32
+        self.A, self.D, self.initial_state = A.detach().float(), plain(D), initial_state
+        self.B, self.C = self._cut(B), self._cut(C)  # (c, B, G, Q, N)
+        self.delta = self._fill(delta.detach().float()).unflatten(1, (self.count, self.size))  # (B, c, Q, H)
+        # Decays are made of differences of these sums, hence the double precision, and two floats for the kernel.
+        log = (self.delta.double() * (self.A.double() * math.log2(math.e))).cumsum(2)
+        self.log_high = log.float()
+        self.log_low = (log - self.log_high).float()
+        self.since_start = torch.exp2(self.log_high)  # decay of the state up to each token
+        self.until_end = torch.exp2(log[:, :, -1:] - log).float() * self.delta  # weight of each token in the state after the chunk
+        self.scores = self.C.float() @ self.B.float().mT  # (c, B, G, Q, Q)
+        self.before = self.carried = None
+
+    def forward(self):
+        """Return y (B, L, H, P) and the final state (B, H, P, N), if wanted."""
+        added = self.B[: self.adds_until].mT @ self._weigh(self.x, self.until_end, 0, self.adds_until)
+        reading = self.count - self.reads_from
+        if reading:
+            self.before = torch.empty(reading, *self._state_shape, dtype=self.work)
+        state = None if self.initial_state is None else self._inside(self.initial_state)
+        for k in range(self.count):
+            if k >= self.reads_from:
+                self.before[k - self.reads_from] = state
+            if k < self.adds_until:
+                state = added[k].float() if state is None else self._decay(k, state).add_(added[k])
+        if reading:
+            self.carried = (self.C[self.reads_from :] @ self.before).transpose(2, 3).reshape(-1, self.size, self.heads * self.width)
+        y = torch.empty(self.batch, self.length, self.heads * self.width, dtype=self.work)
+        arguments = self._arguments()
+        arguments.y = rows(y)
+        library.rankmamba_ssd_forward(ctypes.byref(arguments), threads(self.x.numel() * self.size))
+        return y.unflatten(2, (self.heads, self.width)), self._outside(state) if self.adds_until == self.count else None
+
+    def backward(self, dy, dfinal):
+        """Return the gradients of x, delta, A, B, C, D and the initial state."""
+        dy = self._rows(dy)
+        reading, adding = slice(self.reads_from, None), slice(None, self.adds_until)
+        dB, dC = torch.zeros(self.B.shape), torch.zeros(self.C.shape)
+        dlog = torch.zeros(self.batch, self.count, self.size, self.heads)  # of the running sums of delta A
+        # back through the states: from y, and from each state to the one before
+        if self.before is not None:
+            read = self._weigh(dy, self.since_start, self.reads_from, self.count)
+            dbefore = self.C[reading].mT @ read
+            dC[reading] = read @ self.before.mT
+        dstate = torch.zeros(self._state_shape) if dfinal is None else self._inside(dfinal)
+        dadded = torch.empty(self.adds_until, *self._state_shape, dtype=self.work)
+        for k in reversed(range(self.count)):
+            if k < self.adds_until:
+                dadded[k] = dstate
+            if k >= self.reads_from:
+                kept = self._decay(k, dstate)
+                products = (kept * self.before[k - self.reads_from]).unflatten(3, (self.shared, self.width))
+                dlog[:, k, -1] = products.sum((2, 4)).flatten(1)
+                dstate = kept.add_(dbefore[k - self.reads_from])
+        dB[adding] = self._weigh(self.x, self.until_end, 0, self.adds_until) @ dadded.mT
+        dxw = (self.B[adding] @ dadded).transpose(2, 3).reshape(-1, self.size, self.heads * self.width)
+        # inside the chunks
+        dx, dscores = torch.empty(self.x.shape, dtype=self.work), torch.empty(self.scores.shape)
+        dlog_inside, ddelta = torch.empty(self.delta.shape), torch.empty(self.delta.shape)
+        dD = torch.empty(self.count, self.batch, self.heads)
+        arguments = self._arguments()
+        arguments.dy, arguments.dxw, arguments.dx = rows(dy), rows(dxw) if self.adds_until else rows(None), rows(dx)
+        arguments.dscores, arguments.da, arguments.ddelta, arguments.dD = map(pointer, (dscores, dlog_inside, ddelta, dD))
+        library.rankmamba_ssd_backward(ctypes.byref(arguments), threads(4 * self.x.numel() * self.size))
+        dC += dscores @ self.B.float()
+        dB += dscores.mT @ self.C.float()
+        # delta A goes into all later sums of its chunk
+        dlog = dlog.add_(dlog_inside).flip(2).cumsum(2).flip(2)
+        ddelta.addcmul_(dlog, self.A)
+        dA = (dlog * self.delta).sum((0, 1, 2))
+        dinitial = None if self.initial_state is None else self._outside(dstate)
+        ddelta = ddelta.flatten(1, 2)[:, : self.length]
+        return dx.unflatten(2, (self.heads, self.width)), ddelta, dA, self._uncut(dB), self._uncut(dC), dD.sum((0, 1)), dinitial
+
+    @property
+    def _state_shape(self):
+        return self.batch, self.groups, self.n, self.shared * self.width
+
+    def _inside(self, state):
+        """(B, H, P, N) -> (B, G, N, S P)"""
+        return state.detach().float().unflatten(1, (self.groups, self.shared)).permute(0, 1, 4, 2, 3).flatten(3)
+
+    def _outside(self, state):
+        return state.unflatten(3, (self.shared, self.width)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+
+    def _decay(self, k, state):
+        """What is left of a state after chunk k; a new tensor."""
+        kept = self.since_start[:, k, -1].view(self.batch, self.groups, 1, self.shared, 1)
+        return (state.unflatten(3, (self.shared, self.width)) * kept).flatten(3)
+
+    @staticmethod
+    def _rows(x):
+        """(B, L, H, P) -> (B, L, H P), a view where the channels of a token lie together."""
+        x = x.detach()
+        together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+        return as_rows(x.flatten(2) if together else x.contiguous().flatten(2))
+
+    def _fill(self, x):
+        """Zeros behind the last token, up to whole chunks."""
+        missing = self.count * self.size - self.length
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
+
+    def _cut(self, x):
+        """(B, L, G, N) -> (c, B, G, Q, N)"""
+        return self._fill(x.detach().to(self.work)).unflatten(1, (self.count, self.size)).permute(1, 0, 3, 2, 4).contiguous()
+
+    def _uncut(self, x):
+        return x.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : self.length]
+
+    def _weigh(self, x, factor, start, stop):
+        """x (B, L, H P) times factor (B, c, Q, H), chunks start to stop: (stop - start, B, G, Q, S P)"""
+        out = torch.empty((stop - start) * self.batch, self.size, self.heads * self.width, dtype=self.work)
+        arguments = Weigh(self.batch, self.length, self.heads, self.width, self.size, stop - start, start)
+        arguments.x, arguments.out, arguments.factor = rows(x), rows(out), pointer(factor)
+        arguments.factor_batch_stride = factor.stride(0)
+        library.rankmamba_weigh(ctypes.byref(arguments), threads(out.numel()))
+        return out.view(stop - start, self.batch, self.size, self.groups, self.shared * self.width).transpose(2, 3)
+
+    def _arguments(self):
+        sizes = (self.batch, self.length, self.heads, self.width, self.groups, self.size, self.count)
+        arguments = Ssd(*sizes, self.reads_from, self.adds_until)
+        arguments.x, arguments.carried = rows(self.x), rows(self.carried)
+        arguments.scores, arguments.log_high, arguments.log_low = map(pointer, (self.scores, self.log_high, self.log_low))
+        arguments.delta, arguments.D = pointer(self.delta), pointer(self.D)
+        return arguments

@@ -1,0 +1,286 @@
+"""Document states: the scores of full scoring, stores that survive kills and notice damage."""
+
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from transformers import FalconMambaConfig, GPT2Config, LlamaConfig, OPTConfig
+
+from rankmamba import states as states_module
+from rankmamba.backbones import SYSTEMS, load_tokenizer
+from rankmamba.collection import load
+from rankmamba.errors import InputError
+from rankmamba.model import RerankerConfig, RerankerModel
+from rankmamba.reranker import Reranker
+from rankmamba.state_store import record_bytes
+from rankmamba.states import DocumentStates
+
+OTHERS = {
+    "falcon": lambda: FalconMambaConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=2, pad_token_id=0),
+    "gpt2": lambda: GPT2Config(vocab_size=30522, n_embd=32, n_layer=2, n_head=2, n_positions=128),
+    "llama": lambda: LlamaConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
+    ),
+    "opt": lambda: OPTConfig(
+        vocab_size=30522, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2
+    ),
+}
+FAMILIES = ["mamba", "mamba2", "falcon", "neox", "gpt2", "llama", "opt"]
+DOCUMENTS = {
+    "empty": "",
+    "word": "river",
+    "cut": "a very long text about bridges over the sea " * 20,
+    **{f"d{n}": f"document {n} tells of " + " and ".join(["rivers", "a mountain", "snow", "old books", "trains"][: 1 + n % 5]) * (1 + n)
+       for n in range(9)},
+}  # fmt: skip
+QUERIES = {"q1": "which river", "q2": "a mountain in winter", "long": "who wrote the old books about trains and snow " * 9}
+
+
+def make(family: str, seed: int = 0, **limits) -> Reranker:
+    """A tiny random reranker that is lively (scores differ widely) and remembers long (a Mamba's state hardly decays)."""
+    torch.manual_seed(seed)
+    limits = {"max_length": 80, "max_query_length": 24} | limits
+    if family in OTHERS:
+        tokenizer = load_tokenizer(SYSTEMS["tiny-mamba"])
+        config = RerankerConfig(backbone_config=OTHERS[family](), kind="causal", limits=limits, pad_token_id=0)
+        built = Reranker(RerankerModel(config), tokenizer, dtype=torch.float32)
+    else:
+        built = Reranker.from_pretrained(f"tiny-{family}", dtype=torch.float32, **limits)
+    for name, parameter in built.model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data.fill_(math.log(0.02))
+        elif parameter.dim() > 1:
+            parameter.data.mul_(3)
+    return built
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def reranker(request):
+    return make(request.param)
+
+
+@pytest.fixture
+def mamba():
+    return make("mamba")
+
+
+def full(reranker: Reranker, query: str) -> np.ndarray:
+    return reranker.predict([(query, text) for text in DOCUMENTS.values()])
+
+
+def from_states(states, query: str) -> np.ndarray:
+    found = {row["doc_id"]: row["score"] for row in states.rank(query, list(DOCUMENTS))}
+    return np.array([found[doc_id] for doc_id in DOCUMENTS])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "build.lock"}
+
+
+def test_float32_states_give_the_scores_and_the_order_of_full_scoring(reranker, tmp_path):
+    states = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "s", batch_tokens=150)
+    states.batch_size = 5  # several batches, so that one is loaded while another computes
+    held = states.hold(list(DOCUMENTS))
+    for query in QUERIES.values():
+        expected = full(reranker, query)
+        assert np.abs(from_states(states, query) - expected).max() <= 1e-5
+        order = [list(DOCUMENTS)[i] for i in np.argsort(-expected, kind="stable")]
+        assert [row["doc_id"] for row in states.rank(query, list(DOCUMENTS))] == order
+        assert [row["doc_id"] for row in held.rank(query, top_k=3)] == order[:3]
+        assert np.ptp(expected) > 0.01
+    assert states.rank("which river", []) == []
+
+
+def test_reranking_a_run_from_states_is_reranking_it(reranker, tmp_path):
+    collection = load("rankmamba/tiny/test")
+    states = DocumentStates.build(reranker, collection, tmp_path / "s")
+    expected = reranker.rerank(collection.candidates, collection, top_k=6)
+    run = states.rerank(collection.candidates, collection, top_k=6)
+    assert run[["query_id", "doc_id", "rank"]].equals(expected[["query_id", "doc_id", "rank"]])
+    assert np.allclose(run["score"], expected["score"], rtol=0, atol=1e-5)
+    assert states.cost.pairs == len(run) and states.cost.tokens < reranker.cost.tokens / 2
+    with pytest.raises(InputError, match="no-such-query"):
+        states.rerank(collection.candidates.assign(query_id="no-such-query"), collection)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_zeroed_and_a_swapped_state_are_noticed(family, tmp_path):
+    reranker = make(family)
+    states = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "s")
+    expected, load_states = full(reranker, "which river"), states._load
+
+    def zeroed(rows):
+        loaded = load_states(rows)
+        loaded.ssm = torch.zeros_like(loaded.ssm)
+        return loaded
+
+    for broken in (zeroed, lambda rows: load_states(np.roll(rows, 1))):
+        states._load = broken
+        scores = from_states(states, "which river")
+        assert np.abs(scores - expected).max() > 0.05
+        assert (np.argsort(scores) != np.argsort(expected)).any()
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "neox"])
+def test_a_smaller_format_costs_more_of_the_score_and_less_room(family, tmp_path):
+    reranker = make(family)
+    expected, errors, sizes = full(reranker, "which river"), {}, {}
+    for dtype in ("float32", "float16", "bfloat16", "int8", "int4"):
+        states = DocumentStates.build(reranker, DOCUMENTS, tmp_path / dtype, dtype)
+        errors[dtype] = np.abs(from_states(states, "which river") - expected).max() / expected.std()
+        sizes[dtype] = states.nbytes
+    assert errors["float32"] < errors["float16"] < errors["int8"] < errors["int4"]
+    assert errors["float16"] < 0.01 and errors["bfloat16"] < 0.05 and errors["int8"] < errors["int4"] / 4
+    assert sizes["float16"] == sizes["bfloat16"] <= 0.51 * sizes["float32"]
+    assert sizes["int8"] < 0.28 * sizes["float32"] and sizes["int4"] < 0.15 * sizes["float32"]
+
+
+def test_a_document_at_the_130m_shape_takes_750_kb_in_int8_and_400_kb_in_int4():
+    numbers = 24 * 1536 * (16 + 3)
+    assert record_bytes("int8", numbers) <= 750_000 and record_bytes("int4", numbers) <= 400_000
+
+
+def test_keeping_some_layers_is_smaller_and_keeping_all_is_exact(mamba, tmp_path):
+    expected = full(mamba, "which river")
+    everything = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "all", layers=[1, 0])
+    assert np.abs(from_states(everything, "which river") - expected).max() <= 1e-5
+    last = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "last", layers=[1])
+    assert last.nbytes == everything.nbytes / 2
+    assert 1e-3 < np.abs(from_states(last, "which river") - expected).max() < np.ptp(expected)
+    with pytest.raises(InputError, match="from 0 to 1"):
+        DocumentStates.build(mamba, DOCUMENTS, tmp_path / "none", layers=[2])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]).parent))
+import test_states
+calls = 0
+def fsync(handle, fsync=os.fsync):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(handle)
+os.fsync = fsync
+test_states.states_module.BLOCK = (3, 1000)
+test_states.DocumentStates.build(test_states.make("mamba"), test_states.DOCUMENTS, sys.argv[2], "int8")
+"""
+
+
+def test_a_build_that_is_killed_twice_ends_byte_for_byte_as_one_that_is_not(mamba, tmp_path, monkeypatch):
+    monkeypatch.setattr(states_module, "BLOCK", (3, 1000))
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "whole", "int8")
+    for call in (7, 4):  # four a block: states, table, ids, progress
+        command = [sys.executable, "-c", KILLED, __file__, str(tmp_path / "killed"), str(call)]
+        environment = os.environ | {"PYTHONPATH": str(Path(states_module.__file__).parents[1])}
+        assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+        with pytest.raises(InputError, match="stopped"):
+            DocumentStates.open(tmp_path / "killed", mamba)
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "killed", "int8")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_building_again_computes_nothing_and_other_documents_are_refused(mamba, tmp_path, monkeypatch):
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
+    before = contents(tmp_path / "s")
+    monkeypatch.setattr(states_module, "_store", None)
+    assert len(DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")) == len(DOCUMENTS)
+    for documents in (DOCUMENTS | {"word": "bridge"}, DOCUMENTS | {"new": "one more"}, {"empty": ""}):
+        with pytest.raises(InputError, match="documents"):
+            DocumentStates.build(mamba, documents, tmp_path / "s")
+    with pytest.raises(InputError, match="another dtype"):
+        DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s", "int8")
+    assert contents(tmp_path / "s") == before
+
+
+def test_opening_says_what_differs(mamba, tmp_path):
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
+    mamba.save_pretrained(tmp_path / "model")
+    DocumentStates.open(tmp_path / "s", Reranker.from_pretrained(tmp_path / "model", dtype=torch.float32))
+    with pytest.raises(InputError, match="another weights"):
+        DocumentStates.open(tmp_path / "s", make("mamba", seed=1))
+    with pytest.raises(InputError, match="another backbone.*another weights"):
+        DocumentStates.open(tmp_path / "s", make("mamba2"))
+    with pytest.raises(InputError, match="another truncation .*56 tokens.*96 tokens"):
+        DocumentStates.open(tmp_path / "s", make("mamba", max_length=120))
+    with pytest.raises(InputError, match="another precision"):
+        DocumentStates.open(tmp_path / "s", Reranker.from_pretrained(tmp_path / "model", dtype=torch.bfloat16))
+    mamba.inputs.document_prefix = "Text: "
+    with pytest.raises(InputError, match="another template"):
+        DocumentStates.open(tmp_path / "s", mamba)
+    with pytest.raises(InputError, match="without manifest.json"):
+        DocumentStates.open(tmp_path, mamba)
+
+
+@pytest.mark.parametrize("name", ["states.bin", "table.bin", "ids.bin", "lookup.bin", "profile.bin", "manifest.json"])
+def test_a_truncated_and_an_altered_file_are_found(name, mamba, tmp_path):
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s", "int8")
+    path = tmp_path / "s" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-64])
+    with pytest.raises(InputError, match=name):
+        DocumentStates.open(tmp_path / "s", mamba)
+    middle = whole.index(b"float32") if name == "manifest.json" else len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(InputError, match=f"{name}|as it was written"):
+        DocumentStates.open(tmp_path / "s", mamba).rank("which river", list(DOCUMENTS))
+    if name == "states.bin":  # only what is read is checked, and everything on demand
+        states = DocumentStates.open(tmp_path / "s", mamba)
+        assert len(states.rank("which river", ["empty"])) == 1
+        with pytest.raises(InputError, match="as it was written"):
+            states.verify()
+
+
+def test_a_second_builder_is_refused(mamba, tmp_path):
+    with filelock.FileLock(tmp_path / "build.lock"), pytest.raises(InputError, match="one builder"):
+        DocumentStates.build(mamba, DOCUMENTS, tmp_path)
+
+
+def test_a_full_disk_is_said_and_what_was_stored_is_kept(mamba, tmp_path, monkeypatch):
+    monkeypatch.setattr(states_module, "BLOCK", (3, 1000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="too large.*kept"):
+            DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 0 < (tmp_path / "s" / "table.bin").stat().st_size
+    states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
+    assert np.abs(from_states(states, "which river") - full(mamba, "which river")).max() <= 1e-5
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match="lacks"):
+        DocumentStates.build(mamba, DOCUMENTS, tmp_path / "other")
+
+
+def test_ranking_writes_nothing(mamba, tmp_path):
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s", "int8")
+    for path in [*(tmp_path / "s").iterdir(), tmp_path / "s"]:
+        path.chmod(0o555)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")}
+    DocumentStates.open(tmp_path / "s", mamba).rank("which river", list(DOCUMENTS))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*")} == before
+    (tmp_path / "s").chmod(0o755)
+
+
+def test_what_cannot_be_is_refused_by_name(mamba, tmp_path):
+    states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
+    assert "word" in states and "no-such" not in states
+    with pytest.raises(InputError, match="no-such"):
+        states.rank("which river", ["word", "no-such"])
+    with pytest.raises(InputError, match="causal"):
+        DocumentStates.build(Reranker.from_pretrained("tiny-bert"), DOCUMENTS, tmp_path / "bert")
+    with pytest.raises(InputError, match="int4"):
+        DocumentStates.build(mamba, DOCUMENTS, tmp_path / "t", "int2")
+    with pytest.raises(InputError, match="at least one document"):
+        DocumentStates.build(mamba, {}, tmp_path / "u")
