@@ -70,7 +70,7 @@ def main() -> None:
         for name, rate in rates.items():
             print(f"  {name:40} {rate:6.1f} pairs per CPU second; rankmamba is {rates['rankmamba'] / rate:.2f} times as fast")
         worst = max(np.abs(scores[name] - scores["rankmamba"]).max() for name in rates)
-        print(f"  largest difference of scores {worst:.1e} (documents over 462 tokens are cut elsewhere); padded/real tokens {padded / real:.3f}")
+        print(f"  largest difference of scores {worst:.1e} (over 462 tokens they cut elsewhere); padded/real {padded / real:.3f}")
 
 
 if __name__ == "__main__":

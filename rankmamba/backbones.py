@@ -86,7 +86,12 @@ def _nano(name: str, kind: str, config: Callable[[], PreTrainedConfig], note: st
     return ModelSpec(name, kind, config, tokenizer=MINILM, word_embeddings="minilm-l6", note=note)
 
 
-NANO = {"bert": ("encoder", nano_bert), "neox": ("causal", nano_neox), "mamba": ("causal", nano_mamba), "mamba2": ("causal", nano_mamba2)}
+NANO = {
+    "bert": ("encoder", nano_bert),
+    "neox": ("causal", nano_neox),
+    "mamba": ("causal", nano_mamba),
+    "mamba2": ("causal", nano_mamba2),
+}
 
 SYSTEMS = {
     spec.name: spec

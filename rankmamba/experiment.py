@@ -66,7 +66,9 @@ class Experiment:
         timing = {"index_seconds": built - started, "queries_per_s": queries / (time.perf_counter() - built)}
         return self._leave("first_stage", system, "test", config, {"documents": len(self.split("test").documents)}, timing)
 
-    def train(self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None) -> dict:
+    def train(
+        self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None
+    ) -> dict:
         """Train a system on the train split and keep the model; returns the record. A stopped run is marked partial in it."""
         settings = dataclasses.asdict(config)
         record = self._found("train", config.system, "train", settings)
@@ -87,7 +89,7 @@ class Experiment:
         return self._leave("train", config.system, "train", settings, result, timing, ran)
 
     def rerank(self, system: str, first_stage: str, top_k: int, show_progress: bool = True) -> dict:
-        """Rerank the first stage's `top_k` of each dev and test query with a trained system, keep the runs; returns the record."""
+        """Rerank the first stage's `top_k` of each dev and test query with a trained system keep the runs; returns a record."""
         folder = self.model_path(system)
         trained = self._last("train", system, "train")
         if trained is None or not folder.is_dir():
@@ -102,7 +104,9 @@ class Experiment:
             cost += reranker.cost
         result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens}
         timing = {"seconds": cost.seconds, "pairs_per_s": cost.pairs / cost.seconds, "tokens_per_s": cost.tokens / cost.seconds}
-        return self._leave("rerank", system, "test", config, result, timing, {"precision": reranker.precision} | _kernel(reranker))
+        return self._leave(
+            "rerank", system, "test", config, result, timing, {"precision": reranker.precision} | _kernel(reranker)
+        )
 
     def evaluate(self, system: str, mixed_with: str | None = None) -> dict:
         """Measure a system's test run, alone (behind its reranked documents the first stage's order) or mixed with a first stage.
@@ -111,7 +115,9 @@ class Experiment:
         """
         test, run = self.split("test"), self.run(system, "test")
         reranked = self._last("rerank", system, "test")
-        config = {} if reranked is None else {"first_stage": reranked["config"]["first_stage"], "top_k": reranked["config"]["top_k"]}
+        config = (
+            {} if reranked is None else {"first_stage": reranked["config"]["first_stage"], "top_k": reranked["config"]["top_k"]}
+        )
         name, result = system, {}
         if mixed_with is not None:
             name = f"{system} + {mixed_with}"
@@ -137,18 +143,20 @@ class Experiment:
         runs = {system: self.run(system, "test") for system in systems}
         relevant = test.qrels[test.qrels["relevance"] > 0]
         ranks = pd.DataFrame(
-            {system: run.merge(relevant, on=["query_id", "doc_id"]).groupby("query_id")["rank"].min() for system, run in runs.items()}
+            {
+                system: run.merge(relevant, on=["query_id", "doc_id"]).groupby("query_id")["rank"].min()
+                for system, run in runs.items()
+            }
         )
         query_id = (1 / ranks).std(axis=1).sort_values(ascending=False, kind="stable").index[0]
         judged = set(relevant.loc[relevant["query_id"] == query_id, "doc_id"])
         before = runs[systems[0]].query("query_id == @query_id").set_index("doc_id")["rank"]
         columns = {}
         for system, run in runs.items():
-            rows = run[(run["query_id"] == query_id) & (run["rank"] <= top)].set_index("rank")
-            texts = test.documents.get_many(rows["doc_id"])
-            columns[system] = rows["doc_id"].map(
-                lambda doc_id: f"{'✓ ' if doc_id in judged else ''}{texts[doc_id][:90]}… ({systems[0]}: {before.get(doc_id, '-')})"
-            )
+            rows = run[(run["query_id"] == query_id) & (run["rank"] <= top)].set_index("rank")["doc_id"]
+            texts = test.documents.get_many(rows)
+            ticks = rows.isin(judged).map({True: "✓ ", False: ""})
+            columns[system] = ticks + rows.map(texts).str[:90] + f"… ({systems[0]}: " + rows.map(before).astype(str) + ")"
         return test.queries[query_id], pd.DataFrame(columns).fillna("")
 
     def run(self, system: str, part: str) -> pd.DataFrame:
@@ -183,7 +191,16 @@ class Experiment:
     def _leave(self, kind, system, part, config, result, timing, ran: dict | None = None) -> dict:
         note = SYSTEMS[system].note if system in SYSTEMS else ""
         record = new_record(
-            kind, system, f"{self.collection}/{part}", self.scale, self.seed, config, result, timing, environment() | (ran or {}), note
+            kind,
+            system,
+            f"{self.collection}/{part}",
+            self.scale,
+            self.seed,
+            config,
+            result,
+            timing,
+            environment() | (ran or {}),
+            note,
         )
         write_record(self.folder, record)
         return record

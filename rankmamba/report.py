@@ -53,7 +53,7 @@ def provenance(records: list[dict], scale: str) -> str:
         ran, config = record["environment"], record["config"]
         lines.append(
             f"- {record['system']}: {record['result']['steps']} steps of {config['batch_size']} groups of {config['group_size']}, "
-            f"learning rate {config['learning_rate']:g}, at most {config['max_length']} tokens, {ran['precision']}"
+            f"learning rate {config['learning_rate']:g}, {config['max_length']} tokens, {ran['precision']}"
             + (f"; scan: {ran['scan']}" if ran["scan"] != "none" else "")
             + (" (**stopped early**)" if record["result"]["partial"] else "")
         )

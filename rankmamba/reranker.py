@@ -41,7 +41,9 @@ class Reranker:
     True
     """
 
-    def __init__(self, model: RerankerModel, tokenizer, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self, model: RerankerModel, tokenizer, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ):
         """device: default CUDA if there is one, else the CPU. dtype: what matrix products run in; default by the device
         (`precision.autocast_dtype`); weights stay as they are."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -49,7 +51,10 @@ class Reranker:
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
         config = model.config
         self.inputs = PairTokenizer(tokenizer, config.kind, **config.limits)
-        self.has_scan = any(isinstance(module, mixers.ScanMambaMixer | mixers.ScanMamba2Mixer | mixers.ScanFalconMambaMixer) for module in model.modules())
+        self.has_scan = any(
+            isinstance(module, mixers.ScanMambaMixer | mixers.ScanMamba2Mixer | mixers.ScanFalconMambaMixer)
+            for module in model.modules()
+        )
         self.cost = Cost()  # of the last call that scored
 
     @classmethod
@@ -81,9 +86,7 @@ class Reranker:
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
 
-    def predict(
-        self, pairs: Sequence[tuple[str, str]], batch_tokens: int = 2048, show_progress_bar: bool = False
-    ) -> np.ndarray:
+    def predict(self, pairs: Sequence[tuple[str, str]], batch_tokens: int = 2048, show_progress_bar: bool = False) -> np.ndarray:
         """Score [(query, document)]: float32 (n,), raw logits, in the order given.
 
         batch_tokens: tokens in one batch after padding; it changes speed and memory, not the scores.
@@ -151,7 +154,7 @@ class Reranker:
 
     @torch.inference_mode()
     def _score(self, queries, documents, query_of, document_of, batch_tokens, show_progress_bar) -> np.ndarray:
-        """Score pairs given as two index arrays into tokenised queries and documents; a pair that comes twice is computed once."""
+        """Score pairs given as two index arrays into tokenised queries and documents; a pair that recurs is computed once."""
         started = time.perf_counter()
         distinct, place = np.unique(np.stack([query_of, document_of]), axis=1, return_inverse=True)
         query_of, document_of = distinct

@@ -193,15 +193,15 @@ class Writer:
         (self.folder / PROFILE).write_bytes(b"".join(tensor.contiguous().numpy().tobytes() for pair in profile for tensor in pair))
         return profile
 
-    def finish(self) -> None:
-        """Make the store whole.
+    def finish(self, digest: str) -> None:
+        """Make the store whole; digest: of the documents that came.
 
         Raises:
             InputError: the documents are fewer than those stored before, none at all, or one came twice.
         """
         if not self.done["documents"]:
             raise InputError(f"expected at least one document to build states of, got none for {self.folder}")
-        if self.digest.hexdigest() != self.done["digest"]:
+        if digest != self.done["digest"]:
             raise InputError(f"expected the {self.done['documents']:,} documents of {self.folder}, got fewer; choose another folder")
         if self.whole:
             return

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .collection import Collection, Documents, sort_run
 from .errors import InputError
+from .files import replacing
 from .inputs import Pair, token_batches
 from .mixers import MambaState
 from .model import pooled_positions
@@ -30,6 +31,7 @@ from .reranker import Cost, Reranker, _unique
 from .state_store import DTYPES, FLOATS, Parts, Profile, Reader, Writer, building, compare_headers, decode, encode, record_bytes
 
 BLOCK = 256, 1 << 16  # documents and tokens between two commits of a build
+SAMPLE = 16  # documents that the profile of int8 and int4 is made from
 VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "name_or_path", "output_hidden_states"}
 
 
@@ -86,7 +88,7 @@ class DocumentStates:
             with tqdm(total=len(documents), unit="doc", desc=f"states ({dtype})", mininterval=1, disable=not show_progress_bar) as bar:
                 for block in _blocks(reranker, documents, writer, bar):
                     _store(kind, reranker, writer, block, batch_tokens, bar)
-            writer.finish()
+            writer.finish(writer.digest.hexdigest())
         return cls.open(folder, reranker)
 
     @classmethod
@@ -147,6 +149,39 @@ class DocumentStates:
         queries = [collection.queries[query_id] for query_id in query_ids]
         scores = self._score(queries, query_of, self._rows(doc_ids)[document_of], show_progress_bar)
         return sort_run(head.assign(score=scores.astype(np.float64)))
+
+    def convert(self, folder: str | Path, dtype: str, layers: Sequence[int] | None = None) -> "DocumentStates":
+        """Write these states, float32 of all layers, in another format; the backbone does not run.
+
+        Raises:
+            InputError: these states are not float32 of all layers.
+        """
+        manifest, table = self._reader.manifest, self._reader.names.table
+        if self.dtype != "float32" or manifest["header"]["layers"] is not None:
+            raise InputError(f"expected float32 states of all layers to convert, got {self.dtype} in {self._reader.folder}")
+        kind = _kind(self.reranker, layers)
+
+        def parts_of(row: int) -> Parts:
+            room = self._kind.room([int(table["tokens"][row])])
+            parts = self._kind.parts_of(room, 0)
+            decode(self.dtype, self._reader.record(row, sum(part.numel() for part in parts)), parts)
+            return parts
+
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            writer = Writer(temporary, manifest["header"] | {"dtype": dtype, "layers": kind.kept})
+            profile = None
+            if dtype not in FLOATS or kind.kept is not None:
+                profile = writer.write_profile(kind.profile([parts_of(row) for row in range(min(SAMPLE, len(self)))]))
+            for start in range(0, len(self), BLOCK[0]):
+                rows = range(start, min(start + BLOCK[0], len(self)))
+                records = ((row - start, encode(dtype, kind.keep(parts_of(row)), profile and kind.keep(profile))) for row in rows)
+                tokens = [int(table["tokens"][row]) for row in rows]
+                numbers = [_numbers(kind, count) for count in tokens]
+                names = [self._reader.names[row] for row in rows]
+                writer.add(names, tokens, numbers, records, manifest["done"]["digest"])
+            writer.finish(manifest["done"]["digest"])
+        return DocumentStates.open(folder, self.reranker)
 
     def hold(self, doc_ids: Sequence[str]) -> "HeldStates":
         """Load the states of some documents into memory, ready to compute, for many queries.
@@ -327,6 +362,7 @@ def _store(kind, reranker: Reranker, writer: Writer, block, batch_tokens: int, b
 
     def records():
         nonlocal profile
+        waiting, computed = [], 0
         # a state of fixed size makes short documents as large as long ones
         lengths = np.maximum([len(pair) for pair in pairs], 16 if kind.fixed else 1)
         for batch in token_batches(lengths, batch_tokens):
@@ -334,11 +370,16 @@ def _store(kind, reranker: Reranker, writer: Writer, block, batch_tokens: int, b
             ids, mask = (features[name].to(reranker.device) for name in ("input_ids", "attention_mask"))
             with autocast(reranker.device, reranker.dtype):
                 states = kind.read(ids, mask)
-            if profile is None and with_profile:
-                profile = writer.write_profile(kind.profile(states))
-            for place, parts in zip(batch, states, strict=True):
-                yield place, encode(dtype, kind.keep(parts), profile and kind.keep(profile))
+            waiting += zip(batch, states, strict=True)
+            computed += len(batch)
             bar.update(len(batch))
+            if profile is None and with_profile:
+                if len(waiting) < SAMPLE and computed < len(pairs):
+                    continue
+                profile = writer.write_profile(kind.profile([parts for _, parts in waiting]))
+            for place, parts in waiting:
+                yield place, encode(dtype, kind.keep(parts), profile and kind.keep(profile))
+            waiting = []
 
     numbers = [_numbers(kind, len(pair)) for pair in pairs]
     writer.add(doc_ids, [len(pair) for pair in pairs], numbers, records(), digests[-1])

@@ -55,7 +55,11 @@ def read_scale(name: str) -> dict:
         scale = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"expected YAML in {path}, got: {error}") from error
-    if not isinstance(scale, dict) or set(scale) != {"parameters", "minutes"} or not all(isinstance(v, dict) for v in scale.values()):
+    if (
+        not isinstance(scale, dict)
+        or set(scale) != {"parameters", "minutes"}
+        or not all(isinstance(v, dict) for v in scale.values())
+    ):
         raise InputError(f"expected the two mappings 'parameters' and 'minutes' in {path}, got {scale!r:.200}")
     return scale
 
@@ -113,8 +117,8 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
     started = time.monotonic()
     (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     for place, path in enumerate(paths, 1):
-        remaining = sum(minutes.get(later.stem, 0) for later in paths[place - 1 :])
-        say(f"[{place}/{len(paths)}] {path.stem}  elapsed {clock(time.monotonic() - started)}, remaining about {clock(60 * remaining)}")
+        elapsed, left = time.monotonic() - started, sum(minutes.get(later.stem, 0) for later in paths[place - 1 :])
+        say(f"[{place}/{len(paths)}] {path.stem}  elapsed {clock(elapsed)}, remaining about {clock(60 * left)}")
         output = folder / "notebooks" / path.name
         try:
             papermill.execute_notebook(
@@ -124,11 +128,14 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
                 kernel_name="python3",
                 cwd=str(NOTEBOOKS),
                 progress_bar=False,
-                stderr_file=sys.stderr,
+                stderr_file=sys.stderr,  # the progress bars of the cells
+                extra_arguments=["--IPKernelApp.log_level=40"],  # no warning that the local connection is not encrypted
             )
         except PapermillExecutionError as error:
             reason = f"{error.ename}: {error.evalue}" if error.ename != "InputError" else error.evalue
-            raise InputError(f"{path.name} failed in cell {error.exec_count}: {reason}\n  the copy up to there: {output}") from error
+            raise InputError(
+                f"{path.name} failed in cell {error.exec_count}: {reason}\n  the copy up to there: {output}"
+            ) from error
         if path.stem == REPORT:
             export_report(output, folder / "report.html")
     say(f"done in {clock(time.monotonic() - started)}")

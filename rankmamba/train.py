@@ -29,8 +29,8 @@ from .reranker import Reranker
 class TrainConfig:
     """What a training run is made of; every field stands in its record.
 
-    system: a name in the table of systems, a Hub id or a folder. learning_rate: AdamW's peak, reached after `warmup` (a share of all
-    steps) and then decaying linearly to 0. batch_size: queries per step. group_size: documents per query, 1 positive.
+    system: a name in the table of systems, a Hub id or a folder. learning_rate: AdamW's peak, reached after `warmup` (a share
+    of all steps) and then decaying linearly to 0. batch_size: queries per step. group_size: documents per query, 1 positive.
     epochs: passes over the training queries (may be a fraction). max_steps: a cap on the steps, 0 for none.
     max_length, max_query_length: tokens. bf16: None decides by the device.
     """
@@ -54,7 +54,7 @@ class TrainResult:
     """A trained reranker and how it came about.
 
     curve: one row a step, {"step", "loss" (nats), "accuracy" (share of groups whose positive scores highest), "tokens" so far,
-    "seconds" so far}. stopped: ended before its last step, because it was asked to. precision: what matrix products ran in, and why.
+    "seconds" so far}. stopped: ended before its last step, because it was asked to. precision: what products ran in, and why.
     """
 
     reranker: Reranker

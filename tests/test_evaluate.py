@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankmamba.collection import sort_run
+from rankmamba.collection import load, sort_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import (
     MEASURES,
@@ -315,3 +315,11 @@ def test_the_tuned_weight_is_the_best_of_the_grid_and_the_smallest_of_equals():
     for row in table.itertuples():
         assert row.value == per_query(interpolate(MODEL, FIRST, row.weight), qrels, ["RR@100"])["RR@100"].mean()
     assert tune_weight(FIRST, FIRST, qrels)[0] == 0.0
+
+
+def test_an_identity_reranker_reproduces_the_first_stage_exactly():
+    collection = load("rankmamba/tiny/test")
+    candidates = collection.candidates
+    reranked = sort_run(candidates[candidates["rank"] <= 10].sample(frac=1, random_state=0))
+    again = interpolate(reranked, candidates, 1.0)
+    assert per_query(again, collection.qrels).equals(per_query(candidates, collection.qrels))

@@ -54,7 +54,9 @@ def test_saving_and_loading_keeps_every_weight_and_score(reranker, tmp_path):
 def test_a_saved_folder_is_loaded_by_transformers_itself(reranker, tmp_path):
     reranker.save_pretrained(tmp_path / "saved")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
-    batch = reranker.inputs.collate([reranker.inputs.join(reranker.inputs.queries(["a"])[0], reranker.inputs.documents(["b"])[0])])
+    batch = reranker.inputs.collate(
+        [reranker.inputs.join(reranker.inputs.queries(["a"])[0], reranker.inputs.documents(["b"])[0])]
+    )
     with torch.inference_mode():
         assert model(**batch).logits.item() == pytest.approx(float(reranker.predict([("a", "b")])[0]), abs=1e-6)
 

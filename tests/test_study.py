@@ -40,7 +40,8 @@ def test_a_failing_cell_keeps_the_copy_up_to_there(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text, value", [("3", 3), ("1e-3", 1e-3), ("true", True), ("[a, b]", ["a", "b"]), ("rankmamba/nq", "rankmamba/nq"), ("{a: 1}", {"a": 1})]
+    "text, value",
+    [("3", 3), ("1e-3", 1e-3), ("true", True), ("[a, b]", ["a", "b"]), ("rankmamba/nq", "rankmamba/nq"), ("{a: 1}", {"a": 1})],
 )
 def test_a_parameter_means_what_it_looks_like(text, value):
     assert study.parse_parameters([f"name={text}"]) == {"name": value}

@@ -21,7 +21,9 @@ def test_lce_is_minus_log_softmax_of_the_positive_by_hand():
     assert lce_loss(scores).item() == pytest.approx(by_hand, abs=1e-6)
 
 
-@pytest.mark.parametrize("system, learning_rate", [("tiny-bert", 2e-3), ("tiny-neox", 2e-3), ("tiny-mamba", 1e-2), ("tiny-mamba2", 5e-3)])
+@pytest.mark.parametrize(
+    "system, learning_rate", [("tiny-bert", 2e-3), ("tiny-neox", 2e-3), ("tiny-mamba", 1e-2), ("tiny-mamba2", 5e-3)]
+)
 def test_a_hundred_steps_fit_the_tiny_collection(system, learning_rate, tmp_path):
     config = TrainConfig(system, max_steps=100, seed=1, **{**TINY, "learning_rate": learning_rate})
     result = train(config, load("rankmamba/tiny/train"), tmp_path / "model")
@@ -69,14 +71,20 @@ def test_a_tie_does_not_count_as_a_win_of_the_positive():
 def test_stopping_ends_after_the_step_and_keeps_what_was_learnt(tmp_path):
     stop = threading.Event()
     config = TrainConfig("tiny-bert", max_steps=50, **TINY)
-    result = train(config, load("rankmamba/tiny/train"), tmp_path / "model", on_step=lambda row: row["step"] == 3 and stop.set(), stop=stop)
+    result = train(
+        config, load("rankmamba/tiny/train"), tmp_path / "model", on_step=lambda row: row["step"] == 3 and stop.set(), stop=stop
+    )
     assert result.stopped and result.steps == 3
     assert Reranker.from_pretrained(tmp_path / "model").predict([("a", "b")]).shape == (1,)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     with pytest.raises(FloatingPointError, match="step"):
-        train(TrainConfig("tiny-mamba", max_steps=60, **{**TINY, "learning_rate": 1e30}), load("rankmamba/tiny/train"), tmp_path / "model")
+        train(
+            TrainConfig("tiny-mamba", max_steps=60, **{**TINY, "learning_rate": 1e30}),
+            load("rankmamba/tiny/train"),
+            tmp_path / "model",
+        )
     assert not (tmp_path / "model").exists()
 
 
