@@ -215,11 +215,12 @@ def _kernel(reranker: Reranker) -> dict:
 
 
 @contextmanager
-def progress(title: str, steps: int) -> Iterator[Callable[[dict], None]]:
+def progress(title: str) -> Iterator[Callable[[dict], None]]:
     """A bar over training steps with loss, elapsed and remaining time; yields what `train` calls after each step."""
-    with tqdm(total=steps, desc=title, unit="step", mininterval=1) as bar:
+    with tqdm(desc=title, unit="step", mininterval=1) as bar:
 
         def on_step(row: dict) -> None:
+            bar.total = row["of"]
             bar.set_postfix(loss=f"{row['loss']:.2f}", refresh=False)
             bar.update()
 

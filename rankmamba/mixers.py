@@ -18,7 +18,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from .errors import InputError
-from .scan import causal_conv1d, selective_scan, ssd_scan
+from .scan import causal_conv1d, gated_rms_norm, selective_scan, ssd_scan
 
 
 def use_scan(backbone: nn.Module) -> nn.Module:
@@ -263,7 +263,8 @@ class _ScanMamba2(_ScanMixer):
         if record:
             y, last_state = y
             state._write(self.layer_idx, last_inputs, last_state)
-        return self.out_proj(self.norm(y.flatten(2), z).to(hidden_states.dtype))
+        groups = self.intermediate_size // self.norm.group_size
+        return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm.variance_epsilon, groups))
 
 
 def _computed_by_scan(theirs, ours, hooked):

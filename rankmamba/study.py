@@ -129,6 +129,7 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
                 cwd=str(NOTEBOOKS),
                 progress_bar=False,
                 stderr_file=sys.stderr,  # the progress bars of the cells
+                coalesce_streams=True,  # of which the copy keeps the last state
                 extra_arguments=["--IPKernelApp.log_level=40"],  # no warning that the local connection is not encrypted
             )
         except PapermillExecutionError as error:
@@ -144,7 +145,8 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
 
 def export_report(executed: Path, target: Path) -> None:
     """Write an executed notebook as one self-contained HTML file: its text, tables and figures, without the code."""
-    exporter = HTMLExporter(template_name="classic", exclude_input=True, exclude_output_prompt=True, embed_images=True)
+    exporter = HTMLExporter(template_name="classic", exclude_input=True, embed_images=True)
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = ""
     body, _ = exporter.from_filename(str(executed))
     write_text(target, body)

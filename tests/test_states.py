@@ -133,14 +133,24 @@ def test_a_zeroed_and_a_swapped_state_are_noticed(family, tmp_path):
 def test_a_smaller_format_costs_more_of_the_score_and_less_room(family, tmp_path):
     reranker = make(family)
     expected, errors, sizes = full(reranker, "which river"), {}, {}
+    exact = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "exact")
     for dtype in ("float32", "float16", "bfloat16", "int8", "int4"):
-        states = DocumentStates.build(reranker, DOCUMENTS, tmp_path / dtype, dtype)
+        states = exact.convert(tmp_path / dtype, dtype)
         errors[dtype] = np.abs(from_states(states, "which river") - expected).max() / expected.std()
         sizes[dtype] = states.nbytes
     assert errors["float32"] < errors["float16"] < errors["int8"] < errors["int4"]
     assert errors["float16"] < 0.01 and errors["bfloat16"] < 0.05 and errors["int8"] < errors["int4"] / 4
     assert sizes["float16"] == sizes["bfloat16"] <= 0.51 * sizes["float32"]
     assert sizes["int8"] < 0.28 * sizes["float32"] and sizes["int4"] < 0.15 * sizes["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_converting_stores_what_building_in_that_format_does(dtype, mamba, tmp_path):
+    exact = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "exact")
+    built = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "built", dtype)
+    converted = exact.convert(tmp_path / "converted", dtype)
+    assert len(converted) == len(built) and converted.nbytes == built.nbytes
+    assert np.allclose(from_states(converted, "which river"), from_states(built, "which river"), rtol=0, atol=1e-6)
 
 
 def test_a_document_at_the_130m_shape_takes_750_kb_in_int8_and_400_kb_in_int4():
@@ -154,6 +164,8 @@ def test_keeping_some_layers_is_smaller_and_keeping_all_is_exact(mamba, tmp_path
     assert np.abs(from_states(everything, "which river") - expected).max() <= 1e-5
     last = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "last", layers=[1])
     assert last.nbytes == everything.nbytes / 2
+    with pytest.raises(InputError, match="all layers"):
+        last.convert(tmp_path / "again", "int8")
     assert 1e-3 < np.abs(from_states(last, "which river") - expected).max() < np.ptp(expected)
     with pytest.raises(InputError, match="from 0 to 1"):
         DocumentStates.build(mamba, DOCUMENTS, tmp_path / "none", layers=[2])
@@ -177,15 +189,15 @@ test_states.DocumentStates.build(test_states.make("mamba"), test_states.DOCUMENT
 """
 
 
-def test_a_build_that_is_killed_twice_ends_byte_for_byte_as_one_that_is_not(mamba, tmp_path, monkeypatch):
+def test_a_build_that_is_killed_and_goes_on_ends_byte_for_byte_as_one_that_is_not(mamba, tmp_path, monkeypatch):
     monkeypatch.setattr(states_module, "BLOCK", (3, 1000))
     DocumentStates.build(mamba, DOCUMENTS, tmp_path / "whole", "int8")
-    for call in (7, 4):  # four a block: states, table, ids, progress
-        command = [sys.executable, "-c", KILLED, __file__, str(tmp_path / "killed"), str(call)]
-        environment = os.environ | {"PYTHONPATH": str(Path(states_module.__file__).parents[1])}
-        assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
-        with pytest.raises(InputError, match="stopped"):
-            DocumentStates.open(tmp_path / "killed", mamba)
+    # four calls a block, for states, table, ids and progress: the second block is all there, but not committed
+    command = [sys.executable, "-c", KILLED, __file__, str(tmp_path / "killed"), "8"]
+    environment = os.environ | {"PYTHONPATH": str(Path(states_module.__file__).parents[1])}
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    with pytest.raises(InputError, match="3 documents of a build that was stopped"):
+        DocumentStates.open(tmp_path / "killed", mamba)
     DocumentStates.build(mamba, DOCUMENTS, tmp_path / "killed", "int8")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

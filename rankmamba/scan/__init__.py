@@ -1,4 +1,4 @@
-"""The selective scan of Mamba and Mamba-2 and the short convolution before it: one call each, on every device.
+"""The selective scan of Mamba and Mamba-2, the convolution before it and the norm behind it: one call each, on every device.
 
 B batch, L tokens, E inner width, N state size, K taps, H heads of width P, G groups of heads that share B and C. Channels last.
 Activations (u, delta, B, C, z, x) are float32, bfloat16 or float64; the state is float32 (float64 for float64), and so are all sums.
@@ -9,7 +9,7 @@ import torch
 from ..errors import InputError
 from .dispatch import Kernel, forced, implementation, kernel
 
-__all__ = ["Kernel", "causal_conv1d", "forced", "kernel", "selective_scan", "ssd_scan"]
+__all__ = ["Kernel", "causal_conv1d", "forced", "gated_rms_norm", "kernel", "selective_scan", "ssd_scan"]
 
 
 def selective_scan(
@@ -114,6 +114,24 @@ def ssd_scan(
     if groups == 0 or heads % groups:
         raise InputError(f"expected heads in G equal groups, got {heads} heads and G = {groups}")
     return implementation(x).ssd_scan(x, delta, A, B, C, D, initial_state, return_final_state)
+
+
+def gated_rms_norm(
+    y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5, groups: int = 1
+) -> torch.Tensor:
+    """Gate, then norm: g = y silu(z), divided by its root mean square over each of `groups` equal parts of the channels, times weight.
+
+    y, z: (B, L, E). weight: (E,). Returns (B, L, E) in y's precision.
+
+    Raises:
+        InputError: shapes that do not fit.
+    Source: arXiv 2405.21060, figure 6; RMSNormGated of the released code with norm_before_gate=False.
+    """
+    inner = _shape("y", y, 3)[2]
+    _check("y", y, {"z": (z, tuple(y.shape)), "weight": (weight, (inner,))})
+    if groups < 1 or inner % groups:
+        raise InputError(f"expected channels in equal groups, got {inner} channels and {groups} groups")
+    return implementation(y).gated_rms_norm(y, z, weight, epsilon, groups)
 
 
 def _shape(name, tensor, dims):

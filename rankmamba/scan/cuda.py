@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
 CHUNK = 64  # tokens at a time for the part of the scan the kernel lacks; (B, CHUNK, E, N) float32 in memory
@@ -81,3 +82,8 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
         return_final_states=True,
     )
     return (y, final_state.float()) if return_final_state else y
+
+
+def gated_rms_norm(y, z, weight, epsilon, groups=1):
+    """See `rankmamba.scan.gated_rms_norm`."""
+    return rmsnorm_fn(y, weight, None, z=z, eps=epsilon, group_size=y.shape[-1] // groups, norm_before_gate=False)

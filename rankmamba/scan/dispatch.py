@@ -45,10 +45,9 @@ def forced(name: str):
 
 def implementation(tensor: torch.Tensor) -> ModuleType:
     """Return the module whose functions take `tensor`."""
-    module = _forced.get()
-    if module is None:
-        module = portable if tensor.dtype == torch.float64 else _choose(tensor.device.type)[1]
-    return module
+    if tensor.dtype == torch.float64 or torch.compiler.is_compiling():
+        return portable  # the kernels know no float64, and the compiler cannot look into them
+    return _forced.get() or _choose(tensor.device.type)[1]
 
 
 @functools.cache

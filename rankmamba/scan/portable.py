@@ -163,3 +163,11 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
         y = torch.addcmul(y, D.to(wide)[:, None], x.to(wide))
     y, state = y.to(x.dtype), state.reshape(batch, heads, width, n)
     return (y, state) if return_final_state else y
+
+
+def gated_rms_norm(y, z, weight, epsilon, groups=1):
+    """See `rankmamba.scan.gated_rms_norm`."""
+    gated = _wide(y) * F.silu(_wide(z))
+    parts = gated.unflatten(-1, (groups, -1))
+    parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (weight * parts.flatten(-2)).to(y.dtype)

@@ -53,3 +53,9 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     if D is not None:
         y = y + D[:, None] * x
     return (y, h) if return_final_state else y
+
+
+def gated_rms_norm(y, z, weight, epsilon, groups=1):
+    """Gate, root mean square, weight; see `rankmamba.scan.gated_rms_norm`."""
+    parts = (y * F.silu(z)).unflatten(-1, (groups, -1))
+    return weight * (parts / (parts.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()).flatten(-2)

@@ -73,14 +73,23 @@ void run(const Kernel<Arguments> &kernel, const Arguments &arguments, int thread
 
 extern "C" {
 const char *rankmamba_build() { return build.name; }
-int rankmamba_block() { return build.kernels->block; }
-int rankmamba_tile() { return build.kernels->tile; }
+int64_t rankmamba_block() { return build.kernels->block; }
+int64_t rankmamba_tile() { return build.kernels->tile; }
 void rankmamba_use_gomp(void *entry) { gomp_parallel = (decltype(gomp_parallel))entry; }
-void rankmamba_scan_forward(const Scan *s, int threads) { run(build.kernels->scan_forward, *s, threads); }
-void rankmamba_conv_forward(const Conv *s, int threads) { run(build.kernels->conv_forward, *s, threads); }
-void rankmamba_conv_backward(const Conv *s, int threads) { run(build.kernels->conv_backward, *s, threads); }
-void rankmamba_ssd_forward(const Ssd *s, int threads) { run(build.kernels->ssd_forward, *s, threads); }
-void rankmamba_ssd_backward(const Ssd *s, int threads) { run(build.kernels->ssd_backward, *s, threads); }
-void rankmamba_weigh(const Weigh *s, int threads) { run(build.kernels->weigh, *s, threads); }
-void rankmamba_scan_backward(const Scan *s, int threads) { run(build.kernels->scan_backward, *s, threads); }
+
+// One entry for each kernel, and the size of its arguments for the caller to check its own against.
+#define ENTRY(name, Arguments)                                                                            \
+    void rankmamba_##name(const Arguments *arguments, int threads) { run(build.kernels->name, *arguments, threads); } \
+    int64_t rankmamba_##name##_size() { return sizeof(Arguments); }
+ENTRY(scan_forward, Scan)
+ENTRY(scan_backward, Scan)
+ENTRY(conv_forward, Conv)
+ENTRY(conv_backward, Conv)
+ENTRY(ssd_forward, Ssd)
+ENTRY(ssd_backward, Ssd)
+ENTRY(weigh, Weigh)
+ENTRY(pass_forward, Pass)
+ENTRY(pass_backward, Pass)
+ENTRY(norm_forward, Norm)
+ENTRY(norm_backward, Norm)
 }

@@ -1,5 +1,6 @@
 // One build of all kernels. Compiled several times, with WIDTH lanes for an instruction set called ISA.
 #include "causal_conv1d.h"
+#include "gated_norm.h"
 #include "selective_scan.h"
 #include "ssd.h"
 
@@ -15,4 +16,8 @@ extern "C" const Kernels JOIN(rankmamba_kernels_, ISA) = {
     {ssd_items, ssd_forward_workspace, ssd_forward_run},
     {ssd_items, ssd_backward_workspace, ssd_backward_run},
     {weigh_items, weigh_workspace, weigh_run},
+    {pass_items, pass_workspace, pass_run<false>},
+    {pass_items, pass_workspace, pass_run<true>},
+    {norm_items, norm_workspace, norm_forward_run},
+    {norm_items, norm_workspace, norm_backward_run},
 };

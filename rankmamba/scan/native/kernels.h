@@ -61,10 +61,37 @@ struct Ssd {
 // Rows times one factor per token and head, cut into chunks: (B, L, H P) to (chunks, B, Q, H P), zeros where the last chunk has no token.
 struct Weigh {
     int64_t batch, length, heads, width, chunk, chunks;
-    int64_t from;  // the first chunk wanted
+    int64_t start;  // the first chunk wanted
     Rows x, out;
     const float *factor;  // (B, all chunks, Q, H)
     int64_t factor_batch_stride;
+};
+
+// From chunk to chunk, in place: `states` comes with what each chunk adds to the state and leaves with the state after it, from first
+// to last; in the backward, with the gradient of the state before each chunk as far as it read it, and leaves with all of that gradient,
+// from last to first.
+struct Pass {
+    int64_t batch, groups, n, heads, width, chunks;  // B, G, N, H, P
+    void *states;  // (chunks, B, G, N, H/G P)
+    int64_t bfloat16;
+    const float *kept;  // what a chunk leaves of the state before it: [b kept_batch_stride + chunk kept_chunk_stride + h]
+    int64_t kept_batch_stride, kept_chunk_stride;
+    const float *initial;  // the state before the first chunk, or the gradient of that after the last; (B, G, N, H/G P) or null
+    float *final;  // the state after the last, or the gradient of that before the first; likewise or null
+    // backward only
+    const void *before;  // the state before each chunk, like states
+    float *dlog;  // (parts, B, chunks, H): the gradient of the logarithm of kept, to be summed over the parts of N
+};
+
+// y silu(z), then divided by its root mean square over each of `groups` parts of a row, times weight (E).
+struct Norm {
+    int64_t batch, length, inner, groups;
+    float epsilon;
+    Rows y, z, out;
+    const float *weight;
+    // backward only
+    Rows dout, dy, dz;
+    float *dweight;  // (items, E), to be summed
 };
 }
 
@@ -82,4 +109,6 @@ struct Kernels {
     Kernel<Conv> conv_forward, conv_backward;
     Kernel<Ssd> ssd_forward, ssd_backward;
     Kernel<Weigh> weigh;
+    Kernel<Pass> pass_forward, pass_backward;
+    Kernel<Norm> norm_forward, norm_backward;
 };

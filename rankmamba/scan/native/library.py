@@ -1,62 +1,92 @@
 """The compiled library: loaded with ctypes, called with pointers to torch's memory; no compiler is needed at run time.
 
-Importing this module raises ImportError where the library was not built.
+Importing this module raises ImportError where the library was not built, or was built from other sources.
 """
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 
-_SMALL = 1 << 18  # multiplications (with an exponential each) that take some 60 microseconds: less is not worth another thread
+_SMALL = 1 << 18  # multiplications that take some 60 microseconds: less is not worth another thread
 
 
 class Rows(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64), ("bfloat16", c_int64)]
 
 
-def _structure(name, **kinds):
-    """A C struct from one string of member names per kind, in the order given."""
-    fields = [(member, kind) for members, kind in kinds.values() for member in members.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+def _structure(name, *fields):
+    """A C struct from (member names, kind) pairs, in kernels.h's order."""
+    members = [(member, kind) for names, kind in fields for member in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": members})
 
 
-# As in kernels.h.
 Scan = _structure(
     "Scan",
-    sizes=("batch length inner states", c_int64),
-    rows=("u delta B C z", Rows),
-    plain=("A2 D delta_bias initial", c_void_p),
-    out=("y", Rows),
-    states=("final checkpoints", c_void_p),
-    groups=("groups", c_int64),
-    gradients=("dy du ddelta dz", Rows),
-    sums=("dfinal dinitial dA dD ddelta_bias dB dC", c_void_p),
+    ("batch length inner states", c_int64),
+    ("u delta B C z", Rows),
+    ("A2 D delta_bias initial", c_void_p),
+    ("y", Rows),
+    ("final checkpoints", c_void_p),
+    ("groups", c_int64),
+    ("dy du ddelta dz", Rows),
+    ("dfinal dinitial dA dD ddelta_bias dB dC", c_void_p),
 )
 Conv = _structure(
     "Conv",
-    sizes=("batch length inner taps silu", c_int64),
-    rows=("x y initial", Rows),
-    plain=("weight bias", c_void_p),
-    gradients=("dy dx dinitial", Rows),
-    sums=("dweight dbias", c_void_p),
+    ("batch length inner taps silu", c_int64),
+    ("x y initial", Rows),
+    ("weight bias", c_void_p),
+    ("dy dx dinitial", Rows),
+    ("dweight dbias", c_void_p),
 )
 Ssd = _structure(
     "Ssd",
-    sizes=("batch length heads width groups chunk chunks carried_from dxw_until", c_int64),
-    rows=("x y carried", Rows),
-    plain=("scores log_high log_low delta D", c_void_p),
-    gradients=("dy dxw dx", Rows),
-    sums=("dscores da ddelta dD", c_void_p),
+    ("batch length heads width groups chunk chunks carried_from dxw_until", c_int64),
+    ("x y carried", Rows),
+    ("scores log_high log_low delta D", c_void_p),
+    ("dy dxw dx", Rows),
+    ("dscores da ddelta dD", c_void_p),
 )
 Weigh = _structure(
     "Weigh",
-    sizes=("batch length heads width chunk chunks start", c_int64),
-    rows=("x out", Rows),
-    plain=("factor", c_void_p),
-    stride=("factor_batch_stride", c_int64),
+    ("batch length heads width chunk chunks start", c_int64),
+    ("x out", Rows),
+    ("factor", c_void_p),
+    ("factor_batch_stride", c_int64),
 )
+Pass = _structure(
+    "Pass",
+    ("batch groups n heads width chunks", c_int64),
+    ("states", c_void_p),
+    ("bfloat16", c_int64),
+    ("kept", c_void_p),
+    ("kept_batch_stride kept_chunk_stride", c_int64),
+    ("initial final before dlog", c_void_p),
+)
+Norm = _structure(
+    "Norm",
+    ("batch length inner groups", c_int64),
+    ("epsilon", c_float),
+    ("y z out", Rows),
+    ("weight", c_void_p),
+    ("dout dy dz", Rows),
+    ("dweight", c_void_p),
+)
+_KERNELS = {
+    "scan_forward": Scan,
+    "scan_backward": Scan,
+    "conv_forward": Conv,
+    "conv_backward": Conv,
+    "ssd_forward": Ssd,
+    "ssd_backward": Ssd,
+    "weigh": Weigh,
+    "pass_forward": Pass,
+    "pass_backward": Pass,
+    "norm_forward": Norm,
+    "norm_backward": Norm,
+}
 
 
 def _load():
@@ -64,6 +94,12 @@ def _load():
     if not found:
         raise ImportError(f"no compiled library in {Path(__file__).parent}")
     library = ctypes.CDLL(str(found[0]))
+    try:
+        sizes = {name: getattr(library, f"rankmamba_{name}_size")() for name in _KERNELS}
+    except AttributeError:
+        sizes = {}
+    if sizes != {name: ctypes.sizeof(arguments) for name, arguments in _KERNELS.items()}:
+        raise ImportError(f"{found[0]} was built from other sources than this package's; install it again")
     library.rankmamba_build.restype = ctypes.c_char_p
     # torch's own pool of threads, where it has one that can be shared: two pools would fight for the cores.
     gomp = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
@@ -71,25 +107,32 @@ def _load():
     return library
 
 
-library = _load()
-BLOCK, TILE = library.rankmamba_block(), library.rankmamba_tile()
+_library = _load()
+BLOCK, TILE = _library.rankmamba_block(), _library.rankmamba_tile()
 
 
 def description() -> str:
     """Say which build of the kernels this processor runs."""
-    return f"compiled kernels, {library.rankmamba_build().decode()} build"
+    return f"compiled kernels, {_library.rankmamba_build().decode()} build"
 
 
-def tracked(tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def call(kernel: str, arguments: ctypes.Structure, threads: int) -> None:
+    """Run a kernel; every tensor that `arguments` points to must be alive."""
+    getattr(_library, f"rankmamba_{kernel}")(ctypes.byref(arguments), threads)
 
 
-def threads(work):
+def workers(work: int) -> int:
+    """Return how many threads this many multiplications are worth, torch's setting at most."""
     return max(1, min(torch.get_num_threads(), work // _SMALL))
 
 
+def tracked(tensors) -> bool:
+    """Say whether a gradient will be wanted."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def as_rows(tensor):
-    """float32 or bfloat16, a token's channels side by side; the rows may lie anywhere."""
+    """Return float32 or bfloat16 with a token's channels side by side; the rows may lie anywhere."""
     if tensor is None:
         return None
     tensor = tensor.detach()
@@ -98,11 +141,11 @@ def as_rows(tensor):
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def plain(tensor):
+def as_plain(tensor):
     return None if tensor is None else tensor.detach().float().contiguous()
 
 
-def rows(tensor):
+def rows(tensor) -> Rows:
     if tensor is None:
         return Rows()
     return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.dtype == torch.bfloat16)

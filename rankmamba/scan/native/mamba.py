@@ -1,13 +1,12 @@
 """Mamba's scan and convolution with the native kernels, forward and backward."""
 
-import ctypes
 import math
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .. import portable
-from .library import BLOCK, TILE, Conv, Scan, as_rows, library, plain, pointer, rows, threads, tracked
+from .library import BLOCK, TILE, Conv, Scan, as_plain, as_rows, call, pointer, rows, tracked, workers
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
@@ -36,59 +35,55 @@ class _SelectiveScan(torch.autograd.Function):
         *tensors, checkpoints = ctx.saved_tensors
         if dy is None and dfinal is None:
             return (None,) * len(tensors)
-        gradients = _scan_backward(*tensors, checkpoints, dy, dfinal)
-        return tuple(
-            gradient if needed and tensor is not None else None
-            for gradient, needed, tensor in zip(gradients, ctx.needs_input_grad, tensors, strict=True)
-        )
+        return _scan_backward(*tensors, checkpoints, dy, dfinal)
 
 
 def _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
-    """Return the C arguments, the tensors that must outlive the call, and (B, L, E, N)."""
-    sizes = (*u.shape, A.shape[1])
-    keep = {"u": as_rows(u), "delta": as_rows(delta), "B": as_rows(B), "C": as_rows(C), "z": as_rows(z)}
-    keep["A2"] = (A.detach().float() * math.log2(math.e)).t().contiguous()
-    keep |= {"D": plain(D), "delta_bias": plain(delta_bias), "initial": plain(initial_state)}
-    arguments = Scan(*sizes)
-    for name in ("u", "delta", "B", "C", "z"):
-        setattr(arguments, name, rows(keep[name]))
-    for name in ("A2", "D", "delta_bias", "initial"):
-        setattr(arguments, name, pointer(keep[name]))
-    return arguments, keep, sizes
+    """Return the C arguments and the tensors they point to."""
+    alive = {"u": as_rows(u), "delta": as_rows(delta), "B": as_rows(B), "C": as_rows(C), "z": as_rows(z)}
+    arguments = Scan(*u.shape, A.shape[1])
+    for name, tensor in alive.items():
+        setattr(arguments, name, rows(tensor))
+    plain = {"A2": (A.detach().float() * math.log2(math.e)).t().contiguous()}
+    plain |= {"D": as_plain(D), "delta_bias": as_plain(delta_bias), "initial": as_plain(initial_state)}
+    for name, tensor in plain.items():
+        setattr(arguments, name, pointer(tensor))
+    return arguments, alive | plain
 
 
-def _scan_forward(*tensors, keep, want_final):
-    arguments, alive, (batch, length, inner, n) = _scan_arguments(*tensors)
-    y = torch.empty(batch, length, inner, dtype=alive["u"].dtype)
+def _scan_forward(u, delta, A, B, C, D, z, delta_bias, initial_state, keep, want_final):
+    """Return y, the final state and, to keep for the backward, the state before each tile of tokens; None where not asked for."""
+    arguments, alive = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    (batch, length, inner), n = u.shape, A.shape[1]
+    y = torch.empty(u.shape, dtype=alive["u"].dtype)
     final_state = torch.empty(batch, inner, n) if want_final else None
-    blocks, tiles = -(-inner // BLOCK), -(-length // TILE)
-    checkpoints = torch.empty(batch, blocks, tiles, n, BLOCK) if keep else None
+    checkpoints = torch.empty(batch, -(-inner // BLOCK), -(-length // TILE), n, BLOCK) if keep else None
     arguments.y, arguments.final, arguments.checkpoints = rows(y), pointer(final_state), pointer(checkpoints)
-    library.rankmamba_scan_forward(ctypes.byref(arguments), threads(batch * length * inner * n))
-    return y.to(tensors[0].dtype), final_state, checkpoints
+    call("scan_forward", arguments, workers(u.numel() * n))
+    return y.to(u.dtype), final_state, checkpoints
 
 
 def _scan_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints, dy, dfinal):
-    arguments, alive, (batch, length, inner, n) = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    workers = threads(batch * length * inner * n)
-    blocks = -(-inner // BLOCK)
-    groups = 1 if batch % workers == 0 else min(blocks, -(-4 * workers // batch))
-    dy = torch.zeros_like(alive["u"]) if dy is None else as_rows(dy)
-    dfinal = plain(dfinal)
-    du, ddelta, dz = (None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (alive["u"], alive["delta"], alive["z"]))
-    dinitial, dA = torch.empty(batch, inner, n), torch.empty(batch, n, inner)
-    dD, dbias = torch.empty(batch, inner), torch.empty(batch, inner)
-    dB, dC = torch.empty(groups, batch, length, n), torch.empty(groups, batch, length, n)
-    arguments.checkpoints, arguments.groups = pointer(checkpoints), groups
-    arguments.dy, arguments.du, arguments.ddelta, arguments.dz = (rows(t) for t in (dy, du, ddelta, dz))
-    for name, tensor in {
-        "dfinal": dfinal, "dinitial": dinitial, "dA": dA, "dD": dD, "ddelta_bias": dbias, "dB": dB, "dC": dC,
-    }.items():  # fmt: skip
-        setattr(arguments, name, pointer(tensor))
-    library.rankmamba_scan_backward(ctypes.byref(arguments), workers)
-    gradients = (du, ddelta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dinitial)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)]
+    arguments, alive = _scan_arguments(*inputs)
+    (batch, length, inner), n = u.shape, A.shape[1]
+    threads = workers(u.numel() * n)
+    # A sequence's channels are dealt to several threads only where there are too few sequences: dB and dC are sums over channels.
+    groups = 1 if batch % threads == 0 else min(-(-inner // BLOCK), -(-4 * threads // batch))
+    dy = torch.zeros_like(alive["u"]) if dy is None else as_rows(dy)
+    dfinal = as_plain(dfinal)
+    du, ddelta, dz = (None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (alive["u"], alive["delta"], alive["z"]))
+    sums = {"dA": (batch, n, inner), "dD": (batch, inner), "ddelta_bias": (batch, inner)}
+    sums |= {"dinitial": (batch, inner, n), "dB": (groups, batch, length, n), "dC": (groups, batch, length, n)}
+    sums = {name: torch.empty(shape) for name, shape in sums.items()}
+    arguments.checkpoints, arguments.groups, arguments.dfinal = pointer(checkpoints), groups, pointer(dfinal)
+    arguments.dy, arguments.du, arguments.ddelta, arguments.dz = (rows(t) for t in (dy, du, ddelta, dz))
+    for name, tensor in sums.items():
+        setattr(arguments, name, pointer(tensor))
+    call("scan_backward", arguments, threads)
+    dA, dD, dbias, dB, dC = (sums[name].sum(0) for name in ("dA", "dD", "ddelta_bias", "dB", "dC"))
+    gradients = (du, ddelta, dA.t(), dB, dC, dD, dz, dbias, sums["dinitial"])
+    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))
 
 
 def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
@@ -100,11 +95,11 @@ def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=F
     if not return_final_state:
         return y
     batch, length, inner = x.shape
-    past = weight.shape[1] - 1
-    if length < past:
-        before = x.new_zeros(batch, past, inner) if initial_state is None else initial_state.to(x.dtype)
-        return y, torch.cat([before, x], 1)[:, length:]
-    return y, x[:, length - past :].clone()
+    kept = weight.shape[1] - 1
+    if length >= kept:
+        return y, x[:, length - kept :].clone()
+    before = x.new_zeros(batch, kept, inner) if initial_state is None else initial_state.to(x.dtype)
+    return y, torch.cat([before, x], 1)[:, length:]
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -117,35 +112,34 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        tensors = ctx.saved_tensors
-        gradients = _conv_backward(*tensors, ctx.silu, dy)
-        return *(None if t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)), None
+        return *_conv_backward(*ctx.saved_tensors, ctx.silu, dy), None
 
 
 def _conv_arguments(x, weight, bias, initial_state, silu):
-    keep = {"x": as_rows(x), "initial": as_rows(initial_state)}
-    keep |= {"weight": weight.detach().float().t().contiguous(), "bias": plain(bias)}
+    """Return the C arguments and the tensors they point to."""
+    alive = x, initial, weight_t, bias_f = as_rows(x), as_rows(initial_state), as_plain(weight.t()), as_plain(bias)
     arguments = Conv(*x.shape, weight.shape[1], silu)
-    arguments.x, arguments.initial = rows(keep["x"]), rows(keep["initial"])
-    arguments.weight, arguments.bias = pointer(keep["weight"]), pointer(keep["bias"])
-    return arguments, keep
+    arguments.x, arguments.initial = rows(x), rows(initial)
+    arguments.weight, arguments.bias = pointer(weight_t), pointer(bias_f)
+    return arguments, alive
 
 
 def _conv_forward(x, weight, bias, initial_state, silu):
     arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
-    y = torch.empty(x.shape, dtype=alive["x"].dtype)
+    y = torch.empty(x.shape, dtype=alive[0].dtype)
     arguments.y = rows(y)
-    library.rankmamba_conv_forward(ctypes.byref(arguments), threads(x.numel() * 4))
+    call("conv_forward", arguments, workers(x.numel() * weight.shape[1]))
     return y.to(x.dtype)
 
 
 def _conv_backward(x, weight, bias, initial_state, silu, dy):
     arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
-    batch, _, inner = x.shape
-    taps = weight.shape[1]
-    dy, dx = as_rows(dy), torch.empty(x.shape, dtype=alive["x"].dtype)
+    (batch, _, inner), taps = x.shape, weight.shape[1]
+    dy, dx = as_rows(dy), torch.empty(x.shape, dtype=alive[0].dtype)
     dinitial, dweight, dbias = torch.empty(batch, taps - 1, inner), torch.empty(batch, taps, inner), torch.empty(batch, inner)
     arguments.dy, arguments.dx, arguments.dinitial = rows(dy), rows(dx), rows(dinitial)
     arguments.dweight, arguments.dbias = pointer(dweight), pointer(dbias)
-    library.rankmamba_conv_backward(ctypes.byref(arguments), threads(x.numel() * 8))
-    return dx, dweight.sum(0).t(), dbias.sum(0), dinitial
+    call("conv_backward", arguments, workers(2 * x.numel() * taps))
+    gradients = (dx, dweight.sum(0).t(), dbias.sum(0), dinitial)
+    inputs = (x, weight, bias, initial_state)
+    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))

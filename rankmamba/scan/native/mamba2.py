@@ -1,10 +1,9 @@
-"""Mamba-2's scan on a CPU: matrix products by torch, everything between them by the native kernels (arXiv 2405.21060, section 6).
+"""Mamba-2's scan and norm: matrix products by torch, everything between them by the native kernels (arXiv 2405.21060, section 6).
 
 The sequence is cut into c chunks of Q tokens. The S = H / G heads of a group share B and C: so what a chunk adds to the state is one
 product (N, Q) (Q, S P), and what it reads from it one product (Q, N) (N, S P), with the state as (N, S P).
 """
 
-import ctypes
 import math
 
 import torch
@@ -12,8 +11,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .. import portable
-from .library import Ssd, Weigh, as_rows, library, plain, pointer, rows, threads, tracked
+from .library import Norm, Pass, Ssd, Weigh, as_plain, as_rows, call, pointer, rows, tracked, workers
 
+PART = 8  # state indices, as in ssd.h
+NORM_ROWS = 32  # tokens, as in gated_norm.h
 CHUNK = 64  # tokens at most; work inside a chunk grows with Q, work on the states between chunks with 1/Q
 
 
@@ -67,7 +68,7 @@ class _Chunks:
         self.adds_until = self.count if want_final else self.count - 1  # chunks beyond need not add to it
         self.x = self._rows(x)
         self.work = self.x.dtype  # the large products run in this; states and decays are float32
-        self.A, self.D, self.initial_state = A.detach().float(), plain(D), initial_state
+        self.A, self.D, self.initial_state = A.detach().float(), as_plain(D), initial_state
         self.B, self.C = self._cut(B), self._cut(C)  # (c, B, G, Q, N)
         self.delta = self._fill(delta.detach().float()).unflatten(1, (self.count, self.size))  # (B, c, Q, H)
         # Decays are made of differences of these sums, hence the double precision, and two floats for the kernel.
@@ -81,23 +82,23 @@ class _Chunks:
 
     def forward(self):
         """Return y (B, L, H, P) and the final state (B, H, P, N), if wanted."""
-        added = self.B[: self.adds_until].mT @ self._weigh(self.x, self.until_end, 0, self.adds_until)
-        reading = self.count - self.reads_from
-        if reading:
-            self.before = torch.empty(reading, *self._state_shape, dtype=self.work)
-        state = None if self.initial_state is None else self._inside(self.initial_state)
-        for k in range(self.count):
-            if k >= self.reads_from:
-                self.before[k - self.reads_from] = state
-            if k < self.adds_until:
-                state = added[k].float() if state is None else self._decay(k, state).add_(added[k])
-        if reading:
-            self.carried = (self.C[self.reads_from :] @ self.before).transpose(2, 3).reshape(-1, self.size, self.heads * self.width)
-        y = torch.empty(self.batch, self.length, self.heads * self.width, dtype=self.work)
+        initial = None if self.initial_state is None else self._inside(self.initial_state)
+        given = 0 if initial is None else 1
+        states = torch.empty(given + self.adds_until, *self._state_shape, dtype=self.work)
+        if given:
+            states[0] = initial
+        added = states[given:]
+        torch.matmul(self.B[: self.adds_until].mT, self._weigh(self.x, self.until_end, 0, self.adds_until), out=added)
+        final = torch.empty(self._state_shape) if self.adds_until == self.count else None
+        self._pass("pass_forward", added, 0, initial, final)
+        if self.reads_from < self.count:
+            self.before = states[: self.count - self.reads_from]
+            self.carried = self._flat(self.C[self.reads_from :] @ self.before)
+        y = torch.empty(self.x.shape, dtype=self.work)
         arguments = self._arguments()
         arguments.y = rows(y)
-        library.rankmamba_ssd_forward(ctypes.byref(arguments), threads(self.x.numel() * self.size))
-        return y.unflatten(2, (self.heads, self.width)), self._outside(state) if self.adds_until == self.count else None
+        call("ssd_forward", arguments, workers(self.x.numel() * self.size))
+        return y.unflatten(2, (self.heads, self.width)), None if final is None else self._outside(final)
 
     def backward(self, dy, dfinal):
         """Return the gradients of x, delta, A, B, C, D and the initial state."""
@@ -105,39 +106,35 @@ class _Chunks:
         reading, adding = slice(self.reads_from, None), slice(None, self.adds_until)
         dB, dC = torch.zeros(self.B.shape), torch.zeros(self.C.shape)
         dlog = torch.zeros(self.batch, self.count, self.size, self.heads)  # of the running sums of delta A
-        # back through the states: from y, and from each state to the one before
-        if self.before is not None:
+        # Back through the states. Each slot: the gradient of the state before a chunk, the last one: that of the final state.
+        count = self.count - self.reads_from
+        dstates = torch.empty(count + (self.adds_until == self.count), *self._state_shape, dtype=self.work)
+        dfinal = None if dfinal is None else self._inside(dfinal)
+        dstates[count:] = 0 if dfinal is None else dfinal
+        dinitial = None if self.initial_state is None else torch.empty(self._state_shape)
+        if count:
             read = self._weigh(dy, self.since_start, self.reads_from, self.count)
-            dbefore = self.C[reading].mT @ read
             dC[reading] = read @ self.before.mT
-        dstate = torch.zeros(self._state_shape) if dfinal is None else self._inside(dfinal)
-        dadded = torch.empty(self.adds_until, *self._state_shape, dtype=self.work)
-        for k in reversed(range(self.count)):
-            if k < self.adds_until:
-                dadded[k] = dstate
-            if k >= self.reads_from:
-                kept = self._decay(k, dstate)
-                products = (kept * self.before[k - self.reads_from]).unflatten(3, (self.shared, self.width))
-                dlog[:, k, -1] = products.sum((2, 4)).flatten(1)
-                dstate = kept.add_(dbefore[k - self.reads_from])
+            torch.matmul(self.C[reading].mT, read, out=dstates[:count])
+            dlog[:, reading, -1] = self._pass("pass_backward", dstates[:count], self.reads_from, dfinal, dinitial)
+        dadded = dstates[1 - self.reads_from :][adding]
         dB[adding] = self._weigh(self.x, self.until_end, 0, self.adds_until) @ dadded.mT
-        dxw = (self.B[adding] @ dadded).transpose(2, 3).reshape(-1, self.size, self.heads * self.width)
-        # inside the chunks
+        dxw = self._flat(self.B[adding] @ dadded)
+        # Inside the chunks.
         dx, dscores = torch.empty(self.x.shape, dtype=self.work), torch.empty(self.scores.shape)
         dlog_inside, ddelta = torch.empty(self.delta.shape), torch.empty(self.delta.shape)
         dD = torch.empty(self.count, self.batch, self.heads)
         arguments = self._arguments()
-        arguments.dy, arguments.dxw, arguments.dx = rows(dy), rows(dxw) if self.adds_until else rows(None), rows(dx)
+        arguments.dy, arguments.dxw, arguments.dx = rows(dy), rows(dxw), rows(dx)
         arguments.dscores, arguments.da, arguments.ddelta, arguments.dD = map(pointer, (dscores, dlog_inside, ddelta, dD))
-        library.rankmamba_ssd_backward(ctypes.byref(arguments), threads(4 * self.x.numel() * self.size))
+        call("ssd_backward", arguments, workers(4 * self.x.numel() * self.size))
         dC += dscores @ self.B.float()
         dB += dscores.mT @ self.C.float()
-        # delta A goes into all later sums of its chunk
+        # A token's delta A goes into all later sums of its chunk.
         dlog = dlog.add_(dlog_inside).flip(2).cumsum(2).flip(2)
-        ddelta.addcmul_(dlog, self.A)
+        ddelta = ddelta.addcmul_(dlog, self.A).flatten(1, 2)[:, : self.length]
         dA = (dlog * self.delta).sum((0, 1, 2))
-        dinitial = None if self.initial_state is None else self._outside(dstate)
-        ddelta = ddelta.flatten(1, 2)[:, : self.length]
+        dinitial = None if dinitial is None else self._outside(dinitial)
         return dx.unflatten(2, (self.heads, self.width)), ddelta, dA, self._uncut(dB), self._uncut(dC), dD.sum((0, 1)), dinitial
 
     @property
@@ -146,15 +143,24 @@ class _Chunks:
 
     def _inside(self, state):
         """(B, H, P, N) -> (B, G, N, S P)"""
-        return state.detach().float().unflatten(1, (self.groups, self.shared)).permute(0, 1, 4, 2, 3).flatten(3)
+        return state.detach().float().unflatten(1, (self.groups, self.shared)).permute(0, 1, 4, 2, 3).flatten(3).contiguous()
 
     def _outside(self, state):
         return state.unflatten(3, (self.shared, self.width)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
-    def _decay(self, k, state):
-        """What is left of a state after chunk k; a new tensor."""
-        kept = self.since_start[:, k, -1].view(self.batch, self.groups, 1, self.shared, 1)
-        return (state.unflatten(3, (self.shared, self.width)) * kept).flatten(3)
+    def _pass(self, kernel, states, start, initial, final):
+        """Run a state through the chunks from `start` on, in `states`; return the gradient of log kept, (B, chunks, H), if backward."""
+        kept = self.since_start[:, start:, -1]
+        arguments = Pass(self.batch, self.groups, self.n, self.heads, self.width, len(states), pointer(states))
+        arguments.bfloat16 = self.work == torch.bfloat16
+        arguments.kept, arguments.kept_batch_stride, arguments.kept_chunk_stride = pointer(kept), kept.stride(0), kept.stride(1)
+        arguments.initial, arguments.final = pointer(initial), pointer(final)
+        dlog = None
+        if kernel == "pass_backward":
+            dlog = torch.empty(-(-self.n // PART), self.batch, len(states), self.heads)
+            arguments.before, arguments.dlog = pointer(self.before), pointer(dlog)
+        call(kernel, arguments, workers(states.numel()))
+        return None if dlog is None else dlog.sum(0)
 
     @staticmethod
     def _rows(x):
@@ -175,13 +181,17 @@ class _Chunks:
     def _uncut(self, x):
         return x.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : self.length]
 
+    def _flat(self, x):
+        """(c, B, G, Q, S P) -> (c B, Q, H P)"""
+        return x.transpose(2, 3).reshape(-1, self.size, self.heads * self.width)
+
     def _weigh(self, x, factor, start, stop):
         """x (B, L, H P) times factor (B, c, Q, H), chunks start to stop: (stop - start, B, G, Q, S P)"""
         out = torch.empty((stop - start) * self.batch, self.size, self.heads * self.width, dtype=self.work)
         arguments = Weigh(self.batch, self.length, self.heads, self.width, self.size, stop - start, start)
         arguments.x, arguments.out, arguments.factor = rows(x), rows(out), pointer(factor)
         arguments.factor_batch_stride = factor.stride(0)
-        library.rankmamba_weigh(ctypes.byref(arguments), threads(out.numel()))
+        call("weigh", arguments, workers(out.numel()))
         return out.view(stop - start, self.batch, self.size, self.groups, self.shared * self.width).transpose(2, 3)
 
     def _arguments(self):
@@ -191,3 +201,49 @@ class _Chunks:
         arguments.scores, arguments.log_high, arguments.log_low = map(pointer, (self.scores, self.log_high, self.log_low))
         arguments.delta, arguments.D = pointer(self.delta), pointer(self.D)
         return arguments
+
+
+def gated_rms_norm(y, z, weight, epsilon, groups=1):
+    """See `rankmamba.scan.gated_rms_norm`."""
+    if y.numel() == 0:
+        return portable.gated_rms_norm(y, z, weight, epsilon, groups)
+    if tracked((y, z, weight)):
+        return _GatedNorm.apply(y, z, weight, epsilon, groups)
+    return _norm_forward(y, z, weight, epsilon, groups)
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, z, weight, epsilon, groups):
+        ctx.save_for_backward(y, z, weight)
+        ctx.epsilon, ctx.groups = epsilon, groups
+        return _norm_forward(y, z, weight, epsilon, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return *_norm_backward(*ctx.saved_tensors, ctx.epsilon, ctx.groups, dout), None, None
+
+
+def _norm_arguments(y, z, weight, epsilon, groups):
+    alive = as_rows(y), as_rows(z), as_plain(weight)
+    return Norm(*y.shape, groups, epsilon, rows(alive[0]), rows(alive[1]), weight=pointer(alive[2])), alive
+
+
+def _norm_forward(y, z, weight, epsilon, groups):
+    arguments, alive = _norm_arguments(y, z, weight, epsilon, groups)
+    out = torch.empty(y.shape, dtype=alive[0].dtype)
+    arguments.out = rows(out)
+    call("norm_forward", arguments, workers(8 * y.numel()))
+    return out.to(y.dtype)
+
+
+def _norm_backward(y, z, weight, epsilon, groups, dout):
+    arguments, alive = _norm_arguments(y, z, weight, epsilon, groups)
+    batch, length, inner = y.shape
+    dout = as_rows(dout)
+    dy, dz = (torch.empty(t.shape, dtype=t.dtype) for t in alive[:2])
+    dweight = torch.empty(batch * -(-length // NORM_ROWS), inner)
+    arguments.dout, arguments.dy, arguments.dz, arguments.dweight = rows(dout), rows(dy), rows(dz), pointer(dweight)
+    call("norm_backward", arguments, workers(16 * y.numel()))
+    return dy.to(y.dtype), dz.to(z.dtype), dweight.sum(0).to(weight.dtype)

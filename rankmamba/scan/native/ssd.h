@@ -112,6 +112,12 @@ void ssd_forward_run(const Ssd &s, int64_t item, float *space) {
     for (int64_t h = chunk.group * chunk.shared; h < (chunk.group + 1) * chunk.shared; h++) {
         const float D = s.D ? s.D[h] : 0;
         chunk.load_head(s.x, chunk.b, chunk.t0, h, x);
+        // for the end of this head, and for the next one
+        for (int t = 0; t < tokens; t++) {
+            prefetch_row(s.y, chunk.b, chunk.t0 + t, h * s.width, s.width);
+            if (chunk.has_carried()) prefetch_row(s.carried, chunk.carried_batch(), t, h * s.width, s.width);
+            if (h + 1 < s.heads) prefetch_row(s.x, chunk.b, chunk.t0 + t, (h + 1) * s.width, s.width);
+        }
         chunk.load_steps(h, high, low, delta);
         chunk.decays(high, low, M);
         for (int i = 0; i < tokens; i++)
@@ -157,6 +163,15 @@ void ssd_backward_run(const Ssd &s, int64_t item, float *space) {
             chunk.load_head(s.dxw, chunk.dxw_batch(), 0, h, dxw);
         else
             memset(dxw, 0, Qp * Pp * sizeof(float));
+        for (int t = 0; t < tokens; t++) {
+            const int64_t next = (h + 1) * s.width;
+            prefetch_row(s.dx, chunk.b, chunk.t0 + t, h * s.width, s.width);
+            if (chunk.has_carried()) prefetch_row(s.carried, chunk.carried_batch(), t, h * s.width, s.width);
+            if (h + 1 == s.heads) continue;
+            prefetch_row(s.x, chunk.b, chunk.t0 + t, next, s.width);
+            prefetch_row(s.dy, chunk.b, chunk.t0 + t, next, s.width);
+            if (chunk.has_dxw()) prefetch_row(s.dxw, chunk.dxw_batch(), t, next, s.width);
+        }
         chunk.load_steps(h, high, low, delta);
         chunk.decays(high, low, kept);
         memset(da, 0, 2 * line * sizeof(float));
@@ -218,7 +233,7 @@ int64_t weigh_items(const Weigh &s) { return s.batch * s.chunks; }
 int64_t weigh_workspace(const Weigh &s) { return padded(s.width, W); }
 
 void weigh_run(const Weigh &s, int64_t item, float *space) {
-    const int64_t b = item % s.batch, index = item / s.batch, first = (s.from + index) * s.chunk;
+    const int64_t b = item % s.batch, index = item / s.batch, first = (s.start + index) * s.chunk;
     const int Pp = padded(s.width, W);
     for (int64_t t = 0; t < s.chunk; t++)
         for (int64_t h = 0; h < s.heads; h++) {
@@ -231,6 +246,55 @@ void weigh_run(const Weigh &s, int64_t item, float *space) {
             }
             store_row(s.out, item, t, h * s.width, (int)s.width, space);
         }
+}
+
+constexpr int PART = 8;  // state indices n of one item
+
+inline void load_some(const void *from, bool bfloat16, int64_t at, int count, float *to) {
+    const Rows r{(void *)from, 0, 0, bfloat16};
+    load_row(r, 0, 0, at, count, padded(count, W), to);
+}
+inline void store_some(void *to, bool bfloat16, int64_t at, int count, const float *from) {
+    const Rows r{to, 0, 0, bfloat16};
+    store_row(r, 0, 0, at, count, from);
+}
+
+int64_t pass_items(const Pass &s) { return s.batch * s.groups * ceil_div(s.n, PART); }
+int64_t pass_workspace(const Pass &s) { return 3 * padded(s.heads / s.groups * s.width, W) + s.chunks * s.heads / s.groups; }
+
+template <bool BACKWARD>
+void pass_run(const Pass &s, int64_t item, float *space) {
+    const FlushDenormals flush;
+    const int64_t parts = ceil_div(s.n, PART), part = item % parts, g = item / parts % s.groups, b = item / parts / s.groups;
+    const int64_t shared = s.heads / s.groups, slot = s.batch * s.groups * s.n * shared * s.width;
+    const int count = (int)(shared * s.width), size = padded(count, W), width = (int)s.width;
+    float *state = space, *more = state + size, *before = more + size, *sums = before + size;
+    memset(sums, 0, s.chunks * shared * sizeof(float));
+    for (int64_t n = part * PART; n < s.n && n < (part + 1) * PART; n++) {
+        const int64_t at = ((b * s.groups + g) * s.n + n) * count;
+        load_span(s.initial ? s.initial + at : nullptr, count, size, state);
+        for (int64_t i = 0; i < s.chunks; i++) {
+            const int64_t k = BACKWARD ? s.chunks - 1 - i : i;
+            const float *kept = s.kept + b * s.kept_batch_stride + k * s.kept_chunk_stride + g * shared;
+            load_some(s.states, s.bfloat16, k * slot + at, count, more);
+            if (BACKWARD) load_some(s.before, s.bfloat16, k * slot + at, count, before);
+            for (int64_t h = 0; h < shared; h++) {
+                float *own = state + h * width;
+                float sum_h = 0;
+                for (int p = 0; p < width; p++) {
+                    own[p] *= kept[h];
+                    if (BACKWARD) sum_h += own[p] * before[h * width + p];
+                    own[p] += more[h * width + p];
+                }
+                sums[k * shared + h] += sum_h;
+            }
+            store_some(s.states, s.bfloat16, k * slot + at, count, state);
+        }
+        if (s.final) memcpy(s.final + at, state, count * sizeof(float));
+    }
+    if (BACKWARD)
+        for (int64_t k = 0; k < s.chunks; k++)
+            memcpy(s.dlog + ((part * s.batch + b) * s.chunks + k) * s.heads + g * shared, sums + k * shared, shared * sizeof(float));
 }
 
 }  // namespace

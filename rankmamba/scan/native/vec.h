@@ -167,11 +167,12 @@ inline void store_row(const Rows &r, int64_t b, int64_t t, int64_t first, int co
     }
 }
 
-// Ask for BLOCK channels of row t ahead of their use: rows lie far apart, and the processor's own guess is the next line.
-inline void prefetch_row(const Rows &r, int64_t b, int64_t t, int64_t first) {
+// Ask for a piece of row t ahead of its use: rows lie far apart, and the processor's own guess is the next line. Never faults.
+inline void prefetch_row(const Rows &r, int64_t b, int64_t t, int64_t first, int64_t size = BLOCK) {
+    if (!r.data) return;
     const int64_t bytes = r.bfloat16 ? 2 : 4;
     const char *at = (const char *)r.data + (b * r.batch_stride + t * r.row_stride + first) * bytes;
-    for (int64_t i = 0; i < BLOCK * bytes; i += 64) __builtin_prefetch(at + i);
+    for (int64_t i = 0; i < size * bytes; i += 64) __builtin_prefetch(at + i);
 }
 
 // `count` floats, then zeros up to `size`; all zeros where there is nothing to read.

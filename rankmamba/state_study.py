@@ -1,0 +1,249 @@
+"""The trial of notebook 06: how exact, how fast and how large document states are, for systems that a study has trained."""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
+
+from . import scan
+from .backbones import SYSTEMS
+from .collection import Collection
+from .errors import InputError
+from .evaluate import mean_interval, per_query
+from .experiment import Experiment
+from .plots import _end_labels, _figure, _marker, _styled
+from .reranker import Reranker
+from .results import environment, new_record, read_records, write_record
+from .states import DocumentStates
+from .style import look
+
+FULL = "full scoring"
+
+
+def causal(systems: Sequence[str]) -> list[str]:
+    """The systems whose documents have a state: those that read the document before the query."""
+    return [system for system in systems if SYSTEMS[system].kind == "causal"]
+
+
+def trial(
+    experiment: Experiment,
+    system: str,
+    first_stage: str,
+    top_k: int,
+    n_queries: int,
+    dtypes: Sequence[str],
+    lengths: Sequence[int],
+    measure: str = "nDCG@10",
+    show_progress: bool = True,
+) -> dict:
+    """Store the states of `n_queries` test queries' candidates in every format and rank from them; leaves and returns the record.
+
+    For Mamba also in the last format with the first half of the layers only. lengths: tokens of documents (made of the collection's
+    own, put together) at which the speed of full scoring and of scoring from states in memory is compared.
+
+    Raises:
+        InputError: the system was not trained here.
+    """
+    config = {"first_stage": first_stage, "top_k": top_k, "n_queries": n_queries, "dtypes": list(dtypes), "lengths": list(lengths)}
+    config["measure"] = measure
+    where = (system, f"{experiment.collection}/test", experiment.seed)
+    for record in read_records(experiment.folder, "states") if experiment.folder.is_dir() else []:
+        if (record["system"], record["collection"], record["seed"]) == where and record["config"] == config:
+            return record
+    folder = experiment.model_path(system)
+    if not folder.is_dir():
+        raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
+    reranker = Reranker.from_pretrained(folder)
+    test = experiment.split("test").sample(n_queries)
+    candidates = experiment.run(first_stage, "test")
+    candidates = candidates[candidates["query_id"].isin(test.queries) & (candidates["rank"] <= top_k)]
+    texts = test.documents.get_many(sorted(set(candidates["doc_id"])))
+
+    full = reranker.rerank(candidates, test, top_k, show_progress_bar=show_progress)
+    cost = reranker.cost
+    with tempfile.TemporaryDirectory(dir=experiment.folder, prefix="states-") as place:
+        started = time.perf_counter()
+        exact = DocumentStates.build(reranker, texts, Path(place) / "exact", show_progress_bar=show_progress)
+        build_seconds = time.perf_counter() - started
+        formats, seconds = {}, {}
+        for name, dtype, layers in _formats(reranker, dtypes):
+            states = exact if name == "float32" else exact.convert(Path(place) / name, dtype, layers)
+            run = states.rerank(candidates, test, top_k)
+            formats[name] = _compare(full, run, test, measure) | {"bytes_per_document": states.nbytes / len(states)}
+            seconds[name] = states.cost.seconds
+    by_length = {str(length): _at_length(reranker, folder, list(texts.values()), length) for length in lengths}
+    result = {
+        "pairs": cost.pairs,
+        "documents": len(texts),
+        "tokens": cost.tokens,
+        "query_tokens": exact.cost.tokens,
+        "formats": formats,
+        "full": {measure: float(per_query(full, test.qrels, [measure])[measure].mean())},
+        "state_grows": not reranker.has_scan,
+    }
+    timing = {"full_seconds": cost.seconds, "build_seconds": build_seconds, "seconds": seconds, "by_length": by_length}
+    timing["pairs_per_s"] = cost.pairs / seconds[dtypes[0]]
+    ran = {"precision": reranker.precision, "scan": scan.kernel(reranker.device).name if reranker.has_scan else "none"}
+    record = new_record("states", *where[:2], experiment.scale, experiment.seed, config, result, timing, environment() | ran)
+    write_record(experiment.folder, record)
+    return record
+
+
+def _formats(reranker: Reranker, dtypes: Sequence[str]):
+    yield from ((dtype, dtype, None) for dtype in dtypes)
+    if reranker.has_scan:
+        depth = reranker.model.backbone.config.num_hidden_layers
+        kept = range((depth + 1) // 2)
+        yield f"{dtypes[-1]}, {len(kept)} of {depth} layers", dtypes[-1], kept
+
+
+def _compare(full: pd.DataFrame, run: pd.DataFrame, test: Collection, measure: str) -> dict:
+    """How far a run from states is from full scoring: its scores, its rankings, its measure with a 95% interval of the difference."""
+    both = full.merge(run, on=["query_id", "doc_id"], suffixes=("", " states"))
+    values, reference = (per_query(table, test.qrels, [measure])[measure] for table in (run, full))
+    mean, low, high = mean_interval((values - reference).to_numpy())
+    return {
+        "largest_difference": float((both["score"] - both["score states"]).abs().max()),
+        "spread": float(both["score"].std()),
+        "rankings_kept": float(np.mean([_same_order(part) for _, part in both.groupby("query_id")])),
+        measure: float(values.mean()),
+        "difference": mean,
+        "low": low,
+        "high": high,
+    }
+
+
+def _same_order(both: pd.DataFrame, tie: float = 1e-5) -> bool:
+    """Whether one query's documents stand in the same order; scores closer than `tie` are one (a twin's differ by the rounding)."""
+    scores = both.sort_values("rank states")["score"].to_numpy()
+    return bool((np.maximum.accumulate(scores[::-1])[::-1] <= scores + tie).all())
+
+
+def _at_length(reranker: Reranker, folder: Path, texts: list[str], length: int, documents: int = 4, repeats: int = 2) -> dict:
+    """Milliseconds a pair at one length of document: full scoring, and from states in memory; the best of `repeats`, after one."""
+    room = reranker.inputs.max_query_length
+    longer = Reranker.from_pretrained(folder, dtype=reranker.dtype, max_length=length + room, max_query_length=room)
+    long = " ".join(texts * (1 + length // 20))  # at least 20 tokens a text
+    parts = {f"d{place}": long[place * 50 :][: 12 * length] for place in range(documents)}
+    query = "who was the first to cross the river"
+    with tempfile.TemporaryDirectory() as place:
+        held = DocumentStates.build(longer, parts, Path(place) / "states").hold(list(parts) * 5)
+        from_states = _best(lambda: held.rank(query), repeats + 1) / len(held.doc_ids)
+    full = _best(lambda: longer.predict([(query, text) for text in parts.values()]), repeats) / documents
+    return {"full_ms": 1000 * full, "states_ms": 1000 * from_states}
+
+
+def _best(run: Callable, repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def format_table(records: list[dict]) -> pd.DataFrame:
+    """A row a system and format: kB a document, ms a query, times as fast as full scoring, and what the format changes."""
+    rows = []
+    for record in records:
+        result, timing, measure = record["result"], record["timing"], record["config"]["measure"]
+        queries = record["config"]["n_queries"]
+        rows.append({"system": record["system"], "format": FULL, "kB/document": 0.0, "ms/query": 1000 * timing["full_seconds"] / queries,
+                     "speed-up": 1.0, "largest difference": 0.0, "rankings kept": 1.0, measure: result["full"][measure],
+                     "difference": 0.0, "low": 0.0, "high": 0.0})  # fmt: skip
+        for name, found in result["formats"].items():
+            seconds = timing["seconds"][name]
+            rows.append(
+                {
+                    "system": record["system"],
+                    "format": name,
+                    "kB/document": found["bytes_per_document"] / 1000,
+                    "ms/query": 1000 * seconds / queries,
+                    "speed-up": timing["full_seconds"] / seconds,
+                    "largest difference": found["largest_difference"],
+                    "rankings kept": found["rankings_kept"],
+                    measure: found[measure],
+                    **{key: found[key] for key in ("difference", "low", "high")},
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def length_table(records: list[dict]) -> pd.DataFrame:
+    """A row a system and length: tokens of the document, ms a pair by full scoring and from states, and their ratio."""
+    rows = [
+        {"system": record["system"], "tokens": int(length), **found, "speed-up": found["full_ms"] / found["states_ms"]}
+        for record in records
+        for length, found in record["timing"]["by_length"].items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def outlook(records: list[dict], documents: int, cores: int = 64, memory_gb: int = 512) -> pd.DataFrame:
+    """What the states of a large collection take: terabytes, days of one machine like this one to build, machines to hold them.
+
+    A document there costs what one costs here; break-even: scorings of a document after which building it has paid for itself.
+    cores: of a rented machine that builds, taken to be as fast as this machine's threads; memory_gb: of one that holds them.
+    """
+    rows = []
+    for record in records:
+        result, timing = record["result"], record["timing"]
+        build, full = timing["build_seconds"] / result["documents"], timing["full_seconds"] / result["pairs"]
+        speed = cores / record["environment"]["threads"]
+        for name, found in result["formats"].items():
+            terabytes = found["bytes_per_document"] * documents / 1e12
+            saved = full - timing["seconds"][name] / result["pairs"]
+            rows.append(
+                {
+                    "system": record["system"],
+                    "format": name,
+                    "TB": terabytes,
+                    f"machines of {memory_gb} GB": int(np.ceil(terabytes * 1000 / memory_gb)),
+                    f"hours to build on {cores} cores": build * documents / speed / 3600,
+                    "break-even": build / saved if saved > 0 else np.inf,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@_styled
+def frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
+    """What a format changes in a measure, with its 95% interval, against the bytes it takes; a line a system. From `format_table`."""
+    figure, axes = _figure(xlabel="bytes a document", ylabel=f"{measure} minus full scoring's")
+    axes.axhline(0, color="#444444", linewidth=1)
+    stored = table[table["format"] != FULL]
+    for place, (system, part) in enumerate(stored.groupby("system", sort=False)):
+        part = part.sort_values("kB/document")
+        size = 1000 * part["kB/document"]
+        axes.plot(size, part["difference"], color=look(system).color, linewidth=1, linestyle=look(system).line)
+        axes.vlines(size, part["low"], part["high"], color=look(system).color, linewidth=2, alpha=0.5)
+        axes.plot(size, part["difference"], **_marker(system), label=system)
+        for at, names in part["format"].groupby(size.round(-1)):
+            short = ", ".join(names).replace("bfloat", "bf").replace("float", "fp").replace(" layers", "")
+            axes.annotate(short, (at, 0.02 + 0.05 * place), xycoords=("data", "axes fraction"), fontsize=9, ha="center",
+                          color=look(system).color)  # fmt: skip
+    low, high = axes.get_ylim()
+    axes.set(xscale="log", ylim=(low - 0.3 * (high - low), high))
+    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=EngFormatter("B"))
+    axes.legend(frameon=False)
+    return figure
+
+
+@_styled
+def speed_up(table: pd.DataFrame) -> Figure:
+    """How many times as fast as full scoring a query is from states in memory, against the document's length. From `length_table`."""
+    figure, axes = _figure(xlabel="tokens of the document", ylabel="full scoring / from states")
+    ends = {}
+    for system, part in table.groupby("system", sort=False):
+        axes.plot(part["tokens"], part["speed-up"], **_marker(system) | {"linestyle": look(system).line})
+        ends[system] = part["speed-up"].iloc[-1]
+    axes.set(xscale="log", xticks=sorted(set(table["tokens"])), ylim=(0, None))
+    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=EngFormatter())
+    axes.axhline(1, color="black", linestyle=":", linewidth=1.5)
+    _end_labels(axes, ends)
+    return figure
