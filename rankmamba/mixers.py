@@ -6,6 +6,8 @@ and save as before, and transformers itself is left alone.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.accelerate import force_accelerate_hooks
-from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
-from transformers.models.mamba.modeling_mamba import MambaMixer
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from .errors import InputError
 from .scan import causal_conv1d, gated_rms_norm, selective_scan, ssd_scan
@@ -28,8 +27,9 @@ def use_scan(backbone: nn.Module) -> nn.Module:
     `cache_params` may be a `MambaState`: the tokens then continue what the state has read, whatever their number.
     """
     for module in backbone.modules():
-        if type(module) in _OURS:
-            module.__class__ = _OURS[type(module)]  # the same object: hooks, sharing and the optimizer's parameters survive
+        ours = _OURS.get((type(module).__module__, type(module).__name__))
+        if ours is not None:
+            module.__class__ = _mixer(ours)  # the same object: hooks, sharing and the optimizer's parameters survive
     return backbone
 
 
@@ -195,16 +195,14 @@ class _ScanMixer:
 
 
 class _ScanMamba(_ScanMixer):
-    """Mamba's mixer (arXiv 2312.00752, figure 3). FalconMamba normalises delta, B and C on the way (arXiv 2410.05355, section 3)."""
+    """Mamba's mixer (arXiv 2312.00752, figure 3), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, state, padding):
         past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
         record = state is not None and state.record
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         u, last_inputs = self._convolve(x, past_conv, padding, record)
-        low_rank, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
-        if isinstance(self, FalconMambaMixer):
-            low_rank, B, C = self.dt_layernorm(low_rank), self.b_layernorm(B), self.c_layernorm(C)
+        low_rank, B, C = self._select(u)
         delta, delta_bias = self._delta(low_rank)
         if record and padding is not None:
             # softplus(-1e4) = 0: nothing is added to the state and nothing of it decays
@@ -226,6 +224,10 @@ class _ScanMamba(_ScanMixer):
             state._write(self.layer_idx, last_inputs, last_state)
         return self.out_proj(y)
 
+    def _select(self, u):
+        """(B, L, E) -> what depends on the token: delta before its projection (B, L, R), B and C (B, L, N)."""
+        return self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+
     def _delta(self, low_rank):
         """(B, L, R) -> the step before its softplus, (B, L, E), and the bias that is still to be added to it."""
         if type(self.dt_proj) is nn.Linear:
@@ -236,8 +238,16 @@ class _ScanMamba(_ScanMixer):
             return self.dt_proj(low_rank.to(self.dt_proj.bias.dtype)), None
 
 
+class _ScanFalconMamba(_ScanMamba):
+    """FalconMamba's mixer, which normalises delta, B and C (arXiv 2410.05355, section 3), computed by `rankmamba.scan`."""
+
+    def _select(self, u):
+        low_rank, B, C = super()._select(u)
+        return self.dt_layernorm(low_rank), self.b_layernorm(B), self.c_layernorm(C)
+
+
 class _ScanMamba2(_ScanMixer):
-    """Mamba-2's mixer (arXiv 2405.21060, figure 6)."""
+    """Mamba-2's mixer (arXiv 2405.21060, figure 6), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, state, padding):
         past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
@@ -267,13 +277,34 @@ class _ScanMamba2(_ScanMixer):
         return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm.variance_epsilon, groups))
 
 
-def _computed_by_scan(theirs, ours, hooked):
-    """A subclass of transformers' mixer: its modules and initialisation, our forward pass, offloaded weights fetched first."""
-    forward = force_accelerate_hooks(hooked)(_ScanMixer.forward)
-    return type(f"Scan{theirs.__name__}", (ours, theirs), {"forward": forward, "__module__": __name__, "__doc__": ours.__doc__})
+# Our name: where transformers' class is, our forward pass, the modules whose weights it reads directly.
+_FAMILIES = {
+    "ScanMambaMixer": ("transformers.models.mamba.modeling_mamba", "MambaMixer", _ScanMamba, ["conv1d", "dt_proj"]),
+    "ScanFalconMambaMixer": (
+        "transformers.models.falcon_mamba.modeling_falcon_mamba",
+        "FalconMambaMixer",
+        _ScanFalconMamba,
+        ["conv1d", "dt_proj"],
+    ),
+    "ScanMamba2Mixer": ("transformers.models.mamba2.modeling_mamba2", "Mamba2Mixer", _ScanMamba2, ["conv1d"]),
+}
+_OURS = {(module, name): ours for ours, (module, name, *_) in _FAMILIES.items()}
 
 
-ScanMambaMixer = _computed_by_scan(MambaMixer, _ScanMamba, ["conv1d", "dt_proj"])
-ScanFalconMambaMixer = _computed_by_scan(FalconMambaMixer, _ScanMamba, ["conv1d", "dt_proj"])
-ScanMamba2Mixer = _computed_by_scan(Mamba2Mixer, _ScanMamba2, ["conv1d"])
-_OURS = {MambaMixer: ScanMambaMixer, FalconMambaMixer: ScanFalconMambaMixer, Mamba2Mixer: ScanMamba2Mixer}
+@functools.cache
+def _mixer(ours: str) -> type:
+    """A subclass of transformers' mixer: its modules and its initialisation, our forward pass; offloaded weights are fetched first.
+
+    Made when a model needs it, because importing transformers' file imports the CUDA packages wherever they are installed.
+    """
+    module, name, mixin, read_directly = _FAMILIES[ours]
+    theirs = getattr(importlib.import_module(module), name)
+    forward = force_accelerate_hooks(read_directly)(_ScanMixer.forward)
+    return type(ours, (mixin, theirs), {"forward": forward, "__module__": __name__, "__doc__": mixin.__doc__})
+
+
+def __getattr__(name: str) -> type:
+    """Let pickle and copy find the classes that `use_scan` makes."""
+    if name in _FAMILIES:
+        return _mixer(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,8 @@
-"""The files of a store of document states: number formats, a writer that may be killed at any moment, a reader that maps them.
+"""The files of a store of document states: a writer that may be killed at any moment, a reader that maps them.
 
 A folder holds manifest.json (whose presence says that the store is whole), states.bin (one record a document), table.bin (where
-each record is, its tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8, int4 and stores without all layers, profile.bin.
+each record is, its tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8, int4 and stores without all
+layers, profile.bin.
 """
 
 import errno
@@ -21,81 +22,13 @@ import torch
 from . import __version__
 from .errors import InputError
 from .files import sha256, write_text
+from .state_formats import Profile, record_bytes
 
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BITS = {"int8": 8, "int4": 4}
-DTYPES = (*FLOATS, *BITS)
-GROUP = 32  # numbers that share a scale
-ALIGN = 64  # bytes; a record begins at a multiple of it
-TABLE = np.dtype([("offset", "<u8"), ("id_offset", "<u8"), ("id_bytes", "<u4"), ("tokens", "<u4"), ("crc", "<u4"), ("zero", "<u4")])
+TABLE = np.dtype(
+    [("offset", "<u8"), ("id_offset", "<u8"), ("id_bytes", "<u4"), ("tokens", "<u4"), ("crc", "<u4"), ("zero", "<u4")]
+)
 MANIFEST, PROGRESS, LOCK = "manifest.json", "progress.json", "build.lock"
 STATES, ROWS, IDS, LOOKUP, PROFILE = "states.bin", "table.bin", "ids.bin", "lookup.bin", "profile.bin"
-
-Parts = list[torch.Tensor]  # what one document's state is made of, in a fixed order
-Profile = list[tuple[torch.Tensor, torch.Tensor]]  # for each part the mean of each number over documents, and its unit
-
-
-def record_bytes(dtype: str, numbers: int) -> int:
-    """Return the bytes that a document of so many numbers takes."""
-    size = numbers * FLOATS[dtype].itemsize if dtype in FLOATS else -(-numbers // GROUP) * (GROUP * BITS[dtype] // 8 + 2)
-    return -(-size // ALIGN) * ALIGN
-
-
-def encode(dtype: str, parts: Parts, profile: Profile | None = None) -> np.ndarray:
-    """Write one document's parts (float32) as a record, uint8 (record_bytes,).
-
-    int8, int4: every number is taken as its distance from the mean of its place, in units of its place (both in `profile`); then
-    each 32 in a row share a scale (float16).
-
-    Raises:
-        InputError: a number is not finite, or too large for float16.
-    """
-    if dtype in FLOATS:
-        stored = torch.cat([part.reshape(-1) for part in parts]).to(FLOATS[dtype])
-        if not stored.isfinite().all():
-            raise InputError(f"expected states that {dtype} can hold, got numbers beyond its range; use bfloat16 or float32")
-        encoded = stored.view(torch.uint8)
-    else:
-        flat = torch.cat([((part - mean) / unit).reshape(-1) for part, (mean, unit) in zip(parts, profile, strict=True)])
-        if not flat.isfinite().all():
-            raise InputError("expected finite states, got infinite ones or NaN; check the model's weights")
-        groups = torch.nn.functional.pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
-        limit = 2 ** (BITS[dtype] - 1) - 1
-        scales = (groups.abs().amax(1) / limit).half()
-        whole = (groups / scales.float().clamp(min=1e-7)[:, None]).round_().clamp_(-limit, limit).to(torch.int8)
-        if dtype == "int4":
-            low, high = (whole + 8).view(torch.uint8).view(-1, 2, GROUP // 2).unbind(1)
-            whole = low | high << 4
-        encoded = torch.cat([scales.view(torch.uint8), whole.reshape(-1).view(torch.uint8)])
-    record = np.zeros(-(-len(encoded) // ALIGN) * ALIGN, dtype=np.uint8)
-    record[: len(encoded)] = encoded.numpy()
-    return record
-
-
-def decode(dtype: str, record: np.ndarray, parts: Parts, profile: Profile | None = None) -> None:
-    """Read a record into one document's parts, which may be strided and of any float type."""
-    numbers = sum(part.numel() for part in parts)
-    raw = torch.from_numpy(record)
-    if dtype in FLOATS:
-        flat = raw[: numbers * FLOATS[dtype].itemsize].view(FLOATS[dtype])
-    else:
-        groups = -(-numbers // GROUP)
-        scales = raw[: 2 * groups].view(torch.float16).float()
-        packed = raw[2 * groups : groups * (2 + GROUP * BITS[dtype] // 8)]
-        if dtype == "int4":
-            low, high = (packed & 15).view(-1, 1, GROUP // 2), (packed >> 4).view(-1, 1, GROUP // 2)
-            whole = torch.cat([low, high], 1).view(groups, GROUP).float().sub_(8)
-        else:
-            whole = packed.view(torch.int8).view(groups, GROUP).float()
-        flat = whole.mul_(scales[:, None]).view(-1)
-    start = 0
-    for place, part in enumerate(parts):
-        values = flat[start : start + part.numel()].view(part.shape)
-        if dtype in BITS:
-            mean, unit = profile[place]
-            values = torch.addcmul(mean, values, unit)
-        part.copy_(values)
-        start += part.numel()
 
 
 @contextmanager
@@ -106,7 +39,9 @@ def building(folder: Path) -> Iterator[None]:
         with filelock.FileLock(folder / LOCK, timeout=0):
             yield
     except filelock.Timeout as error:
-        raise InputError(f"expected one builder in {folder}, got a second; wait for the other, or choose another folder") from error
+        raise InputError(
+            f"expected one builder in {folder}, got a second; wait for the other, or choose another folder"
+        ) from error
     except OSError as error:
         room = f"{shutil.disk_usage(folder).free:,} bytes are free; " if error.errno == errno.ENOSPC else ""
         raise InputError(
@@ -182,15 +117,19 @@ class Writer:
         """Refuse to begin what the disk has no room for; size: bytes of all records, 0 if unknown."""
         missing = size - self.done[STATES] - shutil.disk_usage(self.folder).free
         if missing > 0 and not self.whole:
-            raise InputError(f"expected {size:,} bytes for the states in {self.folder}, got a disk that lacks {missing:,} of them; "
-                             "free some space, or choose a smaller dtype")  # fmt: skip
+            raise InputError(
+                f"expected {size:,} bytes for the states in {self.folder}, got a disk that lacks {missing:,} of them; "
+                "free some space, or choose a smaller dtype"
+            )
 
     def profile(self, shapes: Sequence[Sequence[int]]) -> Profile | None:
         """Return the profile if a block was committed, else None: it is made from the first batch of documents."""
         return read_profile(self.folder, shapes) if self.done["documents"] else None
 
     def write_profile(self, profile: Profile) -> Profile:
-        (self.folder / PROFILE).write_bytes(b"".join(tensor.contiguous().numpy().tobytes() for pair in profile for tensor in pair))
+        (self.folder / PROFILE).write_bytes(
+            b"".join(tensor.contiguous().numpy().tobytes() for pair in profile for tensor in pair)
+        )
         return profile
 
     def finish(self, digest: str) -> None:
@@ -202,7 +141,9 @@ class Writer:
         if not self.done["documents"]:
             raise InputError(f"expected at least one document to build states of, got none for {self.folder}")
         if digest != self.done["digest"]:
-            raise InputError(f"expected the {self.done['documents']:,} documents of {self.folder}, got fewer; choose another folder")
+            raise InputError(
+                f"expected the {self.done['documents']:,} documents of {self.folder}, got fewer; choose another folder"
+            )
         if self.whole:
             return
         names = Names(self.folder)
@@ -286,8 +227,10 @@ class Reader:
         if not self._checked[row]:
             if zlib.crc32(record) != self.names.table["crc"][row]:
                 path = self.folder / STATES
-                raise InputError(f"expected the state of {self.names[row]!r} as it was written, got other bytes ({path}, byte {start}); "
-                                 "build the states again")  # fmt: skip
+                raise InputError(
+                    f"expected the state of {self.names[row]!r} as it was written, got other bytes ({path}, byte {start}); "
+                    "build the states again"
+                )
             self._checked[row] = True
         return record
 
@@ -300,7 +243,9 @@ class Reader:
         ends = np.append(self.names.table["offset"][1:], self.manifest["done"][STATES])
         for row, (start, end) in enumerate(zip(self.names.table["offset"], ends, strict=True)):
             if zlib.crc32(self._states[int(start) : int(end)]) != self.names.table["crc"][row]:
-                raise InputError(f"expected the state of {self.names[row]!r} as it was written, got other bytes; build them again")
+                raise InputError(
+                    f"expected the state of {self.names[row]!r} as it was written, got other bytes; build them again"
+                )
 
 
 def read_profile(folder: Path, shapes: Sequence[Sequence[int]]) -> Profile:
@@ -316,7 +261,9 @@ def read_manifest(folder: Path) -> dict:
         begun = folder / PROGRESS
         if begun.is_file():
             stored = json.loads(begun.read_text(encoding="utf-8"))["done"]["documents"]
-            raise InputError(f"expected finished states in {folder}, got {stored:,} documents of a build that was stopped; build again")
+            raise InputError(
+                f"expected finished states in {folder}, got {stored:,} documents of a build that was stopped; build again"
+            )
         raise InputError(f"expected a folder of document states, got {folder} without {MANIFEST}; DocumentStates.build makes one")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -331,7 +278,9 @@ def read_manifest(folder: Path) -> dict:
 def compare_headers(ours: dict, theirs: dict, what: str, remedy: str) -> None:
     """Refuse states that are not of this model, naming everything that differs."""
     differ = [
-        f"{name} (theirs {_short(theirs.get(name))}, ours {_short(ours[name])})" for name in ours if ours[name] != theirs.get(name)
+        f"{name} (theirs {_short(theirs.get(name))}, ours {_short(ours[name])})"
+        for name in ours
+        if ours[name] != theirs.get(name)
     ]
     if differ:
         raise InputError(f"expected {what} to fit, got another {', another '.join(differ)}; {remedy}")

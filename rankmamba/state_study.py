@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, NullLocator, StrMethodFormatter
 
 from . import scan
 from .backbones import SYSTEMS
@@ -18,7 +18,7 @@ from .evaluate import mean_interval, per_query
 from .experiment import Experiment
 from .plots import _end_labels, _figure, _marker, _styled
 from .reranker import Reranker
-from .results import environment, new_record, read_records, write_record
+from .results import environment, fingerprint, new_record, read_records, write_record
 from .states import DocumentStates
 from .style import look
 
@@ -43,21 +43,21 @@ def trial(
 ) -> dict:
     """Store the states of `n_queries` test queries' candidates in every format and rank from them; leaves and returns the record.
 
-    For Mamba also in the last format with the first half of the layers only. lengths: tokens of documents (made of the collection's
-    own, put together) at which the speed of full scoring and of scoring from states in memory is compared.
+    For Mamba also in the last format with the first half of the layers only. lengths: tokens of documents (made of the
+    collection's own, put together) at which the speed of full scoring and of scoring from states in memory is compared.
 
     Raises:
         InputError: the system was not trained here.
     """
-    config = {"first_stage": first_stage, "top_k": top_k, "n_queries": n_queries, "dtypes": list(dtypes), "lengths": list(lengths)}
-    config["measure"] = measure
-    where = (system, f"{experiment.collection}/test", experiment.seed)
-    for record in read_records(experiment.folder, "states") if experiment.folder.is_dir() else []:
-        if (record["system"], record["collection"], record["seed"]) == where and record["config"] == config:
-            return record
-    folder = experiment.model_path(system)
-    if not folder.is_dir():
+    folder, collection = experiment.model_path(system), f"{experiment.collection}/test"
+    known = read_records(experiment.folder) if experiment.folder.is_dir() else []
+    known = {record["kind"]: record for record in known if (record["system"], record["seed"]) == (system, experiment.seed)}
+    if "train" not in known or not folder.is_dir():
         raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
+    config = {"first_stage": first_stage, "top_k": top_k, "n_queries": n_queries, "dtypes": list(dtypes)}
+    config |= {"lengths": list(lengths), "measure": measure, "trained": fingerprint(known["train"])}
+    if "states" in known and (known["states"]["collection"], known["states"]["config"]) == (collection, config):
+        return known["states"]
     reranker = Reranker.from_pretrained(folder)
     test = experiment.split("test").sample(n_queries)
     candidates = experiment.run(first_stage, "test")
@@ -89,7 +89,9 @@ def trial(
     timing = {"full_seconds": cost.seconds, "build_seconds": build_seconds, "seconds": seconds, "by_length": by_length}
     timing["pairs_per_s"] = cost.pairs / seconds[dtypes[0]]
     ran = {"precision": reranker.precision, "scan": scan.kernel(reranker.device).name if reranker.has_scan else "none"}
-    record = new_record("states", *where[:2], experiment.scale, experiment.seed, config, result, timing, environment() | ran)
+    record = new_record(
+        "states", system, collection, experiment.scale, experiment.seed, config, result, timing, environment() | ran
+    )
     write_record(experiment.folder, record)
     return record
 
@@ -103,7 +105,7 @@ def _formats(reranker: Reranker, dtypes: Sequence[str]):
 
 
 def _compare(full: pd.DataFrame, run: pd.DataFrame, test: Collection, measure: str) -> dict:
-    """How far a run from states is from full scoring: its scores, its rankings, its measure with a 95% interval of the difference."""
+    """How far a run from states is from full scoring: scores, rankings, a measure with a 95% interval of the difference."""
     both = full.merge(run, on=["query_id", "doc_id"], suffixes=("", " states"))
     values, reference = (per_query(table, test.qrels, [measure])[measure] for table in (run, full))
     mean, low, high = mean_interval((values - reference).to_numpy())
@@ -119,21 +121,21 @@ def _compare(full: pd.DataFrame, run: pd.DataFrame, test: Collection, measure: s
 
 
 def _same_order(both: pd.DataFrame, tie: float = 1e-5) -> bool:
-    """Whether one query's documents stand in the same order; scores closer than `tie` are one (a twin's differ by the rounding)."""
+    """Whether one query's documents stand in the same order; scores closer than `tie` are equal (those of twins are)."""
     scores = both.sort_values("rank states")["score"].to_numpy()
     return bool((np.maximum.accumulate(scores[::-1])[::-1] <= scores + tie).all())
 
 
-def _at_length(reranker: Reranker, folder: Path, texts: list[str], length: int, documents: int = 4, repeats: int = 2) -> dict:
-    """Milliseconds a pair at one length of document: full scoring, and from states in memory; the best of `repeats`, after one."""
+def _at_length(reranker: Reranker, folder: Path, texts: list[str], length: int, documents: int = 3, repeats: int = 2) -> dict:
+    """Milliseconds a pair at one length of document: full scoring, and from states in memory; the best of `repeats`."""
     room = reranker.inputs.max_query_length
     longer = Reranker.from_pretrained(folder, dtype=reranker.dtype, max_length=length + room, max_query_length=room)
     long = " ".join(texts * (1 + length // 20))  # at least 20 tokens a text
     parts = {f"d{place}": long[place * 50 :][: 12 * length] for place in range(documents)}
     query = "who was the first to cross the river"
     with tempfile.TemporaryDirectory() as place:
-        held = DocumentStates.build(longer, parts, Path(place) / "states").hold(list(parts) * 5)
-        from_states = _best(lambda: held.rank(query), repeats + 1) / len(held.doc_ids)
+        held = DocumentStates.build(longer, parts, Path(place) / "states").hold(list(parts) * 6)
+        from_states = _best(lambda: held.rank(query), 5 * repeats) / len(held.doc_ids)
     full = _best(lambda: longer.predict([(query, text) for text in parts.values()]), repeats) / documents
     return {"full_ms": 1000 * full, "states_ms": 1000 * from_states}
 
@@ -152,19 +154,17 @@ def format_table(records: list[dict]) -> pd.DataFrame:
     rows = []
     for record in records:
         result, timing, measure = record["result"], record["timing"], record["config"]["measure"]
-        queries = record["config"]["n_queries"]
-        rows.append({"system": record["system"], "format": FULL, "kB/document": 0.0, "ms/query": 1000 * timing["full_seconds"] / queries,
-                     "speed-up": 1.0, "largest difference": 0.0, "rankings kept": 1.0, measure: result["full"][measure],
-                     "difference": 0.0, "low": 0.0, "high": 0.0})  # fmt: skip
-        for name, found in result["formats"].items():
-            seconds = timing["seconds"][name]
+        nothing = dict.fromkeys(("bytes_per_document", "largest_difference", "difference", "low", "high"), 0.0)
+        formats = {FULL: nothing | {"rankings_kept": 1.0, measure: result["full"][measure]}} | result["formats"]
+        seconds = {FULL: timing["full_seconds"]} | timing["seconds"]
+        for name, found in formats.items():
             rows.append(
                 {
                     "system": record["system"],
                     "format": name,
                     "kB/document": found["bytes_per_document"] / 1000,
-                    "ms/query": 1000 * seconds / queries,
-                    "speed-up": timing["full_seconds"] / seconds,
+                    "ms/query": 1000 * seconds[name] / record["config"]["n_queries"],
+                    "speed-up": seconds[FULL] / seconds[name],
                     "largest difference": found["largest_difference"],
                     "rankings kept": found["rankings_kept"],
                     measure: found[measure],
@@ -213,7 +213,7 @@ def outlook(records: list[dict], documents: int, cores: int = 64, memory_gb: int
 
 @_styled
 def frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
-    """What a format changes in a measure, with its 95% interval, against the bytes it takes; a line a system. From `format_table`."""
+    """What a format changes in a measure, with its 95% interval, against its bytes; a line a system. From `format_table`."""
     figure, axes = _figure(xlabel="bytes a document", ylabel=f"{measure} minus full scoring's")
     axes.axhline(0, color="#444444", linewidth=1)
     stored = table[table["format"] != FULL]
@@ -236,14 +236,14 @@ def frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
 
 @_styled
 def speed_up(table: pd.DataFrame) -> Figure:
-    """How many times as fast as full scoring a query is from states in memory, against the document's length. From `length_table`."""
+    """How many times as fast as full scoring a query is from states in memory, by length of document. From `length_table`."""
     figure, axes = _figure(xlabel="tokens of the document", ylabel="full scoring / from states")
     ends = {}
     for system, part in table.groupby("system", sort=False):
         axes.plot(part["tokens"], part["speed-up"], **_marker(system) | {"linestyle": look(system).line})
         ends[system] = part["speed-up"].iloc[-1]
     axes.set(xscale="log", xticks=sorted(set(table["tokens"])), ylim=(0, None))
-    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=EngFormatter())
+    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
     axes.axhline(1, color="black", linestyle=":", linewidth=1.5)
     _end_labels(axes, ends)
     return figure

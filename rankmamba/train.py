@@ -185,7 +185,8 @@ def train(
     """Train one system on a collection and save it as `folder`.
 
     candidates: the first-stage run that negatives come from; default the collection's own. on_step: called after each step with
-    its row of the curve and "of", the number of steps in all. stop: set it from another thread to end after the current step; what was learnt so far is kept.
+    its row of the curve and "of", the number of steps in all. stop: set it from another thread to end after the current step;
+    what was learnt so far is kept.
 
     Raises:
         InputError: the collection has no candidates or no judged relevant document.

@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import FalconMambaConfig, GPT2Config, LlamaConfig, OPTConfig
 
+from rankmamba import state_build
 from rankmamba import states as states_module
 from rankmamba.backbones import SYSTEMS, load_tokenizer
 from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
-from rankmamba.state_store import record_bytes
+from rankmamba.state_formats import record_bytes
 from rankmamba.states import DocumentStates
 
 OTHERS = {
@@ -34,13 +35,13 @@ OTHERS = {
     ),
 }
 FAMILIES = ["mamba", "mamba2", "falcon", "neox", "gpt2", "llama", "opt"]
+THINGS = ["rivers", "a mountain", "snow", "old books", "trains"]
 DOCUMENTS = {
     "empty": "",
     "word": "river",
     "cut": "a very long text about bridges over the sea " * 20,
-    **{f"d{n}": f"document {n} tells of " + " and ".join(["rivers", "a mountain", "snow", "old books", "trains"][: 1 + n % 5]) * (1 + n)
-       for n in range(9)},
-}  # fmt: skip
+    **{f"d{n}": f"document {n} tells of " + " and ".join(THINGS[: 1 + n % 5]) * (1 + n) for n in range(9)},
+}
 QUERIES = {"q1": "which river", "q2": "a mountain in winter", "long": "who wrote the old books about trains and snow " * 9}
 
 
@@ -184,17 +185,17 @@ def fsync(handle, fsync=os.fsync):
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(handle)
 os.fsync = fsync
-test_states.states_module.BLOCK = (3, 1000)
+test_states.state_build.BLOCK = (3, 1000)
 test_states.DocumentStates.build(test_states.make("mamba"), test_states.DOCUMENTS, sys.argv[2], "int8")
 """
 
 
 def test_a_build_that_is_killed_and_goes_on_ends_byte_for_byte_as_one_that_is_not(mamba, tmp_path, monkeypatch):
-    monkeypatch.setattr(states_module, "BLOCK", (3, 1000))
+    monkeypatch.setattr(state_build, "BLOCK", (3, 1000))
     DocumentStates.build(mamba, DOCUMENTS, tmp_path / "whole", "int8")
     # four calls a block, for states, table, ids and progress: the second block is all there, but not committed
     command = [sys.executable, "-c", KILLED, __file__, str(tmp_path / "killed"), "8"]
-    environment = os.environ | {"PYTHONPATH": str(Path(states_module.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(state_build.__file__).parents[1])}
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
     with pytest.raises(InputError, match="3 documents of a build that was stopped"):
         DocumentStates.open(tmp_path / "killed", mamba)
@@ -205,7 +206,7 @@ def test_a_build_that_is_killed_and_goes_on_ends_byte_for_byte_as_one_that_is_no
 def test_building_again_computes_nothing_and_other_documents_are_refused(mamba, tmp_path, monkeypatch):
     DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
     before = contents(tmp_path / "s")
-    monkeypatch.setattr(states_module, "_store", None)
+    monkeypatch.setattr(states_module, "store_block", None)
     assert len(DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")) == len(DOCUMENTS)
     for documents in (DOCUMENTS | {"word": "bridge"}, DOCUMENTS | {"new": "one more"}, {"empty": ""}):
         with pytest.raises(InputError, match="documents"):
@@ -259,7 +260,7 @@ def test_a_second_builder_is_refused(mamba, tmp_path):
 
 
 def test_a_full_disk_is_said_and_what_was_stored_is_kept(mamba, tmp_path, monkeypatch):
-    monkeypatch.setattr(states_module, "BLOCK", (3, 1000))
+    monkeypatch.setattr(state_build, "BLOCK", (3, 1000))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
     try:

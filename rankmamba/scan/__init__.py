@@ -8,10 +8,12 @@ import torch
 
 from ..errors import InputError
 from .dispatch import Kernel, forced, implementation, kernel
+from .precision import without_autocast
 
 __all__ = ["Kernel", "causal_conv1d", "forced", "gated_rms_norm", "kernel", "selective_scan", "ssd_scan"]
 
 
+@without_autocast
 def selective_scan(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -51,6 +53,7 @@ def selective_scan(
     return implementation(u).selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, return_final_state)
 
 
+@without_autocast
 def causal_conv1d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -81,6 +84,7 @@ def causal_conv1d(
     return implementation(x).causal_conv1d(x, weight, bias, initial_state, return_final_state, activation)
 
 
+@without_autocast
 def ssd_scan(
     x: torch.Tensor,
     delta: torch.Tensor,
@@ -116,6 +120,7 @@ def ssd_scan(
     return implementation(x).ssd_scan(x, delta, A, B, C, D, initial_state, return_final_state)
 
 
+@without_autocast
 def gated_rms_norm(
     y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5, groups: int = 1
 ) -> torch.Tensor:

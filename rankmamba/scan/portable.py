@@ -5,6 +5,9 @@ A chunk's states exist only while the chunk is worked on; the backward pass make
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .precision import without_autocast
 
 CHUNK = 32  # tokens; their (B, CHUNK, E, N) states should stay within a core's cache
 
@@ -49,6 +52,8 @@ class _SelectiveScan(torch.autograd.Function):
         return y, h if starts else h.clone()
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx, dy, dh):
         u, delta, A, B, C, *starts = ctx.saved_tensors
         du, ddelta, dB, dC = (torch.empty_like(t) for t in (u, delta, B, C))

@@ -71,6 +71,8 @@ void run(const Kernel<Arguments> &kernel, const Arguments &arguments, int thread
 
 }  // namespace
 
+#pragma GCC visibility push(default)  // the rest of the library stays private
+
 extern "C" {
 const char *rankmamba_build() { return build.name; }
 int64_t rankmamba_block() { return build.kernels->block; }

@@ -6,6 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import portable
+from ..precision import without_autocast
 from .library import BLOCK, TILE, Conv, Scan, as_plain, as_rows, call, pointer, rows, tracked, workers
 
 
@@ -63,6 +64,7 @@ def _scan_forward(u, delta, A, B, C, D, z, delta_bias, initial_state, keep, want
     return y.to(u.dtype), final_state, checkpoints
 
 
+@without_autocast
 def _scan_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoints, dy, dfinal):
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     arguments, alive = _scan_arguments(*inputs)
@@ -132,6 +134,7 @@ def _conv_forward(x, weight, bias, initial_state, silu):
     return y.to(x.dtype)
 
 
+@without_autocast
 def _conv_backward(x, weight, bias, initial_state, silu, dy):
     arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
     (batch, _, inner), taps = x.shape, weight.shape[1]

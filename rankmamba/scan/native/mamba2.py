@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .. import portable
+from ..precision import without_autocast
 from .library import Norm, Pass, Ssd, Weigh, as_plain, as_rows, call, pointer, rows, tracked, workers
 
 PART = 8  # state indices, as in ssd.h
@@ -46,10 +47,16 @@ class _SsdScan(torch.autograd.Function):
         *tensors, before, carried = ctx.saved_tensors
         if dy is None and dfinal is None:
             return (None,) * 8
-        chunks = _Chunks(*tensors, ctx.want_final)
-        chunks.before, chunks.carried = before, carried
-        gradients = chunks.backward(torch.zeros_like(tensors[0]) if dy is None else dy, dfinal)
-        return *(None if t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)), None
+        return *_ssd_backward(*tensors, ctx.want_final, before, carried, dy, dfinal), None
+
+
+@without_autocast
+def _ssd_backward(x, delta, A, B, C, D, initial_state, want_final, before, carried, dy, dfinal):
+    inputs = (x, delta, A, B, C, D, initial_state)
+    chunks = _Chunks(*inputs, want_final)
+    chunks.before, chunks.carried = before, carried
+    gradients = chunks.backward(torch.zeros_like(x) if dy is None else dy, dfinal)
+    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))
 
 
 class _Chunks:
@@ -70,7 +77,7 @@ class _Chunks:
         self.work = self.x.dtype  # the large products run in this; states and decays are float32
         self.A, self.D, self.initial_state = A.detach().float(), as_plain(D), initial_state
         self.B, self.C = self._cut(B), self._cut(C)  # (c, B, G, Q, N)
-        self.delta = self._fill(delta.detach().float()).unflatten(1, (self.count, self.size))  # (B, c, Q, H)
+        self.delta = self._fill(delta.detach().float()).contiguous().unflatten(1, (self.count, self.size))  # (B, c, Q, H)
         # Decays are made of differences of these sums, hence the double precision, and two floats for the kernel.
         log = (self.delta.double() * (self.A.double() * math.log2(math.e))).cumsum(2)
         self.log_high = log.float()
@@ -238,6 +245,7 @@ def _norm_forward(y, z, weight, epsilon, groups):
     return out.to(y.dtype)
 
 
+@without_autocast
 def _norm_backward(y, z, weight, epsilon, groups, dout):
     arguments, alive = _norm_arguments(y, z, weight, epsilon, groups)
     batch, length, inner = y.shape

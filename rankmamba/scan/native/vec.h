@@ -35,10 +35,10 @@ inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (v
 inline vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 // max(x, low) and min(x, high); where x is not a number it stays so (hence the order of the operands).
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && WIDTH == 16
 inline vf at_least(vf x, vf low) { return (vf)_mm512_max_ps((__m512)low, (__m512)x); }
 inline vf at_most(vf x, vf high) { return (vf)_mm512_min_ps((__m512)high, (__m512)x); }
-#elif defined(__AVX__)
+#elif defined(__AVX__) && WIDTH == 8
 inline vf at_least(vf x, vf low) { return (vf)_mm256_max_ps((__m256)low, (__m256)x); }
 inline vf at_most(vf x, vf high) { return (vf)_mm256_min_ps((__m256)high, (__m256)x); }
 #else
@@ -186,7 +186,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
 // Denormal numbers cost a hundred cycles each on many processors, and a decaying state makes them: zero instead, meanwhile.
-struct FlushDenormals {
+struct [[maybe_unused]] FlushDenormals {
 #if defined(__x86_64__)
     const unsigned before = _mm_getcsr();
     FlushDenormals() { _mm_setcsr(before | 0x8040); }

@@ -1,0 +1,19 @@
+"""Autocast is for matrix products of weights; here every tensor's precision is already decided."""
+
+import functools
+
+import torch
+
+
+def without_autocast(function):
+    """Run `function`, which takes a tensor among its arguments, with autocast off on that tensor's device."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        device = next(t.device.type for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,114 @@
+"""Computing the states of documents, block by block, and what a store says it is of."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from .collection import Documents
+from .inputs import Pair, token_batches
+from .precision import autocast
+from .reranker import Reranker
+from .state_formats import FLOATS, encode
+from .state_kinds import Attention, Recurrent
+from .state_store import Writer
+
+BLOCK = 256, 1 << 16  # documents and tokens between two commits of a build
+SAMPLE = 16  # documents that the profile of int8 and int4 is made from
+VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "name_or_path", "output_hidden_states"}
+
+
+def identity(reranker: Reranker) -> dict[str, str | int]:
+    """What a document's state depends on: backbone, weights, template, tokenizer, truncation, precision."""
+    backbone, inputs, tokenizer = reranker.model.backbone, reranker.inputs, reranker.tokenizer
+    weights = hashlib.sha256()
+    for name, tensor in sorted([*backbone.named_parameters(), *backbone.named_buffers()], key=lambda item: item[0]):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    config = {name: value for name, value in backbone.config.to_dict().items() if name[0] != "_" and name not in VOLATILE}
+    if tokenizer.is_fast:
+        words = json.loads(tokenizer.backend_tokenizer.to_str())
+        words = {name: value for name, value in words.items() if name not in ("truncation", "padding")}  # set by each call
+    else:
+        words = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
+    return {
+        "backbone": backbone.config.model_type,
+        "configuration": _digest(config),
+        "weights": weights.hexdigest(),
+        "template": json.dumps([inputs.before, inputs.document_prefix, inputs.query_prefix, inputs.after]),
+        "tokenizer": _digest(words),
+        "truncation": f"{inputs.document_limit} tokens of a document",
+        "precision": str(reranker.dtype).removeprefix("torch."),
+    }
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def blocks(reranker: Reranker, documents: Documents, writer: Writer, bar) -> Iterator[list[tuple[str, Pair, str]]]:
+    """Yield what is to be stored between two commits: [(doc_id, document half, digest of all documents so far)]."""
+    waiting: list[tuple[str, str, str]] = []
+    block: list[tuple[str, Pair, str]] = []
+    inputs, tokens = reranker.inputs, 0
+    last = object()
+    for place, item in enumerate(_then(documents.pairs(), last)):
+        if item is not last:
+            if writer.has(*item, place):
+                bar.update(1)
+                continue
+            waiting.append((*item, writer.digest.hexdigest()))
+        if len(waiting) < 64 and item is not last:
+            continue
+        halves = inputs.documents([text for _, text, _ in waiting])
+        for (doc_id, _, digest), half in zip(waiting, halves, strict=True):
+            ids = np.concatenate([inputs.before, half]).astype(np.int32)
+            block.append((doc_id, Pair(ids, np.zeros_like(ids)), digest))
+            tokens += len(ids)
+            if len(block) == BLOCK[0] or tokens >= BLOCK[1]:
+                yield block
+                block, tokens = [], 0
+        waiting = []
+    if block:
+        yield block
+
+
+def _then(items: Iterator, last) -> Iterator:
+    yield from items
+    yield last
+
+
+@torch.inference_mode()
+def store_block(kind: Recurrent | Attention, reranker: Reranker, writer: Writer, block, batch_tokens: int, bar) -> None:
+    """Compute and store the states of one block."""
+    doc_ids, pairs, digests = zip(*block, strict=True)
+    dtype, profile = writer.header["dtype"], None
+    with_profile = dtype not in FLOATS or kind.kept is not None
+    if with_profile:
+        profile = writer.profile(kind.whole_shapes)
+
+    def records():
+        nonlocal profile
+        waiting, computed = [], 0
+        # a state of fixed size makes short documents as large as long ones
+        lengths = np.maximum([len(pair) for pair in pairs], 16 if kind.fixed else 1)
+        for batch in token_batches(lengths, batch_tokens):
+            features = reranker.inputs.collate([pairs[i] for i in batch])
+            ids, mask = (features[name].to(reranker.device) for name in ("input_ids", "attention_mask"))
+            with autocast(reranker.device, reranker.dtype):
+                states = kind.read(ids, mask)
+            waiting += zip(batch, states, strict=True)
+            computed += len(batch)
+            bar.update(len(batch))
+            if profile is None and with_profile:
+                if len(waiting) < SAMPLE and computed < len(pairs):
+                    continue
+                profile = writer.write_profile(kind.profile([parts for _, parts in waiting]))
+            for place, parts in waiting:
+                yield place, encode(dtype, kind.keep(parts), profile and kind.keep(profile))
+            waiting = []
+
+    numbers = [kind.numbers(len(pair)) for pair in pairs]
+    writer.add(doc_ids, [len(pair) for pair in pairs], numbers, records(), digests[-1])

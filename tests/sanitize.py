@@ -1,0 +1,103 @@
+"""Run the native kernels under the address and undefined-behaviour sanitizers, every vector width, over awkward shapes.
+
+    python tests/sanitize.py            needs g++; takes about two minutes; not part of the test suite
+
+Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too. The kernels see torch's memory through the
+sanitizer's own allocator: one float read or written beside a tensor ends the run.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "rankmamba"
+SOURCES = PACKAGE / "scan" / "native"
+FLAGS = "-std=c++17 -O1 -g -fPIC -shared -pthread -ffp-contract=fast -Wno-psabi".split()
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
+
+
+def build(width: int, folder: Path) -> None:
+    """Put the package's scan with a sanitized library of `width` lanes into `folder`."""
+    copy = folder / "rankmamba"
+    shutil.copytree(PACKAGE / "scan", copy / "scan", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(PACKAGE / "errors.py", copy)
+    (copy / "__init__.py").touch()
+    native = ["-mavx2", "-mfma"] if width > 4 and "avx2" in Path("/proc/cpuinfo").read_text() else []
+    sources = [str(SOURCES / name) for name in ("kernels.cpp", "dispatch.cpp")]
+    command = ["g++", *FLAGS, *SANITIZE, *native, "-DISA=base", f"-DWIDTH={width}", *sources]
+    subprocess.run([*command, "-o", str(copy / "scan" / "native" / "_kernels.so")], check=True)
+
+
+def run_all_shapes() -> None:
+    """Call every kernel, forward and backward, with tensors that end where their memory ends."""
+    import torch
+
+    from rankmamba import scan
+
+    assert scan.kernel("cpu").name == "native", scan.kernel("cpu")
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape).to(dtype).requires_grad_()
+
+    def tail(*shape, dtype=torch.float32):
+        """The last channels of wider rows: the last row ends the memory."""
+        return torch.randn(*shape[:-1], shape[-1] + 3).to(dtype).requires_grad_()[..., 3:]
+
+    def backward(outputs):
+        sum(o.float().sum() for o in outputs).backward()
+
+    count = 0
+    for threads, dtype, make in itertools.product((1, 3), (torch.float32, torch.bfloat16), (normal, tail)):
+        torch.set_num_threads(threads)
+        for batch, length, inner, n in [(1, 1, 1, 1), (2, 31, 3, 5), (1, 33, 65, 16), (3, 64, 31, 17), (2, 5, 130, 2), (1, 97, 16, 16)]:
+            rows = [make(batch, length, inner, dtype=dtype) for _ in range(3)]
+            B, C = make(batch, length, n, dtype=dtype), make(batch, length, n, dtype=dtype)
+            A = (-torch.rand(inner, n)).requires_grad_()
+            for full in (True, False):
+                extra = (normal(inner), rows[2], normal(inner), normal(batch, inner, n)) if full else (None,) * 4
+                backward(scan.selective_scan(rows[0], rows[1], A, B, C, *extra, return_final_state=True))
+                count += 1
+            for taps in (1, 2, 4, 9):
+                weight, bias, state = normal(inner, taps), normal(inner), normal(batch, taps - 1, inner, dtype=dtype)
+                for activation, bias, state in (("silu", bias, state), (None, None, None)):
+                    backward(scan.causal_conv1d(rows[0], weight, bias, state, True, activation))
+                    count += 1
+            backward([scan.gated_rms_norm(rows[0], rows[1], normal(inner))])
+            count += 1
+        for batch, length, heads, width, groups, n in [
+            (1, 1, 1, 1, 1, 1), (2, 63, 2, 5, 2, 3), (1, 65, 3, 17, 1, 9), (2, 130, 4, 8, 2, 16), (1, 64, 2, 64, 1, 33)
+        ]:  # fmt: skip
+            x = make(batch, length, heads * width, dtype=dtype).unflatten(-1, (heads, width))
+            B, C = (make(batch, length, groups * n, dtype=dtype).unflatten(-1, (groups, n)) for _ in "BC")
+            delta, A = torch.rand(batch, length, heads).requires_grad_(), (-torch.rand(heads)).requires_grad_()
+            for D, state in ((normal(heads), normal(batch, heads, width, n)), (None, None)):
+                backward(scan.ssd_scan(x, delta, A, B, C, D, state, return_final_state=True))
+                backward([scan.ssd_scan(x, delta, A, B, C, D, state)])
+                count += 2
+    print(f"{count} calls, forward and backward, without a finding", flush=True)
+
+
+def main() -> int:
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    for width in (4, 8, 16):
+        with tempfile.TemporaryDirectory() as folder:
+            build(width, Path(folder))
+            # Python itself leaks on purpose, and torch's allocator is not the sanitizer's business
+            environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": folder, "OMP_WAIT_POLICY": "passive"}
+            print(f"{width} lanes: ", end="", flush=True)
+            command = [sys.executable, __file__, "--run"]
+            if subprocess.run(command, env=os.environ | environment, cwd=folder).returncode:
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--run"]:
+        sys.path.remove(str(Path(__file__).resolve().parent))
+        run_all_shapes()
+    else:
+        sys.exit(main())

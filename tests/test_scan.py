@@ -1,0 +1,348 @@
+"""The scan against its definition: every kernel, value and gradient, every shape."""
+
+import logging
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankmamba import scan
+from rankmamba.errors import InputError
+from rankmamba.scan import dispatch, portable, reference
+
+KERNELS = ["portable"]
+if scan.kernel("cpu").name == "native":
+    KERNELS.append("native")
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+
+
+def error(got, expected):
+    """The largest difference, relative to the largest value (1e-3 where that is smaller: some gradients are exactly zero)."""
+    return float((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)) if expected.numel() else 0.0
+
+
+def values_and_gradients(function, tensors, **options):
+    """Outputs, and the gradient of a fixed random sum of them in every tensor."""
+    leaves = {name: None if t is None else t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    outputs = function(**leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64)).sum() for o in outputs)
+    loss.backward()
+    found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return found | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf is not None}
+
+
+def check(name, kernel, tensors, forward, backward, **options):
+    exact = values_and_gradients(getattr(reference, name), {k: None if t is None else t.double() for k, t in tensors.items()}, **options)
+    with scan.forced(kernel):
+        got = values_and_gradients(getattr(scan, name), tensors, **options)
+    errors = {key: error(got[key], exact[key]) for key in exact}
+    limits = {key: forward if key.startswith("output") else backward for key in exact}
+    assert {key: e for key, e in errors.items() if not e <= limits[key]} == {}
+
+
+def mamba(batch, length, inner, n, seed=0, optional=True, dtype=torch.float32):
+    """Inputs as a model makes them: strided slices, decays from fast to very slow."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    tensors = {"u": normal(batch, length, 2 * inner)[..., inner:], "delta": normal(batch, length, inner)}
+    tensors |= {"B": normal(batch, length, 2 * n + 3)[..., 3 : 3 + n], "C": normal(batch, length, 2 * n + 3)[..., 3 + n :]}
+    tensors["z"] = normal(batch, length, 2 * inner)[..., :inner] if optional else None
+    tensors = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
+    tensors["A"] = -torch.exp(1.5 * normal(inner, n))
+    tensors |= {"D": normal(inner), "delta_bias": normal(inner) - 3} if optional else {"D": None, "delta_bias": None}
+    return tensors | {"initial_state": normal(batch, inner, n) if optional else None}
+
+
+def mamba2(batch, length, heads, width, groups, n, seed=0, state=True, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    channels = heads * width + 2 * groups * n
+    x, B, C = normal(batch, length, channels).to(dtype).split([heads * width, groups * n, groups * n], -1)
+    tensors = {"x": x.unflatten(-1, (heads, width)), "B": B.unflatten(-1, (groups, n)), "C": C.unflatten(-1, (groups, n))}
+    tensors |= {"delta": torch.nn.functional.softplus(normal(batch, length, heads) - 2), "A": -torch.exp(1.5 * normal(heads))}
+    return tensors | {"D": normal(heads), "initial_state": normal(batch, heads, width, n) if state else None}
+
+
+SCAN_SHAPES = [(2, 70, 37, 16), (1, 1, 1, 1), (3, 33, 64, 5), (2, 129, 8, 17), (1, 32, 33, 3)]
+SSD_SHAPES = [(2, 130, 6, 10, 3, 7), (1, 1, 1, 1, 1, 1), (2, 64, 4, 64, 1, 16), (1, 65, 2, 5, 2, 64)]
+
+
+@every_kernel
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("shape", SCAN_SHAPES, ids=str)
+def test_selective_scan_equals_the_recurrence_in_float64(kernel, shape, optional):
+    check("selective_scan", kernel, mamba(*shape, optional=optional), 1e-6, 2e-6, return_final_state=True)
+
+
+@every_kernel
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("shape", SSD_SHAPES, ids=str)
+def test_ssd_scan_equals_the_recurrence_in_float64(kernel, shape, state):
+    # dA is a small sum of large terms of both signs
+    check("ssd_scan", kernel, mamba2(*shape, state=state), 2e-6, 1e-5, return_final_state=True)
+
+
+@every_kernel
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("shape", [(2, 70, 37, 4), (1, 1, 1, 4), (2, 2, 33, 4), (1, 33, 8, 1), (2, 40, 5, 7)], ids=str)
+def test_causal_conv1d_equals_its_definition_in_float64(kernel, shape, activation):
+    batch, length, inner, taps = shape
+    g = torch.Generator().manual_seed(0)
+    tensors = {"x": torch.randn(batch, length, 2 * inner, generator=g)[..., inner:], "weight": torch.randn(inner, taps, generator=g)}
+    tensors |= {"bias": torch.randn(inner, generator=g), "initial_state": torch.randn(batch, taps - 1, inner, generator=g)}
+    check("causal_conv1d", kernel, tensors, 1e-6, 2e-6, return_final_state=True, activation=activation)
+    tensors |= {"bias": None, "initial_state": None}
+    check("causal_conv1d", kernel, tensors, 1e-6, 2e-6, return_final_state=True, activation=activation)
+
+
+@every_kernel
+@pytest.mark.parametrize("shape", [(2, 40, 96, 1), (1, 1, 15, 3), (2, 33, 70, 2)], ids=str)
+def test_gated_rms_norm_equals_its_definition_in_float64(kernel, shape):
+    batch, length, inner, groups = shape
+    g = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(batch, length, inner, generator=g) for name in "yz"} | {"weight": torch.randn(inner, generator=g)}
+    check("gated_rms_norm", kernel, tensors, 1e-6, 4e-6, epsilon=1e-5, groups=groups)
+
+
+@every_kernel
+def test_bfloat16_inputs_cost_no_more_than_their_rounding(kernel):
+    # one rounding of the result is 2^-9; the gradients of bfloat16 inputs are rounded too
+    check("selective_scan", kernel, mamba(2, 70, 37, 16, dtype=torch.bfloat16), 2**-8, 2**-7, return_final_state=True)
+    check("ssd_scan", kernel, mamba2(2, 130, 4, 16, 2, 16, dtype=torch.bfloat16), 2**-6, 2**-5, return_final_state=True)
+
+
+@every_kernel
+def test_a_long_memory_is_kept_to_float32_precision(kernel):
+    tensors = mamba(1, 2048, 4, 4)
+    tensors["A"] = tensors["A"] * 1e-3
+    check("selective_scan", kernel, tensors, 5e-6, 5e-6, return_final_state=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"), [("selective_scan", mamba(2, 35, 3, 2)), ("ssd_scan", mamba2(2, 66, 2, 3, 1, 2))], ids=["mamba", "mamba2"]
+)
+def test_portable_gradients_are_right_to_float64(name, tensors):
+    leaves = [t.double().requires_grad_() for t in tensors.values()]
+    names = list(tensors)
+    function = getattr(portable, name)
+    assert torch.autograd.gradcheck(lambda *t: function(**dict(zip(names, t, strict=True)), return_final_state=True), leaves)
+
+
+# ---- properties
+
+
+sizes = st.tuples(*(st.integers(1, most) for most in (3, 80, 40, 20)))
+
+
+@every_kernel
+@settings(max_examples=25, deadline=None)
+@given(shape=sizes, cut=st.floats(0, 1), seed=st.integers(0, 99))
+def test_a_sequence_split_anywhere_gives_the_same_outputs_and_states(kernel, shape, cut, seed):
+    batch, length, inner, n = shape
+    at = round(cut * length)
+    along = ("u", "delta", "B", "C", "z")
+    tensors = mamba(*shape, seed=seed)
+    first = {k: t[:, :at] if k in along else t for k, t in tensors.items()}
+    second = {k: t[:, at:] if k in along else t for k, t in tensors.items()}
+    with scan.forced(kernel), torch.no_grad():
+        y, state = scan.selective_scan(**tensors, return_final_state=True)
+        y1, between = scan.selective_scan(**first, return_final_state=True)
+        y2, end = scan.selective_scan(**(second | {"initial_state": between}), return_final_state=True)
+    torch.testing.assert_close(torch.cat([y1, y2], 1), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(end, state, rtol=1e-5, atol=1e-5)
+
+    heads = mamba2(batch, length, 2, inner, 1, n, seed=seed)
+    along = ("x", "delta", "B", "C")
+    first = {k: t[:, :at] if k in along else t for k, t in heads.items()}
+    second = {k: t[:, at:] if k in along else t for k, t in heads.items()}
+    with scan.forced(kernel), torch.no_grad():
+        y, state = scan.ssd_scan(**heads, return_final_state=True)
+        y1, between = scan.ssd_scan(**first, return_final_state=True)
+        y2, end = scan.ssd_scan(**(second | {"initial_state": between}), return_final_state=True)
+    torch.testing.assert_close(torch.cat([y1, y2], 1), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(end, state, rtol=1e-4, atol=1e-4)
+
+
+@every_kernel
+@settings(max_examples=15, deadline=None)
+@given(shape=sizes, seed=st.integers(0, 99))
+def test_the_order_of_a_batch_does_not_matter(kernel, shape, seed):
+    tensors = mamba(*shape, seed=seed)
+    order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(seed))
+    batched = ("u", "delta", "B", "C", "z", "initial_state")
+    with scan.forced(kernel), torch.no_grad():
+        y = scan.selective_scan(**tensors)
+        shuffled = scan.selective_scan(**{k: t[order] if k in batched else t for k, t in tensors.items()})
+        alone = scan.selective_scan(**{k: t[:1] if k in batched else t for k, t in tensors.items()})
+    torch.testing.assert_close(shuffled, y[order], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone, y[:1], rtol=1e-6, atol=1e-6)
+
+
+# ---- extremes
+
+
+@every_kernel
+def test_steps_of_any_size_are_exact(kernel):
+    tensors = mamba(1, 40, 9, 4)
+    tensors["delta"][0, 10, :4] = 5000.0  # forgets everything
+    tensors["delta"][0, 20] = -1e4  # a step of zero
+    tensors["z"][0, 5] = 200.0
+    tensors["z"][0, 6] = -200.0
+    check("selective_scan", kernel, tensors, 1e-6, 2e-6, return_final_state=True)
+
+
+@every_kernel
+def test_a_step_of_zero_leaves_the_state_untouched(kernel):
+    tensors = mamba(2, 40, 9, 4)
+    tensors["delta"][:] = -1e4
+    with scan.forced(kernel):
+        state = scan.selective_scan(**tensors, return_final_state=True)[1]
+    assert torch.equal(state, tensors["initial_state"])
+
+
+@every_kernel
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "z"])
+def test_what_is_not_a_number_stays_visible(kernel, name):
+    tensors = mamba(1, 10, 9, 4)
+    tensors[name] = tensors[name].clone()
+    tensors[name][(0,) * tensors[name].dim()] = float("nan")
+    with scan.forced(kernel):
+        assert scan.selective_scan(**tensors).isnan().any()
+
+
+@every_kernel
+@pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 0, 4, 3), (2, 5, 0, 3), (2, 5, 4, 0)], ids=str)
+def test_nothing_to_scan_is_not_an_error(kernel, shape):
+    batch, length, inner, n = shape
+    tensors = mamba(*shape)
+    with scan.forced(kernel):
+        found = values_and_gradients(scan.selective_scan, tensors, return_final_state=True)
+        y = scan.causal_conv1d(tensors["u"], torch.ones(inner, 4), activation="silu")
+        heads = scan.ssd_scan(**mamba2(batch, length, 2, inner, 1, n), return_final_state=True)
+    assert found["output 0"].shape == y.shape == (batch, length, inner)
+    if length == 0:
+        assert torch.equal(found["output 1"], tensors["initial_state"])
+    assert heads[0].shape == (batch, length, 2, inner) and heads[1].shape == (batch, 2, inner, n)
+
+
+def test_threads_do_not_change_a_result():
+    tensors, before = mamba(3, 300, 130, 16), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = values_and_gradients(scan.selective_scan, tensors)
+        torch.set_num_threads(3)
+        three = values_and_gradients(scan.selective_scan, tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one["output 0"], three["output 0"])
+    assert max(error(three[key], one[key].double()) for key in one) < 1e-6
+
+
+def test_wrong_shapes_are_named():
+    tensors = mamba(2, 5, 4, 3)
+    with pytest.raises(InputError, match=r"expected B \(2, 5, 3\) beside u \(2, 5, 4\), got \(2, 4, 3\)"):
+        scan.selective_scan(**(tensors | {"B": tensors["B"][:, :4]}))
+    with pytest.raises(InputError, match="activation"):
+        scan.causal_conv1d(tensors["u"], torch.ones(4, 4), activation="relu")
+
+
+def test_torch_compile_works_around_the_kernels():
+    tensors = mamba(2, 9, 8, 4)
+    compiled = torch.compile(scan.selective_scan, backend="eager")
+    torch.testing.assert_close(compiled(**tensors), scan.selective_scan(**tensors), rtol=1e-5, atol=1e-5)
+
+
+# ---- the choice of a kernel
+
+
+@pytest.fixture
+def fresh_choice():
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+def test_falling_back_is_said_once_with_reason_and_remedy(fresh_choice, monkeypatch, caplog):
+    def missing():
+        raise ImportError("no compiled library")
+
+    monkeypatch.setattr(dispatch, "_native", missing)
+    with caplog.at_level(logging.WARNING):
+        kernels = [scan.kernel("cpu") for _ in range(3)]
+        scan.selective_scan(**mamba(1, 2, 3, 4))
+    assert kernels[0].name == "portable" and "no compiled library" in kernels[0].reason and "g++" in kernels[0].reason
+    assert len(caplog.records) == 1 and kernels[0].reason in caplog.text
+
+
+def test_a_cpu_never_imports_a_cuda_package(tmp_path):
+    for package in ("mamba_ssm", "causal_conv1d"):
+        (tmp_path / f"{package}.py").write_text("raise SystemExit('a CUDA package was imported')")
+    code = (
+        "import torch, rankmamba.scan as scan; x = torch.ones(1, 3, 8); "
+        "scan.causal_conv1d(x, torch.ones(8, 4)); scan.selective_scan(x, x, -torch.ones(8, 2), x[..., :2], x[..., :2])"
+    )
+    run = f"import sys; sys.path[:0] = {[str(tmp_path)] + sys.path!r}; {code}"
+    assert subprocess.run([sys.executable, "-c", run], capture_output=True, text=True).stderr == ""
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """rankmamba.scan.cuda over stand-ins for the CUDA packages that follow those packages' reference functions on the CPU."""
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+        assert delta_softplus and u.dtype == delta.dtype == B.dtype == C.dtype
+        z = None if z is None else z.mT
+        y = reference.selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D, z, delta_bias, None, return_last_state)
+        return (y[0].mT, y[1]) if return_last_state else y.mT
+
+    def causal_conv1d_fn(x, weight, bias=None, initial_states=None, activation=None):
+        state = None if initial_states is None else initial_states.mT
+        assert x.stride(1) == 1 and (state is None or initial_states.stride(1) == 1)
+        return reference.causal_conv1d(x.mT, weight, bias, state, activation=activation).mT
+
+    def chunk_scan(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False):
+        return reference.ssd_scan(x, dt, A, B, C, D, initial_states, return_final_states)
+
+    def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+        assert not norm_before_gate and bias is None
+        return reference.gated_rms_norm(x, z, weight, eps, x.shape[-1] // group_size)
+
+    contents = {
+        "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": selective_scan_fn},
+        "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": chunk_scan},
+        "mamba_ssm.ops.triton.layernorm_gated": {"rmsnorm_fn": rmsnorm_fn},
+        "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn},
+    }
+    for path, functions in contents.items():
+        parts = path.split(".")
+        for end in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
+        module = types.ModuleType(path)
+        module.__dict__.update(functions)
+        monkeypatch.setitem(sys.modules, path, module)
+    monkeypatch.delitem(sys.modules, "rankmamba.scan.cuda", raising=False)
+    yield
+    sys.modules.pop("rankmamba.scan.cuda", None)
+
+
+def test_cuda_calls_fit_and_continue_a_prefix_rightly(cuda):
+    tensors = mamba(2, 150, 8, 4)
+    check("selective_scan", "cuda", tensors, 1e-6, 2e-6, return_final_state=True)
+    check("selective_scan", "cuda", mamba(2, 150, 8, 4, optional=False), 1e-6, 2e-6, return_final_state=True)
+    check("ssd_scan", "cuda", mamba2(2, 40, 4, 8, 2, 4), 1e-6, 1e-5, return_final_state=True)
+    conv = {"x": tensors["u"], "weight": torch.randn(8, 4), "bias": torch.randn(8), "initial_state": torch.randn(2, 3, 8)}
+    check("causal_conv1d", "cuda", conv, 1e-6, 2e-6, return_final_state=True, activation="silu")
+    norm = {"y": tensors["u"], "z": tensors["z"], "weight": torch.randn(8)}
+    check("gated_rms_norm", "cuda", norm, 1e-6, 4e-6, epsilon=1e-5, groups=2)
