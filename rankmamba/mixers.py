@@ -33,6 +33,11 @@ def use_scan(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
+def has_scan(model: nn.Module) -> bool:
+    """Say whether `rankmamba.scan` computes anything in this model."""
+    return any(isinstance(module, _ScanMixer) for module in model.modules())
+
+
 @dataclass
 class MambaState:
     """What a Mamba backbone keeps of the tokens it has read: two tensors, whatever their number.

@@ -4,6 +4,8 @@ It is a Hugging Face model of its own type, so `AutoModelForSequenceClassificati
 once `rankmamba` is imported.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
@@ -83,13 +85,20 @@ class RerankerModel(PreTrainedModel):
         input_ids, attention_mask, token_type_ids: int64 (B, L). Returns logits float32 (B, num_labels).
         """
         positions = pooled_positions(input_ids, attention_mask, self.config.kind)
-        with self._last_layer.only(positions):
-            hidden = self._hidden(input_ids, attention_mask, token_type_ids)
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions]
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = nn.functional.linear(self.dropout(pooled.float()), self.score.weight.float(), self.score.bias.float())
+        logits = self.score_hidden(lambda: self._hidden(input_ids, attention_mask, token_type_ids), positions)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def score_hidden(self, run: Callable[[], torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """Run the backbone for the pooled tokens and the head on them.
+
+        run: returns the hidden states (B, L, D). positions: int64 (B,). Returns logits float32 (B, num_labels).
+        """
+        with self._last_layer.only(positions):
+            hidden = run()
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(self.dropout(pooled.float()), self.score.weight.float(), self.score.bias.float())
 
     def _hidden(self, input_ids, attention_mask, token_type_ids):
         kind, inputs = self.config.kind, {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -17,7 +17,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, Tables, summarise
@@ -215,6 +215,46 @@ def weight_curves(tables: Mapping[str, pd.DataFrame], measure: str = PRIMARY) ->
         axes.plot(best["weight"], best["value"], **_marker(system), clip_on=False)
         ends[system] = table["value"].iloc[-1]
     axes.set(xlim=(0, 1))
+    _end_labels(axes, ends)
+    return figure
+
+
+@_styled
+def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
+    """What a format changes in a measure, with its 95% interval, against its bytes; a line a system.
+
+    table: the stored formats of `state_study.format_table`.
+    """
+    figure, axes = _figure(xlabel="bytes a document", ylabel=f"{measure} minus full scoring's")
+    axes.axhline(0, color="#444444", linewidth=1)
+    for place, (system, part) in enumerate(table.groupby("system", sort=False)):
+        part = part.sort_values("kB/document")
+        size = 1000 * part["kB/document"]
+        axes.plot(size, part["difference"], color=look(system).color, linewidth=1, linestyle=look(system).line)
+        axes.vlines(size, part["low"], part["high"], color=look(system).color, linewidth=2, alpha=0.5)
+        axes.plot(size, part["difference"], **_marker(system), label=system)
+        for at, names in part["format"].groupby(size.round(-1)):
+            short = ", ".join(names).replace("bfloat", "bf").replace("float", "fp").replace(" layers", "")
+            axes.annotate(short, (at, 0.02 + 0.05 * place), xycoords=("data", "axes fraction"), fontsize=9, ha="center",
+                          color=look(system).color)  # fmt: skip
+    low, high = axes.get_ylim()
+    axes.set(xscale="log", ylim=(low - 0.3 * (high - low), high))
+    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=EngFormatter("B"))
+    axes.legend(frameon=False)
+    return figure
+
+
+@_styled
+def state_speed_up(table: pd.DataFrame) -> Figure:
+    """How many times as fast as full scoring a query is from states in memory, by length of document. table: `state_study.length_table`."""
+    figure, axes = _figure(xlabel="tokens of the document", ylabel="full scoring / from states")
+    ends = {}
+    for system, part in table.groupby("system", sort=False):
+        axes.plot(part["tokens"], part["speed-up"], **_marker(system) | {"linestyle": look(system).line})
+        ends[system] = part["speed-up"].iloc[-1]
+    axes.set(xscale="log", xticks=sorted(set(table["tokens"])), ylim=(0, None))
+    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
+    axes.axhline(1, color="black", linestyle=":", linewidth=1.5)
     _end_labels(axes, ends)
     return figure
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,9 @@ from .files import replacing
 from .inputs import PairTokenizer, token_batches
 from .model import RerankerModel
 from .precision import autocast, autocast_dtype
+
+if TYPE_CHECKING:
+    from .states import DocumentStates
 
 
 @dataclass
@@ -51,10 +55,7 @@ class Reranker:
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
         config = model.config
         self.inputs = PairTokenizer(tokenizer, config.kind, **config.limits)
-        self.has_scan = any(
-            isinstance(module, mixers.ScanMambaMixer | mixers.ScanMamba2Mixer | mixers.ScanFalconMambaMixer)
-            for module in model.modules()
-        )
+        self.has_scan = mixers.has_scan(model)
         self.cost = Cost()  # of the last call that scored
 
     @classmethod
@@ -117,12 +118,20 @@ class Reranker:
         top_k: int = 100,
         batch_tokens: int = 2048,
         show_progress_bar: bool = False,
+        states: "DocumentStates | None" = None,
     ) -> pd.DataFrame:
         """Rerank the `top_k` best candidates of each query: run -> run of those documents, scores raw logits.
+
+        states: the stored states of the documents, made by this reranker (`states.DocumentStates`); then only the queries'
+        tokens run.
 
         Raises:
             InputError: the run names a query or a document that the collection does not have.
         """
+        if states is not None:
+            run = states.rerank(candidates, collection, top_k, show_progress_bar)
+            self.cost = Cost(states.cost.pairs, states.cost.tokens, states.cost.tokens, states.cost.seconds)
+            return run
         head = candidates[candidates["rank"] <= top_k]
         unknown = set(head["query_id"]) - set(collection.queries)
         if unknown:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullLocator, StrMethodFormatter
 
 from . import scan
 from .backbones import SYSTEMS
@@ -16,11 +14,9 @@ from .collection import Collection
 from .errors import InputError
 from .evaluate import mean_interval, per_query
 from .experiment import Experiment
-from .plots import _end_labels, _figure, _marker, _styled
 from .reranker import Reranker
 from .results import environment, fingerprint, new_record, read_records, write_record
 from .states import DocumentStates
-from .style import look
 
 FULL = "full scoring"
 
@@ -209,41 +205,3 @@ def outlook(records: list[dict], documents: int, cores: int = 64, memory_gb: int
                 }
             )
     return pd.DataFrame(rows)
-
-
-@_styled
-def frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
-    """What a format changes in a measure, with its 95% interval, against its bytes; a line a system. From `format_table`."""
-    figure, axes = _figure(xlabel="bytes a document", ylabel=f"{measure} minus full scoring's")
-    axes.axhline(0, color="#444444", linewidth=1)
-    stored = table[table["format"] != FULL]
-    for place, (system, part) in enumerate(stored.groupby("system", sort=False)):
-        part = part.sort_values("kB/document")
-        size = 1000 * part["kB/document"]
-        axes.plot(size, part["difference"], color=look(system).color, linewidth=1, linestyle=look(system).line)
-        axes.vlines(size, part["low"], part["high"], color=look(system).color, linewidth=2, alpha=0.5)
-        axes.plot(size, part["difference"], **_marker(system), label=system)
-        for at, names in part["format"].groupby(size.round(-1)):
-            short = ", ".join(names).replace("bfloat", "bf").replace("float", "fp").replace(" layers", "")
-            axes.annotate(short, (at, 0.02 + 0.05 * place), xycoords=("data", "axes fraction"), fontsize=9, ha="center",
-                          color=look(system).color)  # fmt: skip
-    low, high = axes.get_ylim()
-    axes.set(xscale="log", ylim=(low - 0.3 * (high - low), high))
-    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=EngFormatter("B"))
-    axes.legend(frameon=False)
-    return figure
-
-
-@_styled
-def speed_up(table: pd.DataFrame) -> Figure:
-    """How many times as fast as full scoring a query is from states in memory, by length of document. From `length_table`."""
-    figure, axes = _figure(xlabel="tokens of the document", ylabel="full scoring / from states")
-    ends = {}
-    for system, part in table.groupby("system", sort=False):
-        axes.plot(part["tokens"], part["speed-up"], **_marker(system) | {"linestyle": look(system).line})
-        ends[system] = part["speed-up"].iloc[-1]
-    axes.set(xscale="log", xticks=sorted(set(table["tokens"])), ylim=(0, None))
-    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
-    axes.axhline(1, color="black", linestyle=":", linewidth=1.5)
-    _end_labels(axes, ends)
-    return figure

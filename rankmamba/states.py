@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
 from tqdm.std import tqdm
 
 from .collection import Collection, Documents, sort_run
@@ -254,11 +253,11 @@ class DocumentStates:
         """Run the queries' tokens after a batch of states: float32 (B,)."""
         features = {name: tensor.to(self.reranker.device) for name, tensor in self.reranker.inputs.collate(queries).items()}
         ids, mask = features["input_ids"], features["attention_mask"]
-        positions, head = pooled_positions(ids, mask, "causal"), self.reranker.model.score
-        with autocast(self.reranker.device, self.reranker.dtype), self.reranker.model._last_layer.only(positions):
-            hidden = self._kind.go_on(loaded, ids, mask)
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions].float()
-        return F.linear(pooled, head.weight.float(), head.bias.float())[:, 0].cpu().numpy()
+        with autocast(self.reranker.device, self.reranker.dtype):
+            logits = self.reranker.model.score_hidden(
+                lambda: self._kind.go_on(loaded, ids, mask), pooled_positions(ids, mask, "causal")
+            )
+        return logits[:, 0].float().cpu().numpy()
 
 
 class HeldStates:

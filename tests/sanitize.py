@@ -1,9 +1,9 @@
 """Run the native kernels under the address and undefined-behaviour sanitizers, every vector width, over awkward shapes.
 
-    python tests/sanitize.py            needs g++; takes about two minutes; not part of the test suite
+    python tests/sanitize.py            needs g++; takes about three minutes; not part of the test suite
 
-Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too. The kernels see torch's memory through the
-sanitizer's own allocator: one float read or written beside a tensor ends the run.
+Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too, their results included. The kernels see torch's
+memory through the sanitizer's own allocator: one float read or written beside a tensor ends the run.
 """
 
 import itertools
@@ -89,9 +89,11 @@ def main() -> int:
             # Python itself leaks on purpose, and torch's allocator is not the sanitizer's business
             environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": folder, "OMP_WAIT_POLICY": "passive"}
             print(f"{width} lanes: ", end="", flush=True)
-            command = [sys.executable, __file__, "--run"]
-            if subprocess.run(command, env=os.environ | environment, cwd=folder).returncode:
-                return 1
+            shapes = [sys.executable, __file__, "--run"]
+            results = [sys.executable, "-m", "pytest", "-q", "-k", "native", str(Path(__file__).with_name("test_scan.py"))]
+            for command in (shapes, results):
+                if subprocess.run(command, env=os.environ | environment, cwd=folder).returncode:
+                    return 1
     return 0
 
 
