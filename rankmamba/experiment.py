@@ -55,7 +55,7 @@ class Experiment:
     def first_stage(self, system: str, k1: float, b: float) -> dict:
         """Rank dev and test with BM25 and keep the runs; returns the record."""
         config = self._config(k1=k1, b=b)
-        if record := self._found("first_stage", system, "test", config):
+        if (record := self._found("first_stage", system, "test", config)) and self._has_runs(system):
             return record
         started = time.perf_counter()
         index = BM25.build(self.split("test").documents, k1=k1, b=b)
@@ -95,7 +95,7 @@ class Experiment:
         if trained is None or not folder.is_dir():
             raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
         config = self._config(first_stage=first_stage, top_k=top_k, trained=fingerprint(trained))
-        if record := self._found("rerank", system, "test", config):
+        if (record := self._found("rerank", system, "test", config)) and self._has_runs(system):
             return record
         reranker, cost = Reranker.from_pretrained(folder), Cost()
         for part in ("dev", "test"):
@@ -168,6 +168,9 @@ class Experiment:
 
     def run_path(self, system: str, part: str) -> Path:
         return self.folder / "runs" / f"{system}-{part}-seed{self.seed}.run"
+
+    def _has_runs(self, system: str) -> bool:
+        return all(self.run_path(system, part).is_file() for part in ("dev", "test"))
 
     def model_path(self, system: str) -> Path:
         return self.folder / "models" / f"{system}-seed{self.seed}"

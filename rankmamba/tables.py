@@ -62,8 +62,8 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
 
     Columns: collection, system, queries, seeds, parameters (outside embeddings); of every measure the mean, "<measure> low" and
     "<measure> high"; difference, low, high, effect, p and p_holm of `measure` to `baseline` (NaN without one); tokens and minutes
-    of training; pairs_per_s; note; measure; baseline. Means over seeds, 95% intervals. A system "X + Y" is X mixed with Y and has
-    X's size and costs.
+    of training; pairs_per_s, pairs_per_s_from_states; note; measure; baseline. Means over seeds, 95% intervals. A system
+    "X + Y" is X mixed with Y and has X's size and costs.
 
     Raises:
         InputError: there are no "evaluate" records, or the systems of a collection were measured on different queries.
@@ -94,6 +94,7 @@ def _costs(records: list[dict], system: str, collection: str) -> dict:
         "tokens": _mean([record["result"]["tokens"] for record in trained]),
         "minutes": _mean([record["timing"]["seconds"] / 60 for record in trained]),
         "pairs_per_s": _mean([record["timing"]["pairs_per_s"] for record in ranked]),
+        "pairs_per_s_from_states": _mean([record["timing"]["pairs_per_s"] for record in here if record["kind"] == "states"]),
         "note": next((record["note"] for record in own if record.get("note")), ""),
     }
 
@@ -169,6 +170,8 @@ def _cells(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     cells["train\ntokens"] = [("" if math.isnan(count) else _short(count / 1e6) + "M",) for count in table["tokens"]]
     cells["train\nmin"] = [(_short(minutes),) for minutes in table["minutes"]]
     cells["pairs/s\n"] = [(_short(rate),) for rate in table["pairs_per_s"]]
+    if table["pairs_per_s_from_states"].notna().any():
+        cells["pairs/s\nfrom states"] = [(_short(rate),) for rate in table["pairs_per_s_from_states"]]
     return pd.DataFrame(cells)
 
 
