@@ -1,7 +1,7 @@
-"""Builds the native scan. It is optional: where no compiler is found the package installs all the same and scans in plain PyTorch.
+"""Builds the native scan. It is optional: where no compiler is found, the package installs all the same and scans in PyTorch.
 
-The kernels are compiled once for each instruction set, and the library chooses among them when it is loaded: so what was built on one
-machine runs on every other of its kind. The library contains no Python and no torch; neither is needed to build it.
+The kernels are compiled once for each instruction set, and the library chooses among them when it is loaded: what was built on
+one machine runs on every other of its kind. The library contains no Python and no torch; neither is needed to build it.
 """
 
 import os

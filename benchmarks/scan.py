@@ -1,10 +1,10 @@
 """How fast, how hungry and how exact is the scan beside Hugging Face's slow path and mambapy? `python benchmarks/scan.py`
 
-The same float32 inputs for all, one process, variants alternating, medians of process CPU time, Mamba's own initialisation of A and of
-the step. Hugging Face's backward is quadratic in L and is not run: for training, mambapy is the one to compare with.
+The same float32 inputs for all, one process, variants alternating, medians of process CPU time, Mamba's own initialisation of A
+and of the step. Hugging Face's backward is quadratic in L and is not run: for training, mambapy is the one to compare with.
 
-    python benchmarks/scan.py                                      # the shapes the project promises something for; some minutes
-    python benchmarks/scan.py --batch 1 8 32 --length 128 512 2048 --inner 256 1536        # everything that fits the memory; an hour
+    python benchmarks/scan.py                           # the shapes the project promises something for; some minutes
+    python benchmarks/scan.py --batch 1 8 32 --length 128 512 2048        # everything that fits the memory; an hour
     python benchmarks/scan.py --threads 1 2 --family mamba2
 """
 
@@ -13,9 +13,10 @@ import gc
 import json
 import multiprocessing
 import os
-import resource
+import re
 import statistics
 import time
+from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
@@ -103,32 +104,31 @@ def variants(family):
 def work(function, tensors, training):
     """One forward pass, or one forward and backward pass, as a call without arguments."""
     if not training:
-        inputs = tensors
 
         def run():
             with torch.no_grad():
-                return function(**inputs)
+                return function(**tensors)
 
     else:
         inputs = {name: t.clone().requires_grad_() for name, t in tensors.items()}
         upstream = torch.ones_like(next(iter(tensors.values())))
 
         def run():
-            function(**inputs).backward(upstream)
-            return {name: t.grad for name, t in inputs.items()}
+            gradients = torch.autograd.grad(function(**inputs), list(inputs.values()), upstream)
+            return dict(zip(inputs, gradients, strict=True))
 
     return run
 
 
-def cpu_ms(run):
+def ms(run, clock):
     gc.collect()
-    start = time.process_time()
+    start = clock()
     run()
-    return (time.process_time() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def extra_mib(family, name, shape, training):
-    """Peak memory of one pass beyond inputs and libraries, measured in a fresh process."""
+    """Peak memory of one pass beyond inputs and libraries, measured in a fresh process (Linux)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_extra_mib, (family, name, shape, training))
 
@@ -137,15 +137,20 @@ def _extra_mib(family, name, shape, training):
     torch.set_num_threads(1)
     run = work(variants(family)[name], FAMILIES[family][0](*shape), training)
     work(variants(family)[name], FAMILIES[family][0](1, 2, shape[2]), training)()  # loads what is loaded late
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kib()
     kept = run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _peak_kib()
     del kept
     return (peak - before) / 1024
 
 
+def _peak_kib():
+    """The most memory this process has held (ru_maxrss would include its parent's)."""
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def errors(family, shape, dtype):
-    """Largest error of outputs and of gradients, relative to the largest value, against the same pass in float64 (one sequence)."""
+    """Largest error of outputs and of gradients, relative to the largest value, against one sequence's pass in float64."""
     make, function, exact, _ = FAMILIES[family]
     tensors = make(1, *shape[1:], dtype=dtype)
     doubles = {name: t.double() for name, t in tensors.items()}
@@ -158,7 +163,7 @@ def errors(family, shape, dtype):
     return found
 
 
-def compare(family, shape, training, options):
+def compare(family, shape, training, clock, options):
     """Time all variants on one shape; return {variant: median ms}."""
     tensors = FAMILIES[family][0](*shape)
     states = shape[0] * shape[1] * shape[2] * (N if family == "mamba" else 4) * 4 / 2**30
@@ -171,11 +176,11 @@ def compare(family, shape, training, options):
             continue
         runs[name] = work(function, tensors, training)
     times = {name: [] for name in runs}
-    for name, run in runs.items():
+    for run in runs.values():
         run()
     for _ in range(options.repeats):
         for name, run in runs.items():
-            times[name].append(cpu_ms(run))
+            times[name].append(ms(run, clock))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -196,18 +201,21 @@ def main() -> None:
         FAMILIES["mamba"][3].pop("mambapy")
         print("mambapy is not installed, so there is nothing to compare training with: pip install mambapy")
     kernel = scan.kernel("cpu")
-    print(f"scan kernel: {kernel.name} ({kernel.reason}); device cpu, float32; torch {torch.__version__}; N = {N} (mamba), ", end="")
-    print(f"{STATE2} (mamba2); median of {options.repeats}, CPU time", flush=True)
+    print(
+        f"scan kernel: {kernel.name} ({kernel.reason}); device cpu, float32; torch {torch.__version__}; N = {N} (mamba), ", end=""
+    )
+    print(f"{STATE2} (mamba2); median of {options.repeats}, CPU time (1 thread) or wall time", flush=True)
     table = []
     shapes = [(b, length, e) for e in options.inner for length in options.length for b in options.batch]
     for family in options.family:
         for shape in shapes:
             for threads in options.threads:
                 torch.set_num_threads(threads)
+                clock = time.process_time if threads == 1 else time.perf_counter  # threads share the work, not the CPU time
                 for training in (False, True):
                     what = "forward+backward" if training else "forward"
                     print(f"{family} B={shape[0]} L={shape[1]} E={shape[2]} {what}, {threads} thread(s)", flush=True)
-                    times = compare(family, shape, training, options)
+                    times = compare(family, shape, training, clock, options)
                     memory = {}
                     if threads == options.threads[0]:
                         memory = {name: extra_mib(family, name, shape, training) for name in times}
@@ -217,11 +225,14 @@ def main() -> None:
                         if memory:
                             line += f" {memory[name]:9.1f} MiB extra {memory[name] / max(memory[best], 0.1):6.1f}x"
                         print(line, flush=True)
-                    row = {"family": family, "shape": shape, "what": what, "threads": threads, "cpu_ms": times, "extra_mib": memory}
+                    row = {"family": family, "shape": shape, "what": what, "threads": threads, "ms": times, "extra_mib": memory}
                     table.append(row)
             for dtype in (torch.float32, torch.bfloat16):
                 forward, backward = errors(family, shape, dtype)
-                print(f"    error against float64, {str(dtype)[6:]} inputs: forward {forward:.1e}, gradients {backward:.1e}", flush=True)
+                print(
+                    f"    error against float64, {str(dtype)[6:]} inputs: forward {forward:.1e}, gradients {backward:.1e}",
+                    flush=True,
+                )
                 table.append({"family": family, "shape": shape, "dtype": str(dtype), "error": [forward, backward]})
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

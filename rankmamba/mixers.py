@@ -1,7 +1,7 @@
 """Hugging Face's Mamba, FalconMamba and Mamba-2 blocks, computed by `rankmamba.scan`.
 
-`use_scan` gives each block's mixer another forward pass; its modules, parameters and their names stay what they are, so weights load
-and save as before, and transformers itself is left alone.
+`use_scan` gives each block's mixer another forward pass; its modules, parameters and their names stay what they are, so weights
+load and save as before, and transformers itself is left alone.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from .scan import causal_conv1d, gated_rms_norm, selective_scan, ssd_scan
 
 
 def use_scan(backbone: nn.Module) -> nn.Module:
-    """Let `rankmamba.scan` compute every Mamba, FalconMamba and Mamba-2 mixer inside `backbone`; return it, other models unchanged.
+    """Let `rankmamba.scan` compute every Mamba, FalconMamba and Mamba-2 mixer inside `backbone`; return it.
 
-    `attention_mask` (B, L), or longer with L last columns, becomes exact: a token where it is 0 touches no other token and no state.
+    Other models come back unchanged. `attention_mask` (B, L), or longer and then its last L columns, becomes exact: a token where
+    it is 0 touches no other token and no state.
     `cache_params` may be a `MambaState`: the tokens then continue what the state has read, whatever their number.
     """
     for module in backbone.modules():
@@ -42,11 +43,11 @@ def has_scan(model: nn.Module) -> bool:
 class MambaState:
     """What a Mamba backbone keeps of the tokens it has read: two tensors, whatever their number.
 
-    conv: (layers, B, K-1, W), the last inputs of each convolution; W is E (Mamba) or E + 2 G N (Mamba-2). ssm: (layers, B, E, N) or
-    (layers, B, H, P, N), float32. `MambaState()` has read nothing.
+    conv: (layers, B, K-1, W), the last inputs of each convolution; W is E (Mamba) or E + 2 G N (Mamba-2).
+    ssm: (layers, B, E, N) or (layers, B, H, P, N), float32. `MambaState()` has read nothing.
 
-    Give it to the backbone as `cache_params`. A forward pass never changes it; what the backbone knows afterwards is `state.after`.
-    With record=False `after` is not kept, which saves its memory.
+    Give it to the backbone as `cache_params`. A forward pass never changes it; what the backbone knows afterwards is
+    `state.after`. With record=False `after` is not kept, which saves its memory.
 
     >>> state = MambaState()
     >>> backbone(input_ids=documents, attention_mask=mask, cache_params=state, use_cache=False)
@@ -68,7 +69,9 @@ class MambaState:
             InputError: there was none, or it was not recorded.
         """
         if not self._next:
-            raise InputError("expected a state that a forward pass has continued with record=True, got none; run the backbone first")
+            raise InputError(
+                "expected a state that a forward pass has continued with record=True, got none; run the backbone first"
+            )
         layers = [self._next[layer] for layer in sorted(self._next)]
         return MambaState(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
 
@@ -121,8 +124,11 @@ class _HuggingFaceCache:
     record: bool = True
 
     def _read(self, layer):
-        conv = self.cache.get_conv_state(layer)
-        return None if conv is None else conv[..., 1:].transpose(1, 2), self.cache.get_recurrent_state(layer)
+        kept = self.cache.layers[layer]
+        if not kept.has_previous_state[0]:
+            return None, None
+        conv = kept.conv_states[0]
+        return conv[..., conv.shape[-1] - self.taps + 1 :].transpose(1, 2), kept.recurrent_states[0]
 
     def _write(self, layer, conv, ssm):
         self.cache.update_conv_state(F.pad(conv.transpose(1, 2), (1, 0)), layer, conv_kernel_size=self.taps)
@@ -131,7 +137,10 @@ class _HuggingFaceCache:
 
 @dataclass(frozen=True)
 class _Padding:
-    """Where the real tokens of a batch are. lengths: (B,). order, back: (B, L), to the front of their row and back again, or None."""
+    """Where the real tokens of a batch are.
+
+    lengths: (B,). order, back: (B, L), which put them to the front of their row and back again; None where they stand in front.
+    """
 
     lengths: torch.Tensor
     order: torch.Tensor | None
@@ -169,7 +178,7 @@ class _ScanMixer:
     """
 
     def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        """hidden_states: (B, L, D) -> (B, L, D). attention_mask: (B, >= L), 1 = real. cache_params: `MambaState`, a Cache or None."""
+        """(B, L, D) -> (B, L, D). attention_mask: (B, >= L), 1 = real. cache_params: `MambaState`, their Cache or None."""
         padding = _Padding.of(attention_mask, hidden_states.shape[1])
         if padding is not None:
             hidden_states = padding.to_front(hidden_states)
@@ -298,7 +307,7 @@ _OURS = {(module, name): ours for ours, (module, name, *_) in _FAMILIES.items()}
 
 @functools.cache
 def _mixer(ours: str) -> type:
-    """A subclass of transformers' mixer: its modules and its initialisation, our forward pass; offloaded weights are fetched first.
+    """A subclass of transformers' mixer: its modules and initialisation, our forward pass; offloaded weights are fetched first.
 
     Made when a model needs it, because importing transformers' file imports the CUDA packages wherever they are installed.
     """

@@ -2,8 +2,8 @@
 
     python tests/sanitize.py            needs g++; takes about three minutes; not part of the test suite
 
-Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too, their results included. The kernels see torch's
-memory through the sanitizer's own allocator: one float read or written beside a tensor ends the run.
+Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too, their results included. The kernels see
+torch's memory through the sanitizer's own allocator: one float read or written beside a tensor ends the run.
 """
 
 import itertools
@@ -53,7 +53,14 @@ def run_all_shapes() -> None:
     count = 0
     for threads, dtype, make in itertools.product((1, 3), (torch.float32, torch.bfloat16), (normal, tail)):
         torch.set_num_threads(threads)
-        for batch, length, inner, n in [(1, 1, 1, 1), (2, 31, 3, 5), (1, 33, 65, 16), (3, 64, 31, 17), (2, 5, 130, 2), (1, 97, 16, 16)]:
+        for batch, length, inner, n in [
+            (1, 1, 1, 1),
+            (2, 31, 3, 5),
+            (1, 33, 65, 16),
+            (3, 64, 31, 17),
+            (2, 5, 130, 2),
+            (1, 97, 16, 16),
+        ]:
             rows = [make(batch, length, inner, dtype=dtype) for _ in range(3)]
             B, C = make(batch, length, n, dtype=dtype), make(batch, length, n, dtype=dtype)
             A = (-torch.rand(inner, n)).requires_grad_()
@@ -63,8 +70,8 @@ def run_all_shapes() -> None:
                 count += 1
             for taps in (1, 2, 4, 9):
                 weight, bias, state = normal(inner, taps), normal(inner), normal(batch, taps - 1, inner, dtype=dtype)
-                for activation, bias, state in (("silu", bias, state), (None, None, None)):
-                    backward(scan.causal_conv1d(rows[0], weight, bias, state, True, activation))
+                for activation, extra in (("silu", (bias, state)), (None, (None, None))):
+                    backward(scan.causal_conv1d(rows[0], weight, *extra, True, activation))
                     count += 1
             backward([scan.gated_rms_norm(rows[0], rows[1], normal(inner))])
             count += 1
@@ -87,7 +94,12 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             build(width, Path(folder))
             # Python itself leaks on purpose, and torch's allocator is not the sanitizer's business
-            environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": folder, "OMP_WAIT_POLICY": "passive"}
+            environment = {
+                "LD_PRELOAD": runtime,
+                "ASAN_OPTIONS": "detect_leaks=0",
+                "PYTHONPATH": folder,
+                "OMP_WAIT_POLICY": "passive",
+            }
             print(f"{width} lanes: ", end="", flush=True)
             shapes = [sys.executable, __file__, "--run"]
             results = [sys.executable, "-m", "pytest", "-q", "-k", "native", str(Path(__file__).with_name("test_scan.py"))]

@@ -38,7 +38,9 @@ def values_and_gradients(function, tensors, **options):
 
 
 def check(name, kernel, tensors, forward, backward, **options):
-    exact = values_and_gradients(getattr(reference, name), {k: None if t is None else t.double() for k, t in tensors.items()}, **options)
+    exact = values_and_gradients(
+        getattr(reference, name), {k: None if t is None else t.double() for k, t in tensors.items()}, **options
+    )
     with scan.forced(kernel):
         got = values_and_gradients(getattr(scan, name), tensors, **options)
     errors = {key: error(got[key], exact[key]) for key in exact}
@@ -100,7 +102,10 @@ def test_ssd_scan_equals_the_recurrence_in_float64(kernel, shape, state):
 def test_causal_conv1d_equals_its_definition_in_float64(kernel, shape, activation):
     batch, length, inner, taps = shape
     g = torch.Generator().manual_seed(0)
-    tensors = {"x": torch.randn(batch, length, 2 * inner, generator=g)[..., inner:], "weight": torch.randn(inner, taps, generator=g)}
+    tensors = {
+        "x": torch.randn(batch, length, 2 * inner, generator=g)[..., inner:],
+        "weight": torch.randn(inner, taps, generator=g),
+    }
     tensors |= {"bias": torch.randn(inner, generator=g), "initial_state": torch.randn(batch, taps - 1, inner, generator=g)}
     check("causal_conv1d", kernel, tensors, 1e-6, 2e-6, return_final_state=True, activation=activation)
     tensors |= {"bias": None, "initial_state": None}
@@ -112,7 +117,9 @@ def test_causal_conv1d_equals_its_definition_in_float64(kernel, shape, activatio
 def test_gated_rms_norm_equals_its_definition_in_float64(kernel, shape):
     batch, length, inner, groups = shape
     g = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(batch, length, inner, generator=g) for name in "yz"} | {"weight": torch.randn(inner, generator=g)}
+    tensors = {name: torch.randn(batch, length, inner, generator=g) for name in "yz"} | {
+        "weight": torch.randn(inner, generator=g)
+    }
     check("gated_rms_norm", kernel, tensors, 1e-6, 4e-6, epsilon=1e-5, groups=groups)
 
 
@@ -131,7 +138,9 @@ def test_a_long_memory_is_kept_to_float32_precision(kernel):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensors"), [("selective_scan", mamba(2, 35, 3, 2)), ("ssd_scan", mamba2(2, 66, 2, 3, 1, 2))], ids=["mamba", "mamba2"]
+    ("name", "tensors"),
+    [("selective_scan", mamba(2, 35, 3, 2)), ("ssd_scan", mamba2(2, 66, 2, 3, 1, 2))],
+    ids=["mamba", "mamba2"],
 )
 def test_portable_gradients_are_right_to_float64(name, tensors):
     leaves = [t.double().requires_grad_() for t in tensors.values()]

@@ -1,7 +1,7 @@
 """The selective scan of Mamba and Mamba-2, the convolution before it and the norm behind it: one call each, on every device.
 
 B batch, L tokens, E inner width, N state size, K taps, H heads of width P, G groups of heads that share B and C. Channels last.
-Activations (u, delta, B, C, z, x) are float32, bfloat16 or float64; the state is float32 (float64 for float64), and so are all sums.
+Activations (u, delta, B, C, z, x) are float32, bfloat16 or float64. The state and all sums are float32 (float64 for float64).
 """
 
 import torch
@@ -26,9 +26,10 @@ def selective_scan(
     initial_state: torch.Tensor | None = None,
     return_final_state: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Run Mamba's selective scan: y_t = C_t h_t + D u_t, h_t = exp(d_t A) h_(t-1) + d_t B_t u_t, d = softplus(delta + delta_bias).
+    """Run Mamba's selective scan: y_t = C_t h_t + D u_t, h_t = exp(d_t A) h_(t-1) + d_t B_t u_t.
 
-    u, delta, z: (B, L, E). A: (E, N), negative. B, C: (B, L, N). D, delta_bias: (E,). z gates: y silu(z).
+    d_t = softplus(delta_t + delta_bias) is the step; z gates the output, y silu(z).
+    u, delta, z: (B, L, E). A: (E, N), negative. B, C: (B, L, N). D, delta_bias: (E,).
     initial_state: (B, E, N), the final state of what came before; zero if left out.
     Returns y (B, L, E) in u's precision, and with return_final_state also the state after the last token, (B, E, N).
     Differentiable once, in every tensor.
@@ -64,8 +65,8 @@ def causal_conv1d(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Filter each channel over its own last K values: y_t = act(bias + sum_k weight[:, k] x_(t-K+1+k)).
 
-    x: (B, L, E). weight: (E, K). bias: (E,). initial_state: (B, K-1, E), the inputs before the first, oldest first; zero if left out.
-    activation: None or "silu". Returns y (B, L, E), and with return_final_state also the last K-1 inputs, (B, K-1, E).
+    x: (B, L, E). weight: (E, K). bias: (E,). initial_state: (B, K-1, E), the inputs before the first, oldest first; zero if left
+    out. activation: None or "silu". Returns y (B, L, E), and with return_final_state also the last K-1 inputs, (B, K-1, E).
 
     Raises:
         InputError: shapes that do not fit, or another activation.
@@ -97,8 +98,9 @@ def ssd_scan(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Run Mamba-2's scan: per head, y_t = C_t h_t + D x_t, h_t = exp(delta_t A) h_(t-1) + delta_t x_t B_t.
 
-    x: (B, L, H, P). delta: (B, L, H), the step itself (after softplus), not negative. A: (H,), negative. B, C: (B, L, G, N), G divides H.
-    D: (H,). initial_state: (B, H, P, N). Returns y like x, and with return_final_state the state after the last token, (B, H, P, N).
+    x: (B, L, H, P). delta: (B, L, H), the step itself (after softplus), not negative. A: (H,), negative.
+    B, C: (B, L, G, N), G divides H. D: (H,). initial_state: (B, H, P, N).
+    Returns y like x, and with return_final_state also the state after the last token, (B, H, P, N).
 
     Raises:
         InputError: shapes that do not fit.
@@ -124,7 +126,7 @@ def ssd_scan(
 def gated_rms_norm(
     y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5, groups: int = 1
 ) -> torch.Tensor:
-    """Gate, then norm: g = y silu(z), divided by its root mean square over each of `groups` equal parts of the channels, times weight.
+    """Gate, then norm: g = y silu(z), divided by its root mean square over each of `groups` parts of the channels, times weight.
 
     y, z: (B, L, E). weight: (E,). Returns (B, L, E) in y's precision.
 

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .precision import without_autocast
 
-CHUNK = 32  # tokens; their (B, CHUNK, E, N) states should stay within a core's cache
+CHUNK = 1 << 19  # (token, channel, state) triples worked on together
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
@@ -22,13 +22,13 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
     delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
     if initial_state is None:
         initial_state = A.new_zeros(u.shape[0], *A.shape)
-    y, final_state = _SelectiveScan.apply(u, delta, A, B, C, initial_state)
+    y, final_state = _SelectiveScan.apply(u, delta, A.mT.contiguous(), B, C, initial_state.mT.contiguous())
     if D is not None:
         y = torch.addcmul(y, D, u)
     if z is not None:
         y = y * F.silu(z)
     y = y.to(out_dtype)
-    return (y, final_state) if return_final_state else y
+    return (y, final_state.mT) if return_final_state else y
 
 
 def _wide(tensor):
@@ -37,17 +37,22 @@ def _wide(tensor):
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t h_t, for u, delta (B, L, E), A (E, N), B, C (B, L, N), h (B, E, N)."""
+    """h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t h_t.
+
+    u, delta: (B, L, E). A: (N, E). B, C: (B, L, N). h: (B, N, E). The channels come last: torch's loops
+    are over the last dimension, and N is short.
+    """
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, h):
         y = torch.empty_like(u)
         starts = []
-        for chunk in _chunks(u.shape[1]):
+        chunks, buffers = _chunks(u, A, 2)
+        for chunk in chunks:
             starts.append(h)
-            states = _states(u[:, chunk], delta[:, chunk], A, B[:, chunk], h)[1]
-            y[:, chunk] = _contract_n(states, C[:, chunk])
-            h = states[:, -1].clone()  # a view would keep the whole chunk alive
+            decay, states = _states(u[:, chunk], delta[:, chunk], A, B[:, chunk], h, buffers)
+            y[:, chunk] = _over_n(C[:, chunk], states)
+            h = states[:, -1].clone()
         ctx.save_for_backward(u, delta, A, B, C, *starts)
         return y, h if starts else h.clone()
 
@@ -58,50 +63,64 @@ class _SelectiveScan(torch.autograd.Function):
         u, delta, A, B, C, *starts = ctx.saved_tensors
         du, ddelta, dB, dC = (torch.empty_like(t) for t in (u, delta, B, C))
         dA = torch.zeros_like(A)
-        for chunk, start in zip(reversed(_chunks(u.shape[1])), reversed(starts), strict=True):
+        chunks, buffers = _chunks(u, A, 3)
+        for chunk, start in zip(reversed(chunks), reversed(starts), strict=True):
             u_c, delta_c, B_c, C_c, dy_c = (t[:, chunk] for t in (u, delta, B, C, dy))
-            decay, states = _states(u_c, delta_c, A, B_c, start)
-            dC[:, chunk] = _contract_e(dy_c, states)
+            decay, states = _states(u_c, delta_c, A, B_c, start, buffers)
+            dC[:, chunk] = _over_e(states, dy_c)
             # dstates[t]: how the loss moves with h_t, through y_t and through everything later.
-            dstates = dy_c[..., None] * C_c[:, :, None]
+            dstates = torch.mul(dy_c[:, :, None], C_c[..., None], out=_first(buffers[2], dy_c))
             dstates[:, -1] += dh
             for t in range(dstates.shape[1] - 2, -1, -1):
                 dstates[:, t].addcmul_(decay[:, t + 1], dstates[:, t + 1])
             dh = decay[:, 0] * dstates[:, 0]
-            du_scaled = _contract_n(dstates, B_c)
-            dB[:, chunk] = _contract_e(delta_c * u_c, dstates)
+            du_scaled = _over_n(B_c, dstates)
+            dB[:, chunk] = _over_e(dstates, delta_c * u_c)
             du[:, chunk] = delta_c * du_scaled
-            # through the decay: d exp(delta A) = decay d(delta A), and decay * h_(t-1) is what is left of the state before
-            dstates[:, 1:].mul_(states[:, :-1])
-            dstates[:, 0].mul_(start)
+            # Through the decay: d exp(delta A) = decay d(delta A), and decay * h_(t-1) is what is left of the state before.
             dlog = dstates.mul_(decay)
-            ddelta[:, chunk] = torch.addcmul((dlog * A).sum(-1), u_c, du_scaled)
-            dA += torch.einsum("bken,bke->en", dlog, delta_c)
+            dlog[:, 1:].mul_(states[:, :-1])
+            dlog[:, 0].mul_(start)
+            torch.mul(dlog, A, out=states)
+            ddelta[:, chunk] = torch.addcmul(states.sum(2), u_c, du_scaled)
+            dA += dlog.mul_(delta_c[:, :, None]).sum((0, 1))
         return du, ddelta, dA, dB, dC, dh
 
 
-def _chunks(length):
-    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+def _chunks(u, A, count):
+    """Return slices of the L tokens, and `count` buffers (B, K, N, E) for the longest of them, to be used again and again.
+
+    A buffer stays within two megabytes: near the processor, and small enough that it is not handed back to the system each time.
+    """
+    batch, length, inner = u.shape
+    size = max(1, min(length, max(4, CHUNK // max(1, batch * A.numel()))))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)], u.new_empty(
+        count, batch, size, *A.shape
+    )
 
 
-def _states(u, delta, A, B, h):
-    """Return what each step keeps of the state, exp(delta A), and the state after each step: both (B, K, E, N)."""
-    decay = torch.exp(delta[..., None] * A)
-    states = (delta * u)[..., None] * B[:, :, None]
+def _first(buffer, tokens):
+    return buffer[:, : tokens.shape[1]]
+
+
+def _states(u, delta, A, B, h, buffers):
+    """Return what each step keeps of the state, exp(delta A), and the state after each step: both (B, K, N, E), in `buffers`."""
+    decay = torch.mul(delta[:, :, None], A, out=_first(buffers[0], u)).exp_()
+    states = torch.mul((delta * u)[:, :, None], B[..., None], out=_first(buffers[1], u))
     for t in range(states.shape[1]):
         states[:, t].addcmul_(decay[:, t], h)
         h = states[:, t]
     return decay, states
 
 
-def _contract_n(states, weights):
-    """(B, K, E, N), (B, K, N) -> (B, K, E)."""
-    return (states @ weights[..., None]).squeeze(-1)
-
-
-def _contract_e(weights, states):
-    """(B, K, E), (B, K, E, N) -> (B, K, N)."""
+def _over_n(weights, states):
+    """(B, K, N), (B, K, N, E) -> (B, K, E)."""
     return (weights[:, :, None] @ states).squeeze(2)
+
+
+def _over_e(states, weights):
+    """(B, K, N, E), (B, K, E) -> (B, K, N)."""
+    return (states @ weights[..., None]).squeeze(-1)
 
 
 def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
@@ -123,7 +142,7 @@ def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=F
 
 
 def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False, chunk=64):
-    """See `rankmamba.scan.ssd_scan`. Within a chunk a masked matrix product, between chunks a short recurrence (2405.21060, 6)."""
+    """See `rankmamba.scan.ssd_scan`: a masked matrix product within chunks, a short recurrence between them."""
     batch, length, heads, width = x.shape
     groups, n = B.shape[2:]
     shared = heads // groups  # heads that use the same B and C

@@ -1,4 +1,4 @@
-"""The native CPU kernels: C++ without Python or torch in it. Importing this package raises ImportError where they were not built."""
+"""The native CPU kernels: C++ without Python or torch in it. Where they were not built, importing this raises ImportError."""
 
 from .library import description
 from .mamba import causal_conv1d, selective_scan

@@ -13,8 +13,12 @@ struct Filter {
     float *weight, *bias;
 
     Filter(const Conv &s, int64_t item, float *space)
-        : b(item / ceil_div(s.inner, BLOCK)), first(item % ceil_div(s.inner, BLOCK) * BLOCK), count(smaller(BLOCK, s.inner - first)),
-          taps((int)s.taps), weight(space), bias(space + s.taps * BLOCK) {
+        : b(item / ceil_div(s.inner, BLOCK)),
+          first(item % ceil_div(s.inner, BLOCK) * BLOCK),
+          count(smaller(BLOCK, s.inner - first)),
+          taps((int)s.taps),
+          weight(space),
+          bias(space + s.taps * BLOCK) {
         for (int k = 0; k < taps; k++) load_span(s.weight + k * s.inner + first, count, BLOCK, weight + k * BLOCK);
         load_span(s.bias ? s.bias + first : nullptr, count, BLOCK, bias);
     }
@@ -38,13 +42,13 @@ struct Filter {
 };
 
 int64_t conv_items(const Conv &s) { return s.batch * ceil_div(s.inner, BLOCK); }
-int64_t conv_forward_workspace(const Conv &s) { return Filter::workspace(s) + (CONV_TILE + s.taps) * BLOCK; }
+int64_t conv_forward_workspace(const Conv &s) { return Filter::workspace(s) + (CONV_TILE + s.taps - 1) * BLOCK; }
 
 void conv_forward_run(const Conv &s, int64_t item, float *space) {
     const FlushDenormals flush;
     const Filter filter(s, item, space);
     const int past = filter.taps - 1;
-    float *x = space + Filter::workspace(s), *out = x + (past + CONV_TILE) * BLOCK;
+    float *x = space + Filter::workspace(s);
     for (int i = 0; i < past; i++) filter.load_input(s, i - past, x + i * BLOCK);
     for (int64_t t0 = 0; t0 < s.length; t0 += CONV_TILE) {
         const int tokens = smaller(CONV_TILE, s.length - t0), next = smaller(CONV_TILE, s.length - t0 - tokens);
@@ -60,15 +64,14 @@ void conv_forward_run(const Conv &s, int64_t item, float *space) {
                 sigmoid<VECTORS>(y, gate);
                 for (int c = 0; c < VECTORS; c++) y[c] *= gate[c];
             }
-            for (int c = 0; c < VECTORS; c++) store(out + c * W, y[c]);
-            store_row(s.y, filter.b, t0 + t, filter.first, filter.count, out);
+            store_block(s.y, filter.b, t0 + t, filter.first, filter.count, y);
         }
         memmove(x, x + tokens * BLOCK, past * BLOCK * sizeof(float));
     }
 }
 
 int64_t conv_backward_workspace(const Conv &s) {
-    return Filter::workspace(s) + (2 * (CONV_TILE + s.taps) + s.taps + 2) * BLOCK;
+    return Filter::workspace(s) + (2 * (CONV_TILE + s.taps - 1) + s.taps + 1) * BLOCK;
 }
 
 void conv_backward_run(const Conv &s, int64_t item, float *space) {
@@ -78,20 +81,21 @@ void conv_backward_run(const Conv &s, int64_t item, float *space) {
     const int64_t b = filter.b, first = filter.first, tiles = ceil_div(s.length, CONV_TILE);
     // x begins K-1 tokens before the tile; dy, the gradient before the silu, goes on K-1 tokens after it.
     float *x = space + Filter::workspace(s), *dy = x + (past + CONV_TILE) * BLOCK, *dweight = dy + (past + CONV_TILE) * BLOCK;
-    float *dbias = dweight + filter.taps * BLOCK, *out = dbias + BLOCK;
+    float *dbias = dweight + filter.taps * BLOCK;
     memset(dy, 0, (past + CONV_TILE + filter.taps + 1) * BLOCK * sizeof(float));
     for (int64_t tile = tiles - 1; tile >= 0; tile--) {
         const int64_t t0 = tile * CONV_TILE;
         const int tokens = smaller(CONV_TILE, s.length - t0);
         memmove(dy + tokens * BLOCK, dy, past * BLOCK * sizeof(float));
         for (int t = -past; t < tokens; t++) {
-            if (t >= 0 && t0 >= CONV_TILE) prefetch_row(s.x, b, t0 - CONV_TILE + t, first), prefetch_row(s.dy, b, t0 - CONV_TILE + t, first);
+            if (t >= 0 && tile)
+                prefetch_row(s.x, b, t0 - CONV_TILE + t, first), prefetch_row(s.dy, b, t0 - CONV_TILE + t, first),
+                    prefetch_row(s.dx, b, t0 - CONV_TILE + t, first);
             filter.load_input(s, t0 + t, x + (past + t) * BLOCK);
         }
         for (int t = 0; t < tokens; t++) {
-            load_row(s.dy, b, t0 + t, first, filter.count, BLOCK, dy + t * BLOCK);
             vf d[VECTORS];
-            for (int c = 0; c < VECTORS; c++) d[c] = load(dy + t * BLOCK + c * W);
+            load_block(s.dy, b, t0 + t, first, filter.count, d);
             if (s.silu) {
                 vf y[VECTORS], gate[VECTORS];
                 filter.apply(x + t * BLOCK, y);
@@ -112,13 +116,13 @@ void conv_backward_run(const Conv &s, int64_t item, float *space) {
             for (int k = 0; k < filter.taps; k++) {
                 const int later = t + past - k;
                 if (later < 0) continue;  // no output there
-                for (int c = 0; c < VECTORS; c++) d[c] += load(filter.weight + k * BLOCK + c * W) * load(dy + later * BLOCK + c * W);
+                for (int c = 0; c < VECTORS; c++)
+                    d[c] += load(filter.weight + k * BLOCK + c * W) * load(dy + later * BLOCK + c * W);
             }
-            for (int c = 0; c < VECTORS; c++) store(out + c * W, d[c]);
             if (t >= 0)
-                store_row(s.dx, b, t0 + t, first, filter.count, out);
+                store_block(s.dx, b, t0 + t, first, filter.count, d);
             else
-                store_row(s.dinitial, b, t + past, first, filter.count, out);
+                store_block(s.dinitial, b, t + past, first, filter.count, d);
         }
     }
     for (int k = 0; k < filter.taps; k++)

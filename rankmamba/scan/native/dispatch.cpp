@@ -24,8 +24,12 @@ struct Build {
 };
 
 Build choose() {
+#if defined(HAVE_AVX2) || defined(HAVE_AVX512)
+    __builtin_cpu_init();
+#endif
 #ifdef HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
         return {"avx512", &rankmamba_kernels_avx512};
 #endif
 #ifdef HAVE_AVX2
@@ -80,7 +84,7 @@ int64_t rankmamba_tile() { return build.kernels->tile; }
 void rankmamba_use_gomp(void *entry) { gomp_parallel = (decltype(gomp_parallel))entry; }
 
 // One entry for each kernel, and the size of its arguments for the caller to check its own against.
-#define ENTRY(name, Arguments)                                                                            \
+#define ENTRY(name, Arguments)                                                                                        \
     void rankmamba_##name(const Arguments *arguments, int threads) { run(build.kernels->name, *arguments, threads); } \
     int64_t rankmamba_##name##_size() { return sizeof(Arguments); }
 ENTRY(scan_forward, Scan)

@@ -59,7 +59,8 @@ void norm_backward_run(const Norm &s, int64_t item, float *space) {
     const FlushDenormals flush;
     const int size = (int)norm_padded(s), width = (int)(s.inner / s.groups);
     const int64_t tiles = ceil_div(s.length, NORM_ROWS), b = item / tiles, t0 = item % tiles * NORM_ROWS;
-    float *y = space, *z = y + size, *gated = z + size, *gates = gated + size, *dout = gates + size, *dz = dout + size, *dw = dz + size;
+    float *y = space, *z = y + size, *gated = z + size, *gates = gated + size, *dout = gates + size, *dz = dout + size,
+          *dw = dz + size;
     memset(dw, 0, size * sizeof(float));
     for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
         gate_row(s, b, t, size, y, z, gated, gates);

@@ -8,7 +8,9 @@
 #define JOIN(a, b) JOIN_(a, b)
 
 extern "C" const Kernels JOIN(rankmamba_kernels_, ISA) = {
-    W, BLOCK, TILE,
+    W,
+    BLOCK,
+    TILE,
     {forward_items, forward_workspace, forward_run},
     {backward_items, backward_workspace, backward_run},
     {conv_items, conv_forward_workspace, conv_forward_run},

@@ -16,20 +16,20 @@ struct Rows {
 struct Scan {
     int64_t batch, length, inner, states;  // B, L, E, N
     Rows u, delta, B, C, z;
-    const float *A2;  // (N, E): A log2(e), transposed
+    const float *A2;              // (N, E): A log2(e), transposed
     const float *D, *delta_bias;  // (E) or null
-    const float *initial;  // (B, E, N) or null
+    const float *initial;         // (B, E, N) or null
     Rows y;
-    float *final;  // (B, E, N) or null
+    float *final;        // (B, E, N) or null
     float *checkpoints;  // the state before each tile of tokens, or null; (B, blocks, tiles, N, block)
     // backward only
     int64_t groups;  // channel blocks are dealt to this many groups; each sums dB and dC over its own channels
     Rows dy, du, ddelta, dz;
-    const float *dfinal;  // (B, E, N) or null
-    float *dinitial;  // (B, E, N)
-    float *dA;  // (B, N, E), to be summed over B
+    const float *dfinal;      // (B, E, N) or null
+    float *dinitial;          // (B, E, N)
+    float *dA;                // (B, N, E), to be summed over B
     float *dD, *ddelta_bias;  // (B, E), to be summed over B
-    float *dB, *dC;  // (groups, B, L, N), to be summed over the groups
+    float *dB, *dC;           // (groups, B, L, N), to be summed over the groups
 };
 
 // The convolution before the scan. weight: (K, E). state: (B, K-1, E).
@@ -43,22 +43,24 @@ struct Conv {
     float *dweight, *dbias;  // (B, K, E), (B, E): to be summed over B
 };
 
-// Mamba-2's scan inside chunks, arXiv 2405.21060, section 6. Rows of H P channels; (B, chunks Q, H) where a number per step is held.
+// Mamba-2's scan inside chunks, arXiv 2405.21060, section 6. Rows of H P channels.
 struct Ssd {
     int64_t batch, length, heads, width, groups, chunk, chunks;  // B, L, H, P, G, Q
-    int64_t carried_from, dxw_until;  // the chunks that have `carried`; and `dxw`: those before
-    Rows x, y;  // (B, L, H P)
-    Rows carried;  // (chunks with it, B, Q, H P): the batch is chunk-major, "row" counts within the chunk
+    int64_t carried_from, dxw_until;                             // the chunks that have `carried`; and `dxw`: those before
+    Rows x, y;                                                   // (B, L, H P)
+    Rows carried;         // (chunks with it, B, Q, H P): the batch is chunk-major, "row" counts within the chunk
     const float *scores;  // (chunks, B, G, Q, Q)
-    const float *log_high, *log_low;  // (B, chunks, Q, H): running sums of delta A log2(e) in each chunk, as the sum of two floats
+    // (B, chunks, Q, H): the running sum of delta A log2(e) in each chunk, as the sum of two floats
+    const float *log_high, *log_low;
     const float *delta;  // (B, chunks, Q, H)
-    const float *D;  // (H) or null
+    const float *D;      // (H) or null
     // backward only
-    Rows dy, dxw, dx;  // dxw like carried
+    Rows dy, dxw, dx;              // dxw like carried
     float *dscores, *da, *ddelta;  // like scores, log_high (for the natural logarithm), delta
-    float *dD;  // (chunks, B, H), to be summed
+    float *dD;                     // (chunks, B, H), to be summed
 };
-// Rows times one factor per token and head, cut into chunks: (B, L, H P) to (chunks, B, Q, H P), zeros where the last chunk has no token.
+// Rows times one factor per token and head, cut into chunks: (B, L, H P) to (chunks, B, Q, H P), zeros where the last chunk has
+// no token.
 struct Weigh {
     int64_t batch, length, heads, width, chunk, chunks;
     int64_t start;  // the first chunk wanted
@@ -67,20 +69,20 @@ struct Weigh {
     int64_t factor_batch_stride;
 };
 
-// From chunk to chunk, in place: `states` comes with what each chunk adds to the state and leaves with the state after it, from first
-// to last; in the backward, with the gradient of the state before each chunk as far as it read it, and leaves with all of that gradient,
-// from last to first.
+// From chunk to chunk, in place: `states` comes with what each chunk adds to the state and leaves with the state after it, from
+// first to last; in the backward, with the gradient of the state before each chunk as far as it read it, and leaves with all of
+// that gradient, from last to first.
 struct Pass {
     int64_t batch, groups, n, heads, width, chunks;  // B, G, N, H, P
-    void *states;  // (chunks, B, G, N, H/G P)
+    void *states;                                    // (chunks, B, G, N, H/G P)
     int64_t bfloat16;
     const float *kept;  // what a chunk leaves of the state before it: [b kept_batch_stride + chunk kept_chunk_stride + h]
     int64_t kept_batch_stride, kept_chunk_stride;
     const float *initial;  // the state before the first chunk, or the gradient of that after the last; (B, G, N, H/G P) or null
-    float *final;  // the state after the last, or the gradient of that before the first; likewise or null
+    float *final;          // the state after the last, or the gradient of that before the first; likewise or null
     // backward only
     const void *before;  // the state before each chunk, like states
-    float *dlog;  // (parts, B, chunks, H): the gradient of the logarithm of kept, to be summed over the parts of N
+    float *dlog;         // (parts, B, chunks, H): the gradient of the logarithm of kept, to be summed over the parts of N
 };
 
 // y silu(z), then divided by its root mean square over each of `groups` parts of a row, times weight (E).

@@ -74,7 +74,9 @@ def _scan_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoin
     groups = 1 if batch % threads == 0 else min(-(-inner // BLOCK), -(-4 * threads // batch))
     dy = torch.zeros_like(alive["u"]) if dy is None else as_rows(dy)
     dfinal = as_plain(dfinal)
-    du, ddelta, dz = (None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (alive["u"], alive["delta"], alive["z"]))
+    du, ddelta, dz = (
+        None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (alive["u"], alive["delta"], alive["z"])
+    )
     sums = {"dA": (batch, n, inner), "dD": (batch, inner), "ddelta_bias": (batch, inner)}
     sums |= {"dinitial": (batch, inner, n), "dB": (groups, batch, length, n), "dC": (groups, batch, length, n)}
     sums = {name: torch.empty(shape) for name, shape in sums.items()}

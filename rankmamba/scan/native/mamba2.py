@@ -1,7 +1,7 @@
 """Mamba-2's scan and norm: matrix products by torch, everything between them by the native kernels (arXiv 2405.21060, section 6).
 
-The sequence is cut into c chunks of Q tokens. The S = H / G heads of a group share B and C: so what a chunk adds to the state is one
-product (N, Q) (Q, S P), and what it reads from it one product (Q, N) (N, S P), with the state as (N, S P).
+The sequence is cut into c chunks of Q tokens. The S = H / G heads of a group share B and C: so what a chunk adds to the state is
+one product (N, Q) (Q, S P), and what it reads from it one product (Q, N) (N, S P), with the state as (N, S P).
 """
 
 import math
@@ -83,7 +83,9 @@ class _Chunks:
         self.log_high = log.float()
         self.log_low = (log - self.log_high).float()
         self.since_start = torch.exp2(self.log_high)  # decay of the state up to each token
-        self.until_end = torch.exp2(log[:, :, -1:] - log).float() * self.delta  # weight of each token in the state after the chunk
+        self.until_end = (
+            torch.exp2(log[:, :, -1:] - log).float() * self.delta
+        )  # weight of each token in the state after the chunk
         self.scores = self.C.float() @ self.B.float().mT  # (c, B, G, Q, Q)
         self.before = self.carried = None
 
@@ -156,7 +158,7 @@ class _Chunks:
         return state.unflatten(3, (self.shared, self.width)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
     def _pass(self, kernel, states, start, initial, final):
-        """Run a state through the chunks from `start` on, in `states`; return the gradient of log kept, (B, chunks, H), if backward."""
+        """Run a state through the chunks from `start` on, in `states`; backward, return the gradient of log kept, (B, c, H)."""
         kept = self.since_start[:, start:, -1]
         arguments = Pass(self.batch, self.groups, self.n, self.heads, self.width, len(states), pointer(states))
         arguments.bfloat16 = self.work == torch.bfloat16

@@ -1,15 +1,16 @@
 // Mamba's selective scan (arXiv 2312.00752, algorithm 2), channels in the lanes.
 //
-// A block of channels takes a tile of tokens at a time, and within the tile one state index n after the other: so the state of one n
-// stays in registers for the whole tile, and the tile's steps, inputs and outputs stay in the first-level cache for all n.
-// The backward pass starts from the state before each tile, makes the tile's states again and walks back through them.
+// A block of channels takes a tile of tokens at a time, and within the tile one state index n after the other: so the state of
+// one n stays in registers for the whole tile, and the tile's steps, inputs and outputs stay in the first-level cache for all
+// n. The backward pass starts from the state before each tile, makes the tile's states again and walks back through them.
 #pragma once
 #include "vec.h"
 
 namespace {
 
 constexpr int TILE = 32;  // tokens
-// One (TILE, BLOCK) buffer. Not a multiple of 4 kB: the same place in several buffers would compete for the same lines of the cache.
+// One (TILE, BLOCK) buffer. Not a multiple of 4 kB: the same place in several buffers would compete for the same lines of the
+// cache.
 constexpr int BUFFER = TILE * BLOCK + 2 * 16;
 
 struct ScanShape {
@@ -23,13 +24,18 @@ struct ScanShape {
 // One block of channels: what stays the same for all its tokens.
 struct Block {
     int64_t b, first;
-    int count;  // channels that exist, at most BLOCK
+    int count;             // channels that exist, at most BLOCK
     float *A2, *D, *bias;  // (N, BLOCK), (BLOCK), (BLOCK)
     float largest_A2;
 
     Block(const Scan &s, int64_t b_, int64_t block, float *space)
-        : b(b_), first(block * BLOCK), count(smaller(BLOCK, s.inner - block * BLOCK)), A2(space), D(space + s.states * BLOCK),
-          bias(D + BLOCK), largest_A2(0) {
+        : b(b_),
+          first(block * BLOCK),
+          count(smaller(BLOCK, s.inner - block * BLOCK)),
+          A2(space),
+          D(space + s.states * BLOCK),
+          bias(D + BLOCK),
+          largest_A2(0) {
         for (int64_t n = 0; n < s.states; n++) load_span(s.A2 + n * s.inner + first, count, BLOCK, A2 + n * BLOCK);
         load_span(s.D ? s.D + first : nullptr, count, BLOCK, D);
         load_span(s.delta_bias ? s.delta_bias + first : nullptr, count, BLOCK, bias);
@@ -69,13 +75,15 @@ inline Decay choose_decay(const Scan &s, const Block &block, vf largest_delta) {
     return s.delta.bfloat16 ? Decay::bfloat16 : Decay::float32;
 }
 
-template <Decay HOW>
+template <Decay HOW, int DEGREE>
 inline void decays(const float *delta, const vf *A2, vf *a) {
-    for (int c = 0; c < VECTORS; c++) a[c] = load(delta + c * W) * A2[c];
-    if (HOW == Decay::clamped)
+    for (int c = 0; c < VECTORS; c++) a[c] = load(delta + c * W);
+    if (HOW == Decay::clamped) {
+        for (int c = 0; c < VECTORS; c++) a[c] *= A2[c];
         exp2_clamped<VECTORS>(a);
-    else
-        exp2_all<HOW == Decay::bfloat16 ? 4 : 5, VECTORS>(a);
+    } else {
+        exp2_product<HOW == Decay::bfloat16 ? 4 : DEGREE, VECTORS>(a, A2);
+    }
 }
 
 // A tile of tokens for one n. delta, du = delta u, y: (tokens, BLOCK); B, C: one number per token, `stride` apart; h: (BLOCK).
@@ -86,7 +94,7 @@ void forward_state(int tokens, int64_t stride, const float *A2, const float *__r
     for (int c = 0; c < VECTORS; c++) state[c] = load(h + c * W), a2[c] = load(A2 + c * W);
     for (int t = 0; t < tokens; t++, delta += BLOCK, du += BLOCK, y += BLOCK) {
         vf a[VECTORS];
-        decays<HOW>(delta, a2, a);
+        decays<HOW, 5>(delta, a2, a);
         const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
         for (int c = 0; c < VECTORS; c++) state[c] = a[c] * state[c] + load(du + c * W) * b;
         for (int c = 0; c < VECTORS; c++) store(y + c * W, load(y + c * W) + state[c] * weight);
@@ -95,42 +103,40 @@ void forward_state(int tokens, int64_t stride, const float *A2, const float *__r
 }
 
 int64_t forward_items(const Scan &s) { return s.batch * ScanShape(s).blocks; }
-int64_t forward_workspace(const Scan &s) { return Block::workspace(s) + s.states * (BLOCK + 2 * TILE) + 4 * BUFFER; }
+int64_t forward_workspace(const Scan &s) { return Block::workspace(s) + s.states * (BLOCK + 2 * TILE) + 3 * BUFFER; }
 
 void forward_run(const Scan &s, int64_t item, float *space) {
     const FlushDenormals flush;
     const ScanShape shape(s);
-    const int64_t index = item % shape.blocks;
-    const Block block(s, item / shape.blocks, index, space);
-    const int states = (int)s.states;
+    const int64_t b = item / shape.blocks, index = item % shape.blocks, first = index * BLOCK;
+    const int states = (int)s.states, count = smaller(BLOCK, s.inner - first);
+    for (int t = 0; t < TILE && t < s.length; t++) prefetch_row(s.delta, b, t, first), prefetch_row(s.u, b, t, first);
+    const Block block(s, b, index, space);
     float *h = space + Block::workspace(s);  // (N, BLOCK)
-    float *delta = h + states * BLOCK, *du = delta + BUFFER, *y = du + BUFFER, *row = y + BUFFER;
-    float *B = row + BUFFER, *C = B + TILE * states;
+    float *delta = h + states * BLOCK, *du = delta + BUFFER, *y = du + BUFFER, *B = y + BUFFER, *C = B + TILE * states;
     turn_state(s.initial, s, block, h);
     for (int64_t tile = 0; tile < shape.tiles; tile++) {
-        const int64_t t0 = tile * TILE, b = block.b;
+        const int64_t t0 = tile * TILE;
         const int tokens = smaller(TILE, s.length - t0), next = smaller(TILE, s.length - t0 - tokens);
-        if (s.checkpoints)
-            memcpy(s.checkpoints + shape.checkpoint(s, b, index, tile), h, states * BLOCK * sizeof(float));
+        if (s.checkpoints) memcpy(s.checkpoints + shape.checkpoint(s, b, index, tile), h, states * BLOCK * sizeof(float));
         load_states(s.B, b, t0, tokens, states, B);
         load_states(s.C, b, t0, tokens, states, C);
         vf largest = vf{};
         for (int t = 0; t < tokens; t++) {
-            if (t < next) prefetch_row(s.delta, b, t0 + TILE + t, block.first), prefetch_row(s.u, b, t0 + TILE + t, block.first);
-            if (s.z.data) prefetch_row(s.z, b, t0 + t, block.first);
-            prefetch_row(s.y, b, t0 + t, block.first);
-            load_row(s.delta, b, t0 + t, block.first, block.count, BLOCK, delta + t * BLOCK);
-            load_row(s.u, b, t0 + t, block.first, block.count, BLOCK, row);
-            vf d[VECTORS];
-            for (int c = 0; c < VECTORS; c++) d[c] = load(delta + t * BLOCK + c * W) + load(block.bias + c * W);
+            if (t < next) prefetch_row(s.delta, b, t0 + TILE + t, first), prefetch_row(s.u, b, t0 + TILE + t, first);
+            prefetch_row(s.z, b, t0 + t, first);
+            prefetch_row(s.y, b, t0 + t, first);
+            vf d[VECTORS], u[VECTORS];
+            load_block(s.delta, b, t0 + t, first, count, d);
+            load_block(s.u, b, t0 + t, first, count, u);
+            for (int c = 0; c < VECTORS; c++) d[c] += load(block.bias + c * W);
             softplus<VECTORS>(d, nullptr);
             for (int c = 0; c < VECTORS; c++) {
                 const int at = t * BLOCK + c * W;
-                const vf u = load(row + c * W);
                 largest = at_least(largest, d[c]);
                 store(delta + at, d[c]);
-                store(du + at, d[c] * u);
-                store(y + at, u * load(block.D + c * W));
+                store(du + at, d[c] * u[c]);
+                store(y + at, u[c] * load(block.D + c * W));
             }
         }
         const Decay how = choose_decay(s, block, largest);
@@ -139,17 +145,15 @@ void forward_run(const Scan &s, int64_t item, float *space) {
                                                   : forward_state<Decay::float32>;
         for (int n = 0; n < states; n++) run(tokens, states, block.A2 + n * BLOCK, delta, du, B + n, C + n, h + n * BLOCK, y);
         for (int t = 0; t < tokens; t++) {
+            vf out[VECTORS];
+            for (int c = 0; c < VECTORS; c++) out[c] = load(y + t * BLOCK + c * W);
             if (s.z.data) {
-                load_row(s.z, b, t0 + t, block.first, block.count, BLOCK, row);
                 vf z[VECTORS], gate[VECTORS];
-                for (int c = 0; c < VECTORS; c++) z[c] = load(row + c * W);
+                load_block(s.z, b, t0 + t, first, count, z);
                 sigmoid<VECTORS>(z, gate);
-                for (int c = 0; c < VECTORS; c++) {
-                    const int at = t * BLOCK + c * W;
-                    store(y + at, load(y + at) * (z[c] * gate[c]));
-                }
+                for (int c = 0; c < VECTORS; c++) out[c] *= z[c] * gate[c];
             }
-            store_row(s.y, b, t0 + t, block.first, block.count, y + t * BLOCK);
+            store_block(s.y, b, t0 + t, first, count, out);
         }
     }
     if (s.final) turn_back_state(h, s, block, s.final);
@@ -157,21 +161,21 @@ void forward_run(const Scan &s, int64_t item, float *space) {
 
 // The buffers of one tile in the backward pass, (TILE, BLOCK) each.
 struct Tile {
-    float *delta, *slope, *u, *du, *dy, *y, *ddelta, *ddu;
-    static constexpr int COUNT = 8;
+    float *delta, *slope, *u, *du, *dy, *dz, *y, *ddelta, *ddu;
+    static constexpr int COUNT = 9;
     explicit Tile(float *space) {
-        float **all[COUNT] = {&delta, &slope, &u, &du, &dy, &y, &ddelta, &ddu};
+        float **all[COUNT] = {&delta, &slope, &u, &du, &dy, &dz, &y, &ddelta, &ddu};
         for (float **buffer : all) *buffer = space, space += BUFFER;
     }
 };
 
-// A tile for one n, there and back. before: the state before the tile; carry: in, the gradient of the state after the tile, out, of
-// `before`; dA: (BLOCK), added to; dB, dC: (tokens, W), added to, still to be summed over the lanes; a: (TILE, BLOCK) and
-// h: (TILE + 1, BLOCK), scratch. With GATED, y becomes the output before the gate.
+// A tile for one n, there and back. before: the state before the tile; carry: in, the gradient of the state after the tile,
+// out, of `before`; dA: (BLOCK), added to; dB, dC: (tokens, W), added to, still to be summed over the lanes; a: (TILE, BLOCK)
+// and h: (TILE + 1, BLOCK), scratch. With GATED, y becomes the output before the gate.
 template <Decay HOW, bool GATED>
-void backward_state(int tokens, int64_t stride, const float *A2, const Tile &tile, const float *__restrict B, const float *__restrict C,
-                    const float *before, float *carry, float *dA, float *__restrict dB, float *__restrict dC, float *__restrict a,
-                    float *__restrict h) {
+void backward_state(int tokens, int64_t stride, const float *A2, const Tile &tile, const float *__restrict B,
+                    const float *__restrict C, const float *before, float *carry, float *dA, float *__restrict dB,
+                    float *__restrict dC, float *__restrict a, float *__restrict h) {
     const float *__restrict delta = tile.delta, *__restrict du = tile.du, *__restrict dy = tile.dy;
     float *__restrict y = tile.y, *__restrict ddelta = tile.ddelta, *__restrict ddu = tile.ddu;
     vf state[VECTORS], a2[VECTORS];
@@ -179,7 +183,7 @@ void backward_state(int tokens, int64_t stride, const float *A2, const Tile &til
     for (int t = 0; t < tokens; t++) {
         const int at = t * BLOCK;
         vf decay[VECTORS];
-        decays<HOW>(delta + at, a2, decay);
+        decays<HOW, 6>(delta + at, a2, decay);  // sums of gradients over all tokens notice the sixth
         const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
         for (int c = 0; c < VECTORS; c++) store(a + at + c * W, decay[c]);
         for (int c = 0; c < VECTORS; c++) state[c] = decay[c] * state[c] + load(du + at + c * W) * b;
@@ -187,8 +191,8 @@ void backward_state(int tokens, int64_t stride, const float *A2, const Tile &til
         if (GATED)
             for (int c = 0; c < VECTORS; c++) store(y + at + c * W, load(y + at + c * W) + state[c] * weight);
     }
-    vf g[VECTORS], da[VECTORS];
-    for (int c = 0; c < VECTORS; c++) g[c] = load(carry + c * W), da[c] = load(dA + c * W);
+    vf g[VECTORS], da[VECTORS] = {};  // a sum per tile first: it is more exact than one long sum
+    for (int c = 0; c < VECTORS; c++) g[c] = load(carry + c * W);
     for (int t = tokens - 1; t >= 0; t--) {
         const int at = t * BLOCK;
         const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
@@ -204,13 +208,14 @@ void backward_state(int tokens, int64_t stride, const float *A2, const Tile &til
         store(dB + t * W, db);
         store(dC + t * W, dc);
     }
-    for (int c = 0; c < VECTORS; c++) store(carry + c * W, g[c]), store(dA + c * W, da[c]);
+    for (int c = 0; c < VECTORS; c++) store(carry + c * W, g[c]), store(dA + c * W, load(dA + c * W) + da[c]);
 }
 
 int64_t backward_items(const Scan &s) { return s.batch * s.groups; }
 int64_t backward_workspace(const Scan &s) {
     const int64_t blocks = ceil_div(ScanShape(s).blocks, s.groups);
-    return blocks * (2 * s.states + 2) * BLOCK + Block::workspace(s) + s.states * 2 * TILE * (1 + W) + (Tile::COUNT + 3) * BUFFER + BLOCK;
+    return blocks * (2 * s.states + 2) * BLOCK + Block::workspace(s) + s.states * 2 * TILE * (1 + W) +
+           (Tile::COUNT + 2) * BUFFER + BLOCK;
 }
 
 void backward_run(const Scan &s, int64_t item, float *space) {
@@ -224,7 +229,7 @@ void backward_run(const Scan &s, int64_t item, float *space) {
     float *carry = space, *dA = carry + blocks * state_size, *dD = dA + blocks * state_size, *dbias = dD + blocks * BLOCK;
     float *fixed = dbias + blocks * BLOCK;
     const Tile tile(fixed + Block::workspace(s));
-    float *row = tile.delta + Tile::COUNT * BUFFER, *a = row + BUFFER, *h = a + BUFFER;
+    float *a = tile.delta + Tile::COUNT * BUFFER, *h = a + BUFFER;
     float *B = h + BUFFER + BLOCK, *C = B + TILE * states, *dB = C + TILE * states, *dC = dB + states * TILE * W;
     memset(dA, 0, blocks * (state_size + 2 * BLOCK) * sizeof(float));
     for (int64_t i = from; i < to; i++) turn_state(s.dfinal, s, Block(s, b, i, fixed), carry + (i - from) * state_size);
@@ -241,37 +246,41 @@ void backward_run(const Scan &s, int64_t item, float *space) {
             const int count = block.count;
             vf largest = vf{};
             for (int t = 0; t < tokens; t++) {
-                const int at = t * BLOCK;
-                vf d[VECTORS], slope[VECTORS];
+                const int64_t row_t = t0 + t, ahead = first + BLOCK;
                 if (i + 1 < to)
-                    prefetch_row(s.u, b, t0 + t, first + BLOCK), prefetch_row(s.delta, b, t0 + t, first + BLOCK), prefetch_row(s.dy, b, t0 + t, first + BLOCK), prefetch_row(s.z, b, t0 + t, first + BLOCK);
-                prefetch_row(s.du, b, t0 + t, first), prefetch_row(s.ddelta, b, t0 + t, first), prefetch_row(s.dz, b, t0 + t, first);
-                load_row(s.u, b, t0 + t, first, count, BLOCK, tile.u + at);
-                load_row(s.delta, b, t0 + t, first, count, BLOCK, tile.delta + at);
-                load_row(s.dy, b, t0 + t, first, count, BLOCK, tile.dy + at);
-                for (int c = 0; c < VECTORS; c++) d[c] = load(tile.delta + at + c * W) + load(block.bias + c * W);
+                    prefetch_row(s.u, b, row_t, ahead), prefetch_row(s.delta, b, row_t, ahead),
+                        prefetch_row(s.dy, b, row_t, ahead), prefetch_row(s.z, b, row_t, ahead);
+                prefetch_row(s.du, b, row_t, first), prefetch_row(s.ddelta, b, row_t, first),
+                    prefetch_row(s.dz, b, row_t, first);
+                vf u[VECTORS], d[VECTORS], slope[VECTORS], dy[VECTORS];
+                load_block(s.u, b, row_t, first, count, u);
+                load_block(s.delta, b, row_t, first, count, d);
+                load_block(s.dy, b, row_t, first, count, dy);
+                for (int c = 0; c < VECTORS; c++) d[c] += load(block.bias + c * W);
                 softplus<VECTORS>(d, slope);
-                for (int c = 0; c < VECTORS; c++) {
-                    const vf u = load(tile.u + at + c * W);
-                    largest = at_least(largest, d[c]);
-                    store(tile.delta + at + c * W, d[c]);
-                    store(tile.slope + at + c * W, slope[c]);
-                    store(tile.du + at + c * W, d[c] * u);
-                    store(tile.y + at + c * W, u * load(block.D + c * W));
-                    store(tile.ddelta + at + c * W, vf{});
-                    store(tile.ddu + at + c * W, vf{});
-                }
                 if (s.z.data) {
-                    // y was gated: dz = dy y silu'(z), of which y is still to come; then dy becomes the gradient before the gate.
-                    load_row(s.z, b, t0 + t, first, count, BLOCK, row + at);
+                    // y was gated: dz = dy y silu'(z), of which y is still to come; then dy becomes the gradient before the
+                    // gate.
                     vf z[VECTORS], gate[VECTORS];
-                    for (int c = 0; c < VECTORS; c++) z[c] = load(row + at + c * W);
+                    load_block(s.z, b, row_t, first, count, z);
                     sigmoid<VECTORS>(z, gate);
                     for (int c = 0; c < VECTORS; c++) {
-                        const vf dy = load(tile.dy + at + c * W), silu = z[c] * gate[c];
-                        store(row + at + c * W, dy * (gate[c] + silu * (1.f - gate[c])));
-                        store(tile.dy + at + c * W, dy * silu);
+                        const vf silu = z[c] * gate[c];
+                        store(tile.dz + t * BLOCK + c * W, dy[c] * (gate[c] + silu * (1.f - gate[c])));
+                        dy[c] *= silu;
                     }
+                }
+                for (int c = 0; c < VECTORS; c++) {
+                    const int at = t * BLOCK + c * W;
+                    largest = at_least(largest, d[c]);
+                    store(tile.delta + at, d[c]);
+                    store(tile.slope + at, slope[c]);
+                    store(tile.u + at, u[c]);
+                    store(tile.du + at, d[c] * u[c]);
+                    store(tile.dy + at, dy[c]);
+                    store(tile.y + at, u[c] * load(block.D + c * W));
+                    store(tile.ddelta + at, vf{});
+                    store(tile.ddu + at, vf{});
                 }
             }
             const Decay how = choose_decay(s, block, largest);
@@ -285,22 +294,29 @@ void backward_run(const Scan &s, int64_t item, float *space) {
             for (int n = 0; n < states; n++)
                 run(tokens, states, block.A2 + n * BLOCK, tile, B + n, C + n, before + n * BLOCK, carry + own + n * BLOCK,
                     dA + own + n * BLOCK, dB + n * TILE * W, dC + n * TILE * W, a, h);
+            vf sum_D[VECTORS] = {}, sum_bias[VECTORS] = {};
             for (int t = 0; t < tokens; t++) {
-                const int at = t * BLOCK;
+                vf du[VECTORS], ddelta[VECTORS], dz[VECTORS];
                 for (int c = 0; c < VECTORS; c++) {
-                    const int i_c = at + c * W;
-                    const int64_t sums = (i - from) * BLOCK + c * W;
-                    const vf dy = load(tile.dy + i_c), u = load(tile.u + i_c), ddu = load(tile.ddu + i_c);
-                    const vf ddelta = (ddu * u + load(tile.ddelta + i_c) * LN2) * load(tile.slope + i_c);
-                    store(dD + sums, load(dD + sums) + dy * u);
-                    store(dbias + sums, load(dbias + sums) + ddelta);
-                    store(tile.ddelta + i_c, ddelta);
-                    store(tile.ddu + i_c, ddu * load(tile.delta + i_c) + dy * load(block.D + c * W));
-                    if (s.z.data) store(row + i_c, load(row + i_c) * load(tile.y + i_c));
+                    const int at = t * BLOCK + c * W;
+                    const vf dy = load(tile.dy + at), u = load(tile.u + at), ddu = load(tile.ddu + at);
+                    du[c] = ddu * load(tile.delta + at) + dy * load(block.D + c * W);
+                    ddelta[c] = (ddu * u + load(tile.ddelta + at) * LN2) * load(tile.slope + at);
+                    sum_D[c] += dy * u;
+                    sum_bias[c] += ddelta[c];
                 }
-                store_row(s.du, b, t0 + t, first, count, tile.ddu + at);
-                store_row(s.ddelta, b, t0 + t, first, count, tile.ddelta + at);
-                if (s.z.data) store_row(s.dz, b, t0 + t, first, count, row + at);
+                store_block(s.du, b, t0 + t, first, count, du);
+                store_block(s.ddelta, b, t0 + t, first, count, ddelta);
+                if (s.z.data) {
+                    for (int c = 0; c < VECTORS; c++)
+                        dz[c] = load(tile.dz + t * BLOCK + c * W) * load(tile.y + t * BLOCK + c * W);
+                    store_block(s.dz, b, t0 + t, first, count, dz);
+                }
+            }
+            for (int c = 0; c < VECTORS; c++) {
+                float *total_D = dD + (i - from) * BLOCK + c * W, *total_bias = dbias + (i - from) * BLOCK + c * W;
+                store(total_D, load(total_D) + sum_D[c]);
+                store(total_bias, load(total_bias) + sum_bias[c]);
             }
         }
         float *dB_out = s.dB + ((group * s.batch + b) * s.length + t0) * states;

@@ -1,5 +1,5 @@
-// What Mamba-2's scan needs inside a chunk of Q tokens (arXiv 2405.21060, section 6): the masked product that turns x into y, and the
-// row by row work around the large matrix products, which are left to torch. Within a chunk, for one head,
+// What Mamba-2's scan needs inside a chunk of Q tokens (arXiv 2405.21060, section 6): the masked product that turns x into y,
+// and the row by row work around the large matrix products, which are left to torch. Within a chunk, for one head,
 //
 //   y_i = sum_(j <= i) M_ij x_j + exp(a_i) carried_i + D x_i,   M_ij = scores_ij exp(a_i - a_j) delta_j,
 //
@@ -15,8 +15,8 @@ constexpr int ROWS = 4;  // rows of a product computed together: each loaded vec
 inline int padded(int64_t n, int unit) { return (int)(ceil_div(n, unit) * unit); }
 
 // out (ROWS, vectors W) = sum_k left(row, k) right(k, column), left(row, k) = left[row * row_stride + k * k_stride].
-inline void product(int depth, int vectors, const float *__restrict left, int row_stride, int k_stride, const float *__restrict right,
-                    int right_stride, float *__restrict out, int out_stride) {
+inline void product(int depth, int vectors, const float *__restrict left, int row_stride, int k_stride,
+                    const float *__restrict right, int right_stride, float *__restrict out, int out_stride) {
     constexpr int V = 2;
     int v = 0;
     for (; v + V <= vectors; v += V) {
@@ -45,9 +45,17 @@ struct Chunk {
     int tokens, shared, width, Qp, Pp, line;
 
     Chunk(const Ssd &s_, int64_t item)
-        : s(s_), b(item / (s.chunks * s.groups)), index(item / s.groups % s.chunks), group(item % s.groups), t0(index * s.chunk),
-          scores_at(((index * s.batch + b) * s.groups + group) * s.chunk * s.chunk), tokens(smaller(s.chunk, s.length - t0)),
-          shared((int)(s.heads / s.groups)), width((int)s.width), Qp(padded(s.chunk, ROWS)), Pp(padded(s.width, W)),
+        : s(s_),
+          b(item / (s.chunks * s.groups)),
+          index(item / s.groups % s.chunks),
+          group(item % s.groups),
+          t0(index * s.chunk),
+          scores_at(((index * s.batch + b) * s.groups + group) * s.chunk * s.chunk),
+          tokens(smaller(s.chunk, s.length - t0)),
+          shared((int)(s.heads / s.groups)),
+          width((int)s.width),
+          Qp(padded(s.chunk, ROWS)),
+          Pp(padded(s.width, W)),
           line(padded(s.chunk, W)) {}
 
     int64_t step(int64_t h, int t) const { return ((b * s.chunks + index) * s.chunk + t) * s.heads + h; }
@@ -125,7 +133,8 @@ void ssd_forward_run(const Ssd &s, int64_t item, float *space) {
                 float *m = M + i * line + j;
                 store(m, load(m) * load(scores + i * line + j) * load(delta + j));
             }
-        for (int i = 0; i < tokens; i += ROWS) product(smaller(i + ROWS, tokens), Pp / W, M + i * line, line, 1, x, Pp, y + i * Pp, Pp);
+        for (int i = 0; i < tokens; i += ROWS)
+            product(smaller(i + ROWS, tokens), Pp / W, M + i * line, line, 1, x, Pp, y + i * Pp, Pp);
         for (int i = 0; i < tokens; i++) {
             float *out = y + i * Pp;
             for (int p = 0; p < Pp; p += W) store(out + p, load(out + p) + load(x + i * Pp + p) * D);
@@ -149,7 +158,8 @@ void ssd_backward_run(const Ssd &s, int64_t item, float *space) {
     const Chunk chunk(s, item);
     const int Qp = chunk.Qp, Pp = chunk.Pp, line = chunk.line, tokens = chunk.tokens, end = tokens - 1;
     float *high = space, *low = high + line, *delta = low + line, *da = delta + line, *ddelta = da + line;
-    float *scores = ddelta + line, *kept = scores + Qp * line, *M = kept + Qp * line, *dM = M + Qp * line, *dscores = dM + Qp * line;
+    float *scores = ddelta + line, *kept = scores + Qp * line, *M = kept + Qp * line, *dM = M + Qp * line,
+          *dscores = dM + Qp * line;
     float *x = dscores + Qp * line, *dy = x + Qp * Pp, *dx = dy + Qp * Pp, *dxw = dx + Qp * Pp, *turned = dxw + Qp * Pp;
     float *row = turned + chunk.width * line;
     chunk.load_scores(scores);
@@ -181,7 +191,8 @@ void ssd_backward_run(const Ssd &s, int64_t item, float *space) {
             for (int p = 0; p < chunk.width; p++) turned[p * line + j] = x[j * Pp + p];
         // dM_ij = dy_i . x_j, for the j <= i that count, to whole vectors
         for (int i = 0; i < tokens; i += ROWS)
-            product(chunk.width, (int)ceil_div(smaller(i + ROWS, tokens), W), dy + i * Pp, Pp, 1, turned, line, dM + i * line, line);
+            product(chunk.width, (int)ceil_div(smaller(i + ROWS, tokens), W), dy + i * Pp, Pp, 1, turned, line, dM + i * line,
+                    line);
         for (int i = 0; i < tokens; i++) {
             vf row_sum = vf{};
             for (int j = 0; j <= i; j += W) {
@@ -226,7 +237,8 @@ void ssd_backward_run(const Ssd &s, int64_t item, float *space) {
         s.dD[(chunk.index * s.batch + chunk.b) * s.heads + h] = dD;
     }
     for (int i = 0; i < s.chunk; i++)
-        for (int j = 0; j < s.chunk; j++) s.dscores[chunk.scores_at + i * s.chunk + j] = i < tokens && j <= i ? dscores[i * line + j] : 0;
+        for (int j = 0; j < s.chunk; j++)
+            s.dscores[chunk.scores_at + i * s.chunk + j] = i < tokens && j <= i ? dscores[i * line + j] : 0;
 }
 
 int64_t weigh_items(const Weigh &s) { return s.batch * s.chunks; }
@@ -294,7 +306,8 @@ void pass_run(const Pass &s, int64_t item, float *space) {
     }
     if (BACKWARD)
         for (int64_t k = 0; k < s.chunks; k++)
-            memcpy(s.dlog + ((part * s.batch + b) * s.chunks + k) * s.heads + g * shared, sums + k * shared, shared * sizeof(float));
+            memcpy(s.dlog + ((part * s.batch + b) * s.chunks + k) * s.heads + g * shared, sums + k * shared,
+                   shared * sizeof(float));
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
 // Vectors of WIDTH floats with the compiler's own vector types, and the few functions the kernels need on them.
 //
-// Everything is in an unnamed namespace: this file is compiled once per instruction set, and a function that the linker took from
-// the wrong build would be an illegal instruction on an older processor. For the same reason no standard library templates here.
+// Everything is in an unnamed namespace: this file is compiled once per instruction set, and a function that the linker took
+// from the wrong build would be an illegal instruction on an older processor. For the same reason no standard library templates
+// here.
 //
-// The functions work on M vectors at a time, step by step: a processor waits some four cycles for each step, and fills the wait with
-// the same step on the other vectors.
+// The functions work on M vectors at a time, step by step: a processor waits some four cycles for each step, and fills the wait
+// with the same step on the other vectors.
 #pragma once
 #include <string.h>
 #if defined(__x86_64__)
@@ -16,7 +17,7 @@
 namespace {
 
 constexpr int W = WIDTH;
-constexpr int VECTORS = 4;  // M almost everywhere: enough to fill the wait, few enough for 16 registers
+constexpr int VECTORS = 4;          // M almost everywhere: enough to fill the wait, few enough for 16 registers
 constexpr int BLOCK = VECTORS * W;  // channels worked on together
 
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -68,44 +69,72 @@ inline void store_bf16(uint16_t *p, vf x) {
     memcpy(p, &v, sizeof v);
 }
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+// a b + c, rounded once where the processor can.
+#if defined(__AVX512F__) && WIDTH == 16
+inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__) && WIDTH == 8
+inline vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+#endif
 
-// x = 2^x, as 2^n (1 + f q(f)) with n = round(x), |f| <= 1/2. Relative error 1e-7 (DEGREE 5) or 5e-6 (4, for x from bfloat16, whose
-// rounding is hundreds of times that). Value and slope are exact at 0, so that a decay close to 1 keeps its distance from 1.
-// Right for -126 < x < 127.
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float EXP_LIMIT = 86.6f;  // exp(-EXP_LIMIT) is 2^-125
+
+// (2^f - 1) / f for |f| <= 1/2 as a polynomial of degree DEGREE - 1, highest power first. Exact at 0: then 2^f has the right
+// slope there, and a decay close to 1 keeps its distance from 1. Errors of 2^f: 5e-6, 1e-7, 7e-9; in units of 1 - 2^f: 2e-5,
+// 4e-7, 1e-8.
+template <int DEGREE>
+struct Exp2;
+template <>
+struct Exp2<4> {
+    static constexpr float q[] = {0.00952835f, 0.05579333f, 0.24025109f, LN2};
+};
+template <>
+struct Exp2<5> {
+    static constexpr float q[] = {0.00133003f, 0.00966971f, 0.0555056f, 0.24022282f, LN2};
+};
+template <>
+struct Exp2<6> {
+    static constexpr float q[] = {1.5467357e-4f, 1.33867494e-3f, 9.61804035e-3f, 5.5503697e-2f, 0.24022651f, LN2};
+};
+
+// x = 2^(x y), as 2^n (1 + f q(f)) with n = round(x y); product and range reduction round once. Right for -126 < x y < 127.
 template <int DEGREE, int M>
-inline void exp2_all(vf *x) {
-    constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
+inline void exp2_product(vf *x, const vf *y) {
+    const vf magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
     vf shifted[M], q[M];
-    for (int i = 0; i < M; i++) shifted[i] = x[i] + magic;
+    for (int i = 0; i < M; i++) shifted[i] = fma(x[i], y[i], magic);
     for (int i = 0; i < M; i++) q[i] = shifted[i] - magic;
-    for (int i = 0; i < M; i++) x[i] = x[i] - q[i];
-    if (DEGREE == 5) {
-        for (int i = 0; i < M; i++) q[i] = 0.00133003f * x[i] + 0.00966971f;
-        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 0.0555056f;
-        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 0.24022282f;
-        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + LN2;
-    } else {
-        for (int i = 0; i < M; i++) q[i] = 0.00952835f * x[i] + 0.05579333f;
-        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 0.24025109f;
-        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + LN2;
-    }
+    for (int i = 0; i < M; i++) x[i] = fma(x[i], y[i], -q[i]);
+    for (int i = 0; i < M; i++) q[i] = Exp2<DEGREE>::q[0] * x[i] + Exp2<DEGREE>::q[1];
+    for (int k = 2; k < DEGREE; k++)
+        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + Exp2<DEGREE>::q[k];
     for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 1.f;
     for (int i = 0; i < M; i++) x[i] = (vf)((vi)q[i] + ((vi)shifted[i] << 23));
 }
 
-// The same for every x: what underflows becomes 2^-125, what overflows 2^126.
+// x = 2^x for every x: what underflows becomes 2^-125, what overflows 2^126.
 template <int M>
 inline void exp2_clamped(vf *x) {
-    for (int i = 0; i < M; i++) x[i] = at_most(at_least(x[i], broadcast(-125.f)), broadcast(126.f));
-    exp2_all<5, M>(x);
+    vf one[M];
+    for (int i = 0; i < M; i++) one[i] = broadcast(1.f), x[i] = at_most(at_least(x[i], broadcast(-125.f)), broadcast(126.f));
+    exp2_product<5, M>(x, one);
+}
+
+// x = exp(-x) for |x| <= EXP_LIMIT
+template <int M>
+inline void exp_minus(vf *x) {
+    vf scale[M];
+    for (int i = 0; i < M; i++) scale[i] = broadcast(-LOG2E);
+    exp2_product<5, M>(x, scale);
 }
 
 // 1 / (1 + exp(-x))
 template <int M>
 inline void sigmoid(const vf *x, vf *y) {
-    for (int i = 0; i < M; i++) y[i] = x[i] * -LOG2E;
-    exp2_clamped<M>(y);
+    for (int i = 0; i < M; i++) y[i] = at_most(at_least(x[i], broadcast(-EXP_LIMIT)), broadcast(EXP_LIMIT));
+    exp_minus<M>(y);
     for (int i = 0; i < M; i++) y[i] = 1.f / (1.f + y[i]);
 }
 
@@ -114,8 +143,8 @@ inline void sigmoid(const vf *x, vf *y) {
 template <int M>
 inline void softplus(vf *x, vf *slope) {
     vf w[M], s[M], s2[M], p[M];
-    for (int i = 0; i < M; i++) w[i] = at_least(magnitude(x[i]) * -LOG2E, broadcast(-125.f));
-    exp2_all<5, M>(w);
+    for (int i = 0; i < M; i++) w[i] = at_most(magnitude(x[i]), broadcast(EXP_LIMIT));
+    exp_minus<M>(w);
     for (int i = 0; i < M; i++) s[i] = w[i] / (2.f + w[i]);
     if (slope) {
         for (int i = 0; i < M; i++) slope[i] = select(x[i] > 0.f, broadcast(1.f), w[i]) / (1.f + w[i]);
@@ -164,6 +193,34 @@ inline void store_row(const Rows &r, int64_t b, int64_t t, int64_t first, int co
         float *to = (float *)r.data + at;
         for (; i + W <= count; i += W) store(to + i, load(from + i));
         for (; i < count; i++) to[i] = from[i];
+    }
+}
+
+// The same for BLOCK channels in registers; `count` of them exist.
+inline void load_block(const Rows &r, int64_t b, int64_t t, int64_t first, int count, vf *to) {
+    if (count == BLOCK) {
+        const int64_t at = b * r.batch_stride + t * r.row_stride + first;
+        if (r.bfloat16)
+            for (int c = 0; c < VECTORS; c++) to[c] = load_bf16((const uint16_t *)r.data + at + c * W);
+        else
+            for (int c = 0; c < VECTORS; c++) to[c] = load((const float *)r.data + at + c * W);
+    } else {
+        float row[BLOCK];
+        load_row(r, b, t, first, count, BLOCK, row);
+        for (int c = 0; c < VECTORS; c++) to[c] = load(row + c * W);
+    }
+}
+inline void store_block(const Rows &r, int64_t b, int64_t t, int64_t first, int count, const vf *from) {
+    if (count == BLOCK) {
+        const int64_t at = b * r.batch_stride + t * r.row_stride + first;
+        if (r.bfloat16)
+            for (int c = 0; c < VECTORS; c++) store_bf16((uint16_t *)r.data + at + c * W, from[c]);
+        else
+            for (int c = 0; c < VECTORS; c++) store((float *)r.data + at + c * W, from[c]);
+    } else {
+        float row[BLOCK];
+        for (int c = 0; c < VECTORS; c++) store(row + c * W, from[c]);
+        store_row(r, b, t, first, count, row);
     }
 }
 
