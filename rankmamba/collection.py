@@ -6,7 +6,7 @@ Readers, writers and `sort_run`, the tie rule, come from `formats` and are offer
 import difflib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -258,13 +258,20 @@ def _download_remedy(name: str, kind: str) -> str:
         subsets.pop()
 
 
-def check_run(run: pd.DataFrame, collection: Collection, path: str | Path | None = None) -> None:
+def check_run(
+    run: pd.DataFrame,
+    collection: Collection,
+    path: str | Path | None = None,
+    columns: Sequence[str] = ("query_id", "doc_id"),
+) -> None:
     """Check that a run (or qrels) names only queries and documents of the collection; `path` is the file it was read from.
+
+    columns: what to check; documents of a big collection are read from the disk for it.
 
     Raises:
         InputError: it names an unknown query or document; the first one is given, with its file and line where there is a file.
     """
-    for column in ("query_id", "doc_id"):
+    for column in columns:
         names = list(dict.fromkeys(run[column]))
         known = collection.queries if column == "query_id" else collection.documents.get_many(names)
         unknown = [name for name in names if name not in known]

@@ -13,7 +13,7 @@ from tqdm.std import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from . import backbones, mixers
-from .collection import Collection, sort_run
+from .collection import Collection, check_run, sort_run
 from .errors import InputError
 from .files import replacing
 from .inputs import PairTokenizer, token_batches
@@ -133,9 +133,7 @@ class Reranker:
             self.cost = Cost(states.cost.pairs, states.cost.tokens, states.cost.tokens, states.cost.seconds)
             return run
         head = candidates[candidates["rank"] <= top_k]
-        unknown = set(head["query_id"]) - set(collection.queries)
-        if unknown:
-            raise InputError(f"expected queries of {collection.name}, got a run with unknown query {sorted(unknown)[0]!r}")
+        check_run(head, collection, columns=["query_id"])
         query_ids, query_of = _unique(head["query_id"])
         doc_ids, document_of = _unique(head["doc_id"])
         texts = collection.documents.get_many(doc_ids)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm.std import tqdm
 
-from .collection import Collection, Documents, sort_run
+from .collection import Collection, Documents, check_run, sort_run
 from .errors import InputError
 from .files import replacing
 from .inputs import Pair
@@ -139,9 +139,7 @@ class DocumentStates:
             InputError: the run names a query that the collection does not have, or a document that has no state here.
         """
         head = candidates[candidates["rank"] <= top_k]
-        unknown = set(head["query_id"]) - set(collection.queries)
-        if unknown:
-            raise InputError(f"expected queries of {collection.name}, got a run with unknown query {sorted(unknown)[0]!r}")
+        check_run(head, collection, columns=["query_id"])
         query_ids, query_of = _unique(head["query_id"])
         doc_ids, document_of = _unique(head["doc_id"])
         queries = [collection.queries[query_id] for query_id in query_ids]
