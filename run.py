@@ -35,6 +35,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "rankmamba.json"  # what is installed, or {"unfinished": true}
 LOG = VENV / "rankmamba.log"  # what the last step of an installation said
 
+INSTALLED = ("pyproject.toml", "requirements.txt", "constraints.txt", "setup.py")  # the files that say what is installed
 PYTHONS = ((3, 10), (3, 14))  # the oldest and the newest Python that constraints.txt has versions for
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 EXTRA = {"study": None, "lab": "lab", "test": "test"}
@@ -125,9 +126,12 @@ def update(extra):
     if problem:
         stop(problem)
     if stamp.get("fingerprint") != wanted:
-        steps.append(("installing PyTorch", [*pip("torch", "setuptools"), *cpu_index()]))
-        # Without build isolation the optional native extension is built beside the torch that it will run with.
-        steps.append(("installing rankmamba and what it needs", pip("--no-build-isolation", "--editable", ".")))
+        # PyTorch is not in requirements.txt: which of its builds is right depends on the machine, and so does the hash.
+        steps.append(("installing PyTorch", [*pip("--no-deps", "torch"), *cpu_index()]))
+        steps.append(("installing what rankmamba needs", pip("--require-hashes", "--requirement", "requirements.txt")))
+        # Without build isolation the optional native extension is built with the setuptools of requirements.txt. What comes in
+        # here besides is what a CUDA build of torch pins itself.
+        steps.append(("installing rankmamba", pip("--no-build-isolation", "--editable", ".")))
     extras = sorted({*stamp.get("extras", []), extra} - {None})
     if extras:
         steps.append((f"installing what {' and '.join(extras)} needs", pip(f"rankmamba[{','.join(extras)}]")))
@@ -146,7 +150,7 @@ def fingerprint():
     """Return a hash of everything that decides what is installed, the place included: a moved .venv does not work."""
     digest = hashlib.sha256(str(ROOT).encode())
     native = sorted(path for path in ROOT.glob("rankmamba/scan/**/*") if path.suffix in (".cpp", ".h"))
-    for path in [ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "setup.py", *native]:
+    for path in [*(ROOT / name for name in INSTALLED), *native]:
         if path.exists():
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

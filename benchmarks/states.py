@@ -24,7 +24,8 @@ import torch
 from transformers import GPTNeoXConfig, MambaConfig
 
 from rankmamba import scan
-from rankmamba.backbones import SYSTEMS, load_tokenizer, nano_mamba
+from rankmamba.backbones import SYSTEMS, load_tokenizer
+from rankmamba.nano import nano_mamba
 from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
 from rankmamba.states import DocumentStates

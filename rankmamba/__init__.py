@@ -4,14 +4,26 @@
 >>> reranker = rankmamba.Reranker.from_pretrained("minilm-l6")
 """
 
+import gc
+import importlib
 import os
 
 # libgomp's spinning threads slow a shared machine up to 25-fold; it reads this once, when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
-
-from .collection import load  # noqa: E402
-from .reranker import Reranker  # noqa: E402  also lets transformers' Auto classes load what we save
-
 __all__ = ["Reranker", "load"]
+_HOMES = {"Reranker": "reranker", "load": "collection"}
+
+
+def __getattr__(name: str):
+    """Import what the package offers when it is asked for: torch takes seconds, and a command line should answer at once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    collects = gc.isenabled()
+    gc.disable()  # a seventh of the time that torch and transformers take to import is the collector's, which finds nothing
+    try:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    finally:
+        if collects:
+            gc.enable()

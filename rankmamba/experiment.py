@@ -3,7 +3,11 @@
 Every step is found in the records when it was done before with the same settings, so an interrupted study goes on where it was.
 """
 
+import copy
 import dataclasses
+import hashlib
+import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm.std import tqdm
 
-from . import scan
+from . import resumable
 from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25
 from .collection import Collection, load, read_run, write_run
@@ -60,11 +64,15 @@ class Experiment:
         started = time.perf_counter()
         index = BM25.build(self.split("test").documents, k1=k1, b=b)
         built = time.perf_counter()
+        rows = {}
         for part in ("dev", "test"):
-            write_run(self.run_path(system, part), index.search(self.split(part).queries), system)
+            run = index.search(self.split(part).queries)
+            write_run(self.run_path(system, part), run, system)
+            rows[part] = len(run)
         queries = len(self.split("dev").queries) + len(self.split("test").queries)
         timing = {"index_seconds": built - started, "queries_per_s": queries / (time.perf_counter() - built)}
-        return self._leave("first_stage", system, "test", config, {"documents": len(self.split("test").documents)}, timing)
+        result = {"documents": len(self.split("test").documents), "rows": rows}
+        return self._leave("first_stage", system, "test", config, result, timing)
 
     def train(
         self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None
@@ -75,38 +83,60 @@ class Experiment:
         if record and not record["result"]["partial"] and self.model_path(config.system).is_dir():
             return record
         trained = train(config, self.split("train"), self.model_path(config.system), on_step=on_step, stop=stop)
-        model = trained.reranker.model
-        result = {
-            "steps": trained.steps,
-            "tokens": trained.tokens,
-            "parameters": model.num_parameters(),
-            "parameters_outside_embeddings": model.parameters_outside_embeddings(),
-            "curve": [{name: row[name] for name in ("step", "loss", "accuracy", "tokens")} for row in trained.curve],
-            "partial": trained.stopped,
-        }
-        timing = {"seconds": trained.seconds, "tokens_per_s": trained.tokens / trained.seconds}
-        ran = {"precision": trained.precision} | _kernel(trained.reranker)
-        return self._leave("train", config.system, "train", settings, result, timing, ran)
+        return self._leave("train", config.system, "train", settings, trained.result(), trained.timing(), trained.setup)
+
+    def trial(
+        self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None
+    ) -> dict:
+        """Train with settings that are being tried out, in a folder of their own below trials/; returns the record.
+
+        It never replaces what the study keeps; a run of the study or a trial that had the same settings is found again. The training
+        queries are passed over as often as `max_steps` asks for.
+        """
+        groups = (self.split("train").qrels["relevance"] > 0).sum()
+        config = dataclasses.replace(config, epochs=max(config.epochs, math.ceil(config.max_steps * config.batch_size / groups)))
+        settings = dataclasses.asdict(config)
+        for record in self.runs():
+            if record["config"] == settings and not record["result"]["partial"]:
+                return record
+        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+        trial = copy.copy(self)  # shares the loaded splits
+        trial.folder, trial.seed = self.folder / "trials" / name, config.seed
+        return trial.train(config, on_step, stop)
+
+    def runs(self) -> list[dict]:
+        """The records of all training runs on this collection, the study's and the trials', oldest first."""
+        folders = [folder for folder in (self.folder, *self.folder.glob("trials/*")) if folder.is_dir()]
+        records = [record for folder in folders for record in read_records(folder, "train")]
+        here = [record for record in records if record["collection"] == f"{self.collection}/train"]
+        return sorted(here, key=lambda record: record["created"])
 
     def rerank(self, system: str, first_stage: str, top_k: int, show_progress: bool = True) -> dict:
-        """Rerank the first stage's `top_k` of each dev and test query with a trained system keep the runs; returns a record."""
+        """Rerank the first stage's `top_k` of each dev and test query with a trained system and keep the runs; returns the record.
+
+        A reranking that was killed goes on with the queries that are not finished.
+        """
         folder = self.model_path(system)
         trained = self._last("train", system, "train")
         if trained is None or not folder.is_dir():
             raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
         config = self._config(first_stage=first_stage, top_k=top_k, trained=fingerprint(trained))
-        if (record := self._found("rerank", system, "test", config)) and self._has_runs(system):
-            return record
-        reranker, cost = Reranker.from_pretrained(folder), Cost()
-        for part in ("dev", "test"):
-            run = reranker.rerank(self.run(first_stage, part), self.split(part), top_k=top_k, show_progress_bar=show_progress)
-            write_run(self.run_path(system, part), run, system)
-            cost += reranker.cost
-        result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens}
-        timing = {"seconds": cost.seconds, "pairs_per_s": cost.pairs / cost.seconds, "tokens_per_s": cost.tokens / cost.seconds}
-        return self._leave(
-            "rerank", system, "test", config, result, timing, {"precision": reranker.precision} | _kernel(reranker)
-        )
+        journals = {part: self.run_path(system, part).with_suffix(".finished") for part in ("dev", "test")}
+        record = self._found("rerank", system, "test", config)
+        if not (record and self._has_runs(system)):
+            reranker, cost, rows = Reranker.from_pretrained(folder), Cost(), {}
+            for part, journal in journals.items():
+                candidates, split = self.run(first_stage, part), self.split(part)
+                run, part_cost = resumable.rerank(reranker, candidates, split, top_k, journal, config, show_progress)
+                write_run(self.run_path(system, part), run, system)
+                cost, rows = cost + part_cost, rows | {part: len(run)}
+            result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens, "rows": rows}
+            rates = {"pairs_per_s": cost.pairs / cost.seconds, "tokens_per_s": cost.tokens / cost.seconds}
+            ran = reranker.setup
+            record = self._leave("rerank", system, "test", config, result, {"seconds": cost.seconds} | rates, ran)
+        for journal in journals.values():
+            journal.unlink(missing_ok=True)
+        return record
 
     def evaluate(self, system: str, mixed_with: str | None = None) -> dict:
         """Measure a system's test run, alone (behind its reranked documents the first stage's order) or mixed with a first stage.
@@ -160,11 +190,21 @@ class Experiment:
         return test.queries[query_id], pd.DataFrame(columns).fillna("")
 
     def run(self, system: str, part: str) -> pd.DataFrame:
-        """Read a run that an earlier step kept."""
+        """Read a run that an earlier step kept.
+
+        Raises:
+            InputError: there is none, or it is not as long as its record says.
+        """
         path = self.run_path(system, part)
         if not path.is_file():
             raise InputError(f"expected the run {path}, found none; run 01_data (first stages) or 03_rerank (systems) first")
-        return read_run(path)
+        run = read_run(path)
+        for kind in ("first_stage", "rerank"):
+            record = self._last(kind, system, "test")
+            rows = record["result"].get("rows", {}).get(part, len(run)) if record else len(run)
+            if rows != len(run):
+                raise InputError(f"expected {rows:,} results, got {len(run):,} ({path}); delete the file and run its step again")
+        return run
 
     def run_path(self, system: str, part: str) -> Path:
         return self.folder / "runs" / f"{system}-{part}-seed{self.seed}.run"
@@ -209,14 +249,6 @@ class Experiment:
         return record
 
 
-def _kernel(reranker: Reranker) -> dict:
-    """Which scan kernel a Mamba reranker runs, and why."""
-    if not reranker.has_scan:
-        return {"scan": "none"}
-    kernel = scan.kernel(reranker.device)
-    return {"scan": kernel.name, "scan_reason": kernel.reason}
-
-
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[dict], None]]:
     """A bar over training steps with loss, elapsed and remaining time; yields what `train` calls after each step."""
@@ -225,6 +257,6 @@ def progress(title: str) -> Iterator[Callable[[dict], None]]:
         def on_step(row: dict) -> None:
             bar.total = row["of"]
             bar.set_postfix(loss=f"{row['loss']:.2f}", refresh=False)
-            bar.update()
+            bar.update(row["step"] - bar.n)  # a training that goes on does not begin at 0
 
         yield on_step

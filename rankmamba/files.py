@@ -1,12 +1,45 @@
-"""Files that are whole or absent: write under a temporary name, then rename."""
+"""Files that are whole or absent: write under a temporary name, then rename. What the disk refuses is said once, with a remedy."""
 
+import errno
+import glob
 import hashlib
 import os
+import platform
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import InputError
+
+REMEDIES = {
+    errno.ENOSPC: "free some space on that disk",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EACCES: "choose a folder that you may write",
+    errno.EPERM: "choose a folder that you may write",
+}
+
+
+@contextmanager
+def refusals(path: str | Path) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written (full, read-only, forbidden) into an `InputError` that names it."""
+    try:
+        yield
+    except Exception as error:
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors and tokenizers say it
+        number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+        if number not in REMEDIES:
+            raise
+        raise InputError(
+            f"expected to write {path}, got: {os.strerror(number)}; {REMEDIES[number]} and start again, "
+            "what was finished before is kept"
+        ) from error
 
 
 @contextmanager
@@ -15,27 +48,69 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     The temporary path does not exist yet: create a file or a folder there. A file replaces an earlier one atomically;
     a folder replaces an earlier one in two renames, so a reader sees the old one, nothing, or the new one, never a mixture.
+
+    Raises:
+        InputError: the disk is full or may not be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary = workspace / path.name
+    with refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workspace = _workspace(path)
+        temporary = workspace / path.name
+        try:
+            yield temporary
+            for file in (temporary, *temporary.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            if path.is_dir():
+                os.rename(path, workspace / "replaced")
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _workspace(path: Path) -> Path:
+    """Make a new folder beside `path`, and remove those that killed processes of this machine left there."""
+    mine = f".{path.name}.{platform.node()}-"
+    for left_over in path.parent.glob(f"{glob.escape(mine)}*"):
+        process = left_over.name.removeprefix(mine).partition("-")[0]
+        if process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(left_over, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=path.parent))
+
+
+def _runs(process: int) -> bool:
     try:
-        yield temporary
-        if temporary.is_file():
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
-        if path.is_dir():
-            os.rename(path, workspace / "replaced")
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`, wholly or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def alone(path: str | Path, waiting: str) -> Iterator[None]:
+    """Hold the lock file `path`; while another process holds it, print the line `waiting` and wait. It ends with its process."""
+    import filelock  # with what it imports a tenth of a second
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0.1)
+    except filelock.Timeout:
+        print(waiting, file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sha256(path: str | Path) -> str:

@@ -282,7 +282,7 @@ def _document(line: str, where: str) -> tuple[str, str]:
     """Read one line of a JSONL file of documents: (doc_id, text)."""
     try:
         document = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"expected one JSON object in the line, got {line[:80]!r} ({where}): {error}") from None
     fields = sorted(document) if isinstance(document, dict) else type(document).__name__
     if not isinstance(document, dict) or "doc_id" not in document or "text" not in document:

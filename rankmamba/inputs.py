@@ -4,15 +4,25 @@ The two halves of a pair are tokenised apart and joined as ids. So a document's 
 serve training, scoring and cached document states, and every text is tokenised once however many pairs it is in.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from .errors import InputError
 
-KINDS = ("encoder", "causal", "encoder-decoder")
+MOST_MATCHES = 3  # of a query token in the document that a mark tells apart
+
+# What each kind of model reads, and the token whose hidden state becomes the score.
+KINDS = {
+    "encoder": "query and document as the tokenizer's own pair, read at the first token",
+    "causal": "document, query, end of sequence, read at the last token",
+    "encoder-decoder": "query and document as the tokenizer's own pair, read at the first decoder step",
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +45,15 @@ class PairTokenizer:
 
     A document keeps its first `max_length - max_query_length` tokens, a query what `max_query_length` leaves after the special
     tokens: both limits are fixed, so truncation never depends on the other half, and a pair never exceeds `max_length`.
+
+    marked: query tokens that occur in the document become other words (`mark`), for a model with `embeddings.FixedWordEmbedding`.
     """
 
-    def __init__(self, tokenizer, kind: str, max_length: int = 512, max_query_length: int = 50):
+    def __init__(self, tokenizer, kind: str, max_length: int = 512, max_query_length: int = 50, marked: bool = False):
         if kind not in KINDS:
             raise InputError(f"expected a kind of model among {', '.join(KINDS)}, got {kind!r}")
         self.tokenizer, self.kind = tokenizer, kind
-        self.max_length, self.max_query_length = max_length, max_query_length
+        self.max_length, self.max_query_length, self.marked = max_length, max_query_length, marked
         self.query_first = kind != "causal"
         if self.query_first:
             self.query_prefix = self.document_prefix = ""
@@ -51,8 +63,8 @@ class PairTokenizer:
                 raise InputError("expected a tokenizer with an end-of-sequence token for a causal model, got none; set eos_token")
             self.query_prefix, self.document_prefix = "\n\nQuery: ", "Document: "
             end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-            start = tokenizer.bos_token_id if getattr(tokenizer, "add_bos_token", False) else None
-            self.before, self.between, self.after = [] if start is None else [start], [], [end]
+            begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+            self.before, self.between, self.after = [tokenizer.bos_token_id] if begins else [], [], [end]
         specials = len(self.before) + len(self.between) + len(self.after)
         self.document_limit = max_length - max_query_length
         self.query_limit = max_query_length - specials
@@ -69,9 +81,30 @@ class PairTokenizer:
         """Tokenise queries; each array holds at most `query_limit` ids."""
         return self._tokenise(self.query_prefix, texts, self.query_limit)
 
-    def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Tokenise documents; each array holds at most `document_limit` ids."""
-        return self._tokenise(self.document_prefix, texts, self.document_limit)
+    def documents(self, texts: Sequence[str], limit: int | None = None) -> list[np.ndarray]:
+        """Tokenise documents; each array holds at most `limit` ids (default `document_limit`)."""
+        return self._tokenise(self.document_prefix, texts, limit or self.document_limit)
+
+    @cached_property
+    def document_head(self) -> np.ndarray:
+        """The ids that every document begins with, whatever its text."""
+        return _common_start(*self.documents(["a", "b"]))
+
+    @cached_property
+    def query_head(self) -> np.ndarray:
+        """The ids that every query begins with, whatever its text."""
+        return _common_start(*self.queries(["a", "b"]))
+
+    @cached_property
+    def vocabulary_digest(self) -> str:
+        """The SHA-256 of everything that decides which ids a text becomes, before the template and the truncation."""
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            words = json.loads(tokenizer.backend_tokenizer.to_str())
+            words = {name: value for name, value in words.items() if name not in ("truncation", "padding")}  # set by each call
+        else:
+            words = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
+        return hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()
 
     def _tokenise(self, prefix: str, texts: Sequence[str], limit: int) -> list[np.ndarray]:
         if not texts:
@@ -88,11 +121,22 @@ class PairTokenizer:
 
     def join(self, query: np.ndarray, document: np.ndarray) -> Pair:
         """Join a tokenised query and a tokenised document (arrays of ids) into one model input."""
+        query = self.mark(query, document) if self.marked else query
         first, second = (query, document) if self.query_first else (document, query)
         ids = np.concatenate([self.before, first, self.between, second, self.after]).astype(np.int32)
         types = np.zeros(len(ids), dtype=np.int32)
         types[len(self.before) + len(first) + len(self.between) :] = 1
         return Pair(ids, types)
+
+    def mark(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:
+        """Add to each of a query's ids how often it occurs in the document (up to `MOST_MATCHES`) times the size of the vocabulary.
+
+        So a small model need not learn to compare words (after MarkedBERT, ECIR 2021). Only the query is marked: what a causal
+        model reads before it stays the same for every query.
+        """
+        counts = (query[:, None] == document[len(self.document_head) :]).sum(1)
+        counts[: len(self.query_head)] = 0
+        return query + len(self.tokenizer) * np.minimum(counts, MOST_MATCHES).astype(np.int32)
 
     def collate(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         """Right-pad B pairs to the longest: `input_ids`, `attention_mask` and, where the model has segments, `token_type_ids`,
@@ -106,6 +150,10 @@ class PairTokenizer:
         if self.typed:
             batch["token_type_ids"] = torch.from_numpy(types)
         return batch
+
+
+def _common_start(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a[: next((at for at, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), 0)]
 
 
 def pair_specials(tokenizer) -> tuple[list[int], list[int], list[int]]:

@@ -18,9 +18,12 @@ TOKENWISE = {
     "roberta": BERT,
     "electra": BERT,
     "gpt_neox": ("layers", ("attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
+    # OPT's keys and values, unlike its queries, are read from every token
+    "opt": ("decoder.layers", ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")),
     "mamba": ("layers", ("mixer.out_proj",)),
     "mamba2": ("layers", ("mixer.out_proj",)),
     "falcon_mamba": ("layers", ("mixer.out_proj",)),
+    "nemotron_h": ("layers", ("mixer.out_proj",)),
 }
 
 
@@ -37,10 +40,11 @@ class LastLayer:
             return
         layers, names = TOKENWISE[backbone.config.model_type]
         self._layer = backbone.get_submodule(layers)[-1]
+        modules = dict(self._layer.named_modules())
         for name in names:
-            module = self._layer.get_submodule(name)
-            module.register_forward_pre_hook(self._take)
-            module.register_forward_hook(self._put_back)
+            if name in modules:  # a hybrid's last layer may be of another kind
+                modules[name].register_forward_pre_hook(self._take)
+                modules[name].register_forward_hook(self._put_back)
 
     @contextmanager
     def only(self, positions: torch.Tensor) -> Iterator[None]:
@@ -56,12 +60,18 @@ class LastLayer:
         if self._positions is None:
             return None
         (hidden,) = inputs
-        self._length = hidden.shape[1]
-        return (hidden[torch.arange(len(hidden), device=hidden.device), self._positions, None],)
+        self._shape = hidden.shape[:-1]  # (B, L), or (B L,) where a family flattens its tokens
+        pooled = hidden.flatten(0, -2)[self._rows(hidden)]
+        return (pooled if hidden.dim() == 2 else pooled[:, None],)
 
     def _put_back(self, module: nn.Module, inputs, output: torch.Tensor):
         if self._positions is None:
             return None
-        whole = output.new_zeros(len(output), self._length, output.shape[-1])
-        whole[torch.arange(len(output), device=output.device), self._positions] = output[:, 0]
+        whole = output.new_zeros(*self._shape, output.shape[-1])
+        whole.view(-1, output.shape[-1])[self._rows(whole)] = output.flatten(0, -2)
         return whole
+
+    def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The place of each pooled token among all tokens."""
+        tokens, batch = hidden.shape[:-1].numel(), len(self._positions)
+        return torch.arange(batch, device=hidden.device) * (tokens // batch) + self._positions

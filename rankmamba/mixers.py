@@ -21,7 +21,7 @@ from .scan import causal_conv1d, gated_rms_norm, selective_scan, ssd_scan
 
 
 def use_scan(backbone: nn.Module) -> nn.Module:
-    """Let `rankmamba.scan` compute every Mamba, FalconMamba and Mamba-2 mixer inside `backbone`; return it.
+    """Let `rankmamba.scan` compute every Mamba, FalconMamba and Mamba-2 (also NemotronH's) mixer inside `backbone`; return it.
 
     Other models come back unchanged. `attention_mask` (B, L), or longer and then its last L columns, becomes exact: a token where
     it is 0 touches no other token and no state.
@@ -301,6 +301,12 @@ _FAMILIES = {
         ["conv1d", "dt_proj"],
     ),
     "ScanMamba2Mixer": ("transformers.models.mamba2.modeling_mamba2", "Mamba2Mixer", _ScanMamba2, ["conv1d"]),
+    "ScanNemotronHMixer": (
+        "transformers.models.nemotron_h.modeling_nemotron_h",
+        "NemotronHMamba2Mixer",
+        _ScanMamba2,
+        ["conv1d"],
+    ),
 }
 _OURS = {(module, name): ours for ours, (module, name, *_) in _FAMILIES.items()}
 

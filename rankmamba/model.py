@@ -4,6 +4,7 @@ It is a Hugging Face model of its own type, so `AutoModelForSequenceClassificati
 once `rankmamba` is imported.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -64,10 +65,13 @@ class RerankerModel(PreTrainedModel):
             backbone.pooler = None  # BERT's pooler belongs to its next-sentence task; the head reads the token itself
         if config.word_embeddings is not None:
             backbone.set_input_embeddings(FixedWordEmbedding(config.word_embeddings, config.backbone_config.hidden_size))
+            _share_projection(backbone)
         self.backbone = mixers.use_scan(backbone)
         self._last_layer = LastLayer(backbone)
+        self._typed = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.dropout = nn.Dropout(config.head_dropout)
-        self.score = nn.Linear(config.backbone_config.hidden_size, config.num_labels)
+        width = getattr(config.backbone_config, "word_embed_proj_dim", config.backbone_config.hidden_size)  # OPT-350m's is another
+        self.score = nn.Linear(width, config.num_labels)
         self.post_init()
 
     @classmethod
@@ -79,26 +83,31 @@ class RerankerModel(PreTrainedModel):
                 module.load_table()
         return model
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, dropout_mask=None, **kwargs):
         """Score B pairs.
 
-        input_ids, attention_mask, token_type_ids: int64 (B, L). Returns logits float32 (B, num_labels).
+        input_ids, attention_mask, token_type_ids: int64 (B, L). dropout_mask: float32 (B, D), 0 or 1 / (1 - p), what the head's
+        dropout multiplies by; drawn here if it is not given. Returns logits float32 (B, num_labels).
         """
         positions = pooled_positions(input_ids, attention_mask, self.config.kind)
-        logits = self.score_hidden(lambda: self._hidden(input_ids, attention_mask, token_type_ids), positions)
+        logits = self.score_hidden(lambda: self._hidden(input_ids, attention_mask, token_type_ids), positions, dropout_mask)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def score_hidden(self, run: Callable[[], torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    def score_hidden(
+        self, run: Callable[[], torch.Tensor], positions: torch.Tensor, dropout_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the backbone for the pooled tokens and the head on them.
 
-        run: returns the hidden states (B, L, D). positions: int64 (B,). Returns logits float32 (B, num_labels).
+        run: returns the hidden states (B, L, D). positions: int64 (B,). dropout_mask: as in `forward`. Returns logits float32
+        (B, num_labels).
         """
         with self._last_layer.only(positions):
             hidden = run()
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions]
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(self.dropout(pooled.float()), self.score.weight.float(), self.score.bias.float())
+            kept = self.dropout(pooled.float()) if dropout_mask is None else pooled.float() * dropout_mask
+            return nn.functional.linear(kept, self.score.weight.float(), self.score.bias.float())
 
     def _hidden(self, input_ids, attention_mask, token_type_ids):
         kind, inputs = self.config.kind, {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -112,7 +121,7 @@ class RerankerModel(PreTrainedModel):
             start = self.config.backbone_config.decoder_start_token_id or 0
             inputs["decoder_input_ids"] = input_ids.new_full((len(input_ids), 1), start)
             inputs["use_cache"] = False
-        if token_type_ids is not None and kind == "encoder":
+        if token_type_ids is not None and self._typed:
             inputs["token_type_ids"] = token_type_ids
         return self.backbone(**inputs).last_hidden_state
 
@@ -120,6 +129,14 @@ class RerankerModel(PreTrainedModel):
         """Count the parameters that are not in an embedding table (a projection of fixed word embeddings counts)."""
         tables = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         return sum(p.numel() for p in self.parameters() if id(p) not in tables)
+
+
+def _share_projection(backbone: PreTrainedModel) -> None:
+    """Where encoder and decoder share their word embeddings, it is now what is learnt beside the fixed ones that is saved once."""
+    tied = {name.removesuffix("weight"): of.removesuffix("weight") for name, of in (backbone._tied_weights_keys or {}).items()}
+    learnt = ("projection.weight", "matches.weight")
+    backbone._tied_weights_keys = {name + part: of + part for name, of in tied.items() for part in learnt}
+    backbone.all_tied_weights_keys = backbone.get_expanded_tied_weights_keys(all_submodels=False)
 
 
 def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, kind: str) -> torch.Tensor:

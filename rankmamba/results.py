@@ -32,11 +32,12 @@ FIELDS = {
 }
 # What the tables read from each kind of record; other kinds are free.
 NEEDED = {
-    "train": {"result": {"tokens": int, "parameters_outside_embeddings": int}, "timing": {"seconds": float}},
-    "rerank": {"timing": {"pairs_per_s": float}},
+    "train": {"result": {"tokens": int, "parameters_outside_embeddings": int, "curve": list}, "timing": {"seconds": float}},
+    **dict.fromkeys(("rerank", "states"), {"timing": {"pairs_per_s": float}}),
     "evaluate": {"result": {"measures": dict, "per_query": dict}},
 }
-TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object"}
+INTERVAL = ("mean", "low", "high")
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 
 
 def environment() -> dict:
@@ -126,10 +127,10 @@ def read_records(folder: str | Path, kind: str | None = None) -> list[dict]:
 def _read(path: Path) -> dict:
     remedy = "delete it and run its step again"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise InputError(f"expected a record, got broken JSON ({path}:{error.lineno}: {error.msg}); {remedy}") from error
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"expected a record, got no JSON ({path}: {error}); {remedy}") from error
     _check(record, str(path))
     if path.name != _file_name(record):
@@ -137,8 +138,10 @@ def _read(path: Path) -> dict:
     return record
 
 
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is no number")
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def _check(record: object, where: str) -> None:
@@ -154,7 +157,8 @@ def _check(record: object, where: str) -> None:
         measures = record["result"][part]
         _check_keys(measures, dict.fromkeys(measures, dict), f"result.{part}.", where)
         for measure, values in measures.items():
-            _check_keys(values, dict.fromkeys(values, float), f"result.{part}.{measure}.", where)
+            numbers = [*values, *(INTERVAL if part == "measures" else ())]
+            _check_keys(values, dict.fromkeys(numbers, float), f"result.{part}.{measure}.", where)
 
 
 def _check_keys(values: dict, types: dict, prefix: str, where: str) -> None:

@@ -11,7 +11,7 @@ from .collection import Documents
 from .inputs import Pair, token_batches
 from .precision import autocast
 from .reranker import Reranker
-from .state_formats import FLOATS, encode
+from .state_formats import FLOATS, encode, encode_ids
 from .state_kinds import Attention, Recurrent
 from .state_store import Writer
 
@@ -22,23 +22,19 @@ VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "archit
 
 def identity(reranker: Reranker) -> dict[str, str | int]:
     """What a document's state depends on: backbone, weights, template, tokenizer, truncation, precision."""
-    backbone, inputs, tokenizer = reranker.model.backbone, reranker.inputs, reranker.tokenizer
+    backbone, inputs = reranker.model.backbone, reranker.inputs
     weights = hashlib.sha256()
     for name, tensor in sorted([*backbone.named_parameters(), *backbone.named_buffers()], key=lambda item: item[0]):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     config = {name: value for name, value in backbone.config.to_dict().items() if name[0] != "_" and name not in VOLATILE}
-    if tokenizer.is_fast:
-        words = json.loads(tokenizer.backend_tokenizer.to_str())
-        words = {name: value for name, value in words.items() if name not in ("truncation", "padding")}  # set by each call
-    else:
-        words = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
     return {
         "backbone": backbone.config.model_type,
         "configuration": _digest(config),
         "weights": weights.hexdigest(),
         "template": json.dumps([inputs.before, inputs.document_prefix, inputs.query_prefix, inputs.after]),
-        "tokenizer": _digest(words),
+        "tokenizer": inputs.vocabulary_digest,
+        "marked": inputs.marked,
         "truncation": f"{inputs.document_limit} tokens of a document",
         "precision": str(reranker.dtype).removeprefix("torch."),
     }
@@ -107,7 +103,8 @@ def store_block(kind: Recurrent | Attention, reranker: Reranker, writer: Writer,
                     continue
                 profile = writer.write_profile(kind.profile([parts for _, parts in waiting]))
             for place, parts in waiting:
-                yield place, encode(dtype, kind.keep(parts), profile and kind.keep(profile))
+                record = encode(dtype, kind.keep(parts), profile and kind.keep(profile))
+                yield place, np.append(record, encode_ids(pairs[place].ids)) if reranker.inputs.marked else record
             waiting = []
 
     numbers = [kind.numbers(len(pair)) for pair in pairs]

@@ -20,6 +20,18 @@ def record_bytes(dtype: str, numbers: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
+def ids_bytes(tokens: int) -> int:
+    """Return the bytes that a document's ids take behind its state, where queries are marked by them."""
+    return -(-4 * tokens // ALIGN) * ALIGN
+
+
+def encode_ids(ids: np.ndarray) -> np.ndarray:
+    """Write a document's ids (int32) as uint8 (ids_bytes,)."""
+    record = np.zeros(ids_bytes(len(ids)), dtype=np.uint8)
+    record[: 4 * len(ids)] = ids.astype("<i4").view(np.uint8)
+    return record
+
+
 def encode(dtype: str, parts: Parts, profile: Profile | None = None) -> np.ndarray:
     """Write one document's parts (float32) as a record, uint8 (record_bytes,).
 

@@ -11,6 +11,7 @@ from .errors import InputError
 from .mixers import MambaState
 from .reranker import Reranker
 from .state_formats import Parts, Profile
+from .systems import FAMILIES
 
 
 def kind_of(reranker: Reranker, layers: Sequence[int] | None = None) -> "Recurrent | Attention":
@@ -24,6 +25,9 @@ def kind_of(reranker: Reranker, layers: Sequence[int] | None = None) -> "Recurre
             f"expected a causal backbone, got the {reranker.model.config.kind} {reranker.model.config.system!r}: "
             "it reads the document in the light of the query, so nothing can be stored beforehand"
         )
+    family = FAMILIES.get(reranker.model.backbone.config.model_type)
+    if family is not None and family.hybrid:
+        raise InputError(f"expected a backbone with layers of one kind, got the hybrid {reranker.model.config.system!r}")
     return (Recurrent if reranker.has_scan else Attention)(reranker, layers)
 
 

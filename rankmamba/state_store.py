@@ -1,11 +1,10 @@
 """The files of a store of document states: a writer that may be killed at any moment, a reader that maps them.
 
-A folder holds manifest.json (whose presence says that the store is whole), states.bin (one record a document), table.bin (where
-each record is, its tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8, int4 and stores without all
+A folder holds manifest.json (whose presence says that the store is whole), states.bin (one record a document: its state and, for
+a model whose queries are marked, its token ids), table.bin (where each record is, its tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8, int4 and stores without all
 layers, profile.bin.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -21,8 +20,8 @@ import torch
 
 from . import __version__
 from .errors import InputError
-from .files import sha256, write_text
-from .state_formats import Profile, record_bytes
+from .files import refusals, sha256, write_text
+from .state_formats import DTYPES, Profile, ids_bytes, record_bytes
 
 TABLE = np.dtype(
     [("offset", "<u8"), ("id_offset", "<u8"), ("id_bytes", "<u4"), ("tokens", "<u4"), ("crc", "<u4"), ("zero", "<u4")]
@@ -35,18 +34,13 @@ STATES, ROWS, IDS, LOOKUP, PROFILE = "states.bin", "table.bin", "ids.bin", "look
 def building(folder: Path) -> Iterator[None]:
     """Own `folder` for building; a second builder is refused, and what the disk refuses is an `InputError`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / LOCK, timeout=0):
-            yield
+        with refusals(f"document states to {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(folder / LOCK, timeout=0):
+                yield
     except filelock.Timeout as error:
         raise InputError(
             f"expected one builder in {folder}, got a second; wait for the other, or choose another folder"
-        ) from error
-    except OSError as error:
-        room = f"{shutil.disk_usage(folder).free:,} bytes are free; " if error.errno == errno.ENOSPC else ""
-        raise InputError(
-            f"expected to write document states to {folder}, got: {error.strerror or error}; {room}mend that and build again, "
-            "documents that are finished are kept"
         ) from error
 
 
@@ -62,15 +56,22 @@ class Writer:
         self.digest = hashlib.sha256()
         self.whole = (folder / MANIFEST).is_file()
         if self.whole or (folder / PROGRESS).is_file():
-            before = read_manifest(folder) if self.whole else json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+            before = read_manifest(folder) if self.whole else _unsealed(folder / PROGRESS)
             compare_headers(header, before["header"], f"the states in {folder}", "choose another folder, or delete this one")
             self.done = before["done"]
-        if not self.whole:
-            for halfway in folder.glob(".*.json.*"):  # what a kill left of `write_text`
-                shutil.rmtree(halfway)
-            for name in (STATES, ROWS, IDS):
-                with open(folder / name, "ab") as file:
-                    file.truncate(self.done[name])
+        for halfway in folder.glob(".*.json.*"):  # what a kill left of `write_text`
+            shutil.rmtree(halfway)
+        if self.whole:
+            (folder / PROGRESS).unlink(missing_ok=True)
+            return
+        for name in (STATES, ROWS, IDS):
+            with open(folder / name, "ab") as file:
+                if file.tell() < self.done[name]:
+                    raise InputError(
+                        f"expected {self.done[name]:,} bytes of finished documents, got {file.tell():,} ({folder / name}); "
+                        "delete the folder and build the states again"
+                    )
+                file.truncate(self.done[name])
 
     def has(self, doc_id: str, text: str, place: int) -> bool:
         """Count in a document, the next in order; whether its state is stored already.
@@ -93,6 +94,8 @@ class Writer:
     def add(self, doc_ids: Sequence[str], tokens: Sequence[int], numbers: Sequence[int], records: Iterator, digest: str) -> None:
         """Store a block: `records` yields (place in the block, record) in any order; `digest` is that of all documents so far."""
         sizes = [record_bytes(self.header["dtype"], count) for count in numbers]
+        if self.header["marked"]:
+            sizes = [size + ids_bytes(count) for size, count in zip(sizes, tokens, strict=True)]
         encoded = [doc_id.encode() for doc_id in doc_ids]
         lengths = [len(name) for name in encoded]
         table = np.zeros(len(doc_ids), dtype=TABLE)
@@ -111,7 +114,7 @@ class Writer:
                 _flush(file)
         added = {"documents": len(doc_ids), "tokens": int(sum(tokens)), STATES: sum(sizes), ROWS: table.nbytes, IDS: sum(lengths)}
         self.done = {name: value + added.get(name, 0) if name != "digest" else digest for name, value in self.done.items()}
-        write_text(self.folder / PROGRESS, json.dumps({"header": self.header, "done": self.done}))
+        write_text(self.folder / PROGRESS, _sealed({"header": self.header, "done": self.done}))
 
     def need(self, size: int) -> None:
         """Refuse to begin what the disk has no room for; size: bytes of all records, 0 if unknown."""
@@ -157,7 +160,7 @@ class Writer:
         files = [path for name in (ROWS, IDS, LOOKUP, PROFILE) if (path := self.folder / name).is_file()]
         manifest = {"header": self.header, "done": self.done, "sha256": {path.name: sha256(path) for path in files}}
         manifest |= {"version": __version__}
-        write_text(self.folder / MANIFEST, json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1) + "\n")
+        write_text(self.folder / MANIFEST, _sealed(manifest))
         (self.folder / PROGRESS).unlink(missing_ok=True)
 
 
@@ -198,14 +201,17 @@ class Reader:
 
     def __init__(self, folder: Path):
         self.folder, self.manifest = folder, read_manifest(folder)
-        self.dtype = self.manifest["header"]["dtype"]
-        for name, size in ((STATES, self.manifest["done"][STATES]), *((name, None) for name in self.manifest["sha256"])):
+        self.dtype, self._marked = (self.manifest["header"][name] for name in ("dtype", "marked"))
+        done, sums = self.manifest["done"], self.manifest["sha256"]
+        sizes = {STATES: done[STATES], ROWS: done["documents"] * TABLE.itemsize, IDS: done[IDS], LOOKUP: done["documents"] * 16}
+        for name in (STATES, *sums):
             path = folder / name
-            if not path.is_file():
-                raise InputError(f"expected the file {path}, found none; build the states again")
-            if size is not None and path.stat().st_size != size:
-                raise InputError(f"expected {size:,} bytes, got {path.stat().st_size:,} ({path}); build the states again")
-            if size is None and sha256(path) != self.manifest["sha256"][name]:
+            if not path.is_file() or path.resolve().parent != folder.resolve():
+                raise InputError(f"expected the file {path}, found none in that folder; build the states again")
+            size = path.stat().st_size
+            if size != sizes.get(name, size):
+                raise InputError(f"expected {sizes[name]:,} bytes, got {size:,} ({path}); build the states again")
+            if name in sums and sha256(path) != sums[name]:
                 raise InputError(f"expected the file as it was written, got an altered one ({path}); build the states again")
         self.names = Names(folder)
         self._states = np.memmap(folder / STATES, dtype=np.uint8, mode="c")  # copy on write: torch wants it writable
@@ -216,23 +222,26 @@ class Reader:
         """Return the profile that the records were written with, or None if without; shapes: of a document's parts."""
         return read_profile(self.folder, shapes) if PROFILE in self.manifest["sha256"] else None
 
-    def record(self, row: int, numbers: int) -> np.ndarray:
-        """Return a document's record; the first reading of each one checks it.
+    def record(self, row: int, numbers: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return a document's state, so many numbers, and its ids if queries are marked; the first reading of each one checks it.
 
         Raises:
             InputError: its bytes are not those that were written.
         """
         start = int(self.names.table["offset"][row])
-        record = self._states[start : start + record_bytes(self.dtype, numbers)]
+        end_of_state, tokens = record_bytes(self.dtype, numbers), int(self.names.table["tokens"][row])
+        size = end_of_state + (ids_bytes(tokens) if self._marked else 0)
+        record = self._states[start : start + size]
         if not self._checked[row]:
-            if zlib.crc32(record) != self.names.table["crc"][row]:
+            if len(record) < size or zlib.crc32(record) != self.names.table["crc"][row]:
                 path = self.folder / STATES
                 raise InputError(
                     f"expected the state of {self.names[row]!r} as it was written, got other bytes ({path}, byte {start}); "
                     "build the states again"
                 )
             self._checked[row] = True
-        return record
+        ids = record[end_of_state:].view("<i4")[:tokens] if self._marked else None
+        return record[:end_of_state], ids
 
     def verify(self) -> None:
         """Check every record now.
@@ -250,7 +259,10 @@ class Reader:
 
 def read_profile(folder: Path, shapes: Sequence[Sequence[int]]) -> Profile:
     flat = torch.from_numpy(np.fromfile(folder / PROFILE, dtype=np.float32))
-    pieces = flat.split([2 * int(np.prod(shape)) for shape in shapes])
+    sizes = [2 * int(np.prod(shape)) for shape in shapes]
+    if len(flat) != sum(sizes):
+        raise InputError(f"expected {sum(sizes):,} numbers, got {len(flat):,} ({folder / PROFILE}); build the states again")
+    pieces = flat.split(sizes)
     return [tuple(piece.view(2, *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
@@ -260,19 +272,40 @@ def read_manifest(folder: Path) -> dict:
     if not path.is_file():
         begun = folder / PROGRESS
         if begun.is_file():
-            stored = json.loads(begun.read_text(encoding="utf-8"))["done"]["documents"]
             raise InputError(
-                f"expected finished states in {folder}, got {stored:,} documents of a build that was stopped; build again"
+                f"expected finished states in {folder}, got {_unsealed(begun)['done']['documents']:,} documents of a build that "
+                "was stopped; build again"
             )
         raise InputError(f"expected a folder of document states, got {folder} without {MANIFEST}; DocumentStates.build makes one")
+    manifest = _unsealed(path)
+    sums = manifest.get("sha256")
+    if not isinstance(sums, dict) or not {ROWS, IDS, LOOKUP} <= set(sums) <= {ROWS, IDS, LOOKUP, PROFILE}:
+        raise InputError(
+            f"expected the checksums of {ROWS}, {IDS} and {LOOKUP}, got {sums!r:.80} ({path}); build the states again"
+        )
+    return manifest
+
+
+def _sealed(content: dict) -> str:
+    """The text of a JSON file that says itself whether it is as it was written."""
+    return json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n"
+
+
+def _unsealed(path: Path) -> dict:
+    """Read a sealed file with the parts `header` and `done`."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        intact = manifest.pop("checksum") == _checksum(manifest)
-    except (ValueError, KeyError, AttributeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        intact = content.pop("checksum") == _checksum(content)
+        header, done = content["header"], content["done"]
+        counts = [done[name] for name in ("documents", "tokens", STATES, ROWS, IDS)]
+        intact &= header["dtype"] in DTYPES and all(type(count) is int and count >= 0 for count in counts)
+        intact &= type(header["marked"]) is bool
+        intact &= header["layers"] is None or all(type(layer) is int for layer in header["layers"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
-        raise InputError(f"expected the manifest as it was written, got an altered one ({path}); build the states again")
-    return manifest
+        raise InputError(f"expected the file as it was written, got an altered one ({path}); delete the folder and build again")
+    return content
 
 
 def compare_headers(ours: dict, theirs: dict, what: str, remedy: str) -> None:

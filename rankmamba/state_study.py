@@ -22,8 +22,8 @@ FULL = "full scoring"
 
 
 def causal(systems: Sequence[str]) -> list[str]:
-    """The systems whose documents have a state: those that read the document before the query."""
-    return [system for system in systems if SYSTEMS[system].kind == "causal"]
+    """The systems whose documents have a state: those that read the document before the query, all layers in one way."""
+    return [system for system in systems if SYSTEMS[system].has_states]
 
 
 def trial(

@@ -23,7 +23,7 @@ from .model import pooled_positions
 from .precision import autocast
 from .reranker import Cost, Reranker, _unique
 from .state_build import BLOCK, SAMPLE, blocks, identity, store_block
-from .state_formats import DTYPES, FLOATS, Parts, decode, encode, record_bytes
+from .state_formats import DTYPES, FLOATS, Parts, decode, encode, encode_ids, record_bytes
 from .state_kinds import kind_of
 from .state_store import Reader, Writer, building, compare_headers
 
@@ -47,6 +47,7 @@ class DocumentStates:
         profile = reader.profile(self._kind.whole_shapes)
         self._profile = profile and self._kind.keep(profile)
         self._kind.rest = profile
+        self._around = len(reranker.inputs.between) + len(reranker.inputs.after)  # tokens that the template adds to a query
         self.cost = Cost()
 
     @classmethod
@@ -157,21 +158,27 @@ class DocumentStates:
             raise InputError(f"expected float32 states of all layers to convert, got {self.dtype} in {self._reader.folder}")
         kind = kind_of(self.reranker, layers)
 
-        def parts_of(row: int) -> Parts:
+        def read(row: int) -> tuple[Parts, np.ndarray | None]:
             room = self._kind.room([int(table["tokens"][row])])
             parts = self._kind.parts_of(room, 0)
-            decode(self.dtype, self._reader.record(row, sum(part.numel() for part in parts)), parts)
-            return parts
+            record, ids = self._reader.record(row, sum(part.numel() for part in parts))
+            decode(self.dtype, record, parts)
+            return parts, ids
+
+        def write(row: int) -> np.ndarray:
+            parts, ids = read(row)
+            record = encode(dtype, kind.keep(parts), profile and kind.keep(profile))
+            return record if ids is None else np.append(record, encode_ids(ids))
 
         with replacing(folder) as temporary:
             temporary.mkdir()
             writer = Writer(temporary, manifest["header"] | {"dtype": dtype, "layers": kind.kept})
             profile = None
             if dtype not in FLOATS or kind.kept is not None:
-                profile = writer.write_profile(kind.profile([parts_of(row) for row in range(min(SAMPLE, len(self)))]))
+                profile = writer.write_profile(kind.profile([read(row)[0] for row in range(min(SAMPLE, len(self)))]))
             for start in range(0, len(self), BLOCK[0]):
                 rows = range(start, min(start + BLOCK[0], len(self)))
-                records = ((row - start, encode(dtype, kind.keep(parts_of(row)), profile and kind.keep(profile))) for row in rows)
+                records = ((row - start, write(row)) for row in rows)
                 tokens = [int(table["tokens"][row]) for row in rows]
                 numbers = [kind.numbers(count) for count in tokens]
                 names = [self._reader.names[row] for row in rows]
@@ -216,20 +223,22 @@ class DocumentStates:
         return batches
 
     def _load(self, rows: np.ndarray):
-        """Read states from the file into a batch that the backbone can continue."""
+        """Read states from the file into a batch that the backbone can continue, and the documents' ids, if queries are marked."""
         lengths = self._reader.names.table["tokens"][rows].astype(int)
-        batch = self._kind.room(lengths)
+        batch, documents = self._kind.room(lengths), []
         for place, row in enumerate(rows):
             parts = self._kind.parts_of(batch, place)
-            decode(self.dtype, self._reader.record(int(row), sum(part.numel() for part in parts)), parts, self._profile)
-        return self._kind.ready(batch)
+            record, ids = self._reader.record(int(row), sum(part.numel() for part in parts))
+            decode(self.dtype, record, parts, self._profile)
+            documents.append(ids)
+        return self._kind.ready(batch), documents
 
     @torch.inference_mode()
     def _score(self, queries: list[str], query_of, rows, show_progress_bar: bool = False) -> np.ndarray:
         """Score pairs, float32 (n,): while one batch computes, the next is loaded."""
         started = time.perf_counter()
-        tokens = _query_pairs(self.reranker, queries)
-        lengths = np.array([len(pair) for pair in tokens], dtype=int)[query_of]
+        tokens = self.reranker.inputs.queries(queries)
+        lengths = np.array([len(ids) for ids in tokens], dtype=int)[query_of] + self._around
         batches, scores = self._batches(lengths, rows), np.empty(len(rows), dtype=np.float32)
         padded = 0
         with (
@@ -247,9 +256,14 @@ class DocumentStates:
         self.cost = Cost(len(rows), int(lengths.sum()), padded, time.perf_counter() - started)
         return scores
 
-    def _continue(self, loaded, queries: list[Pair]) -> np.ndarray:
-        """Run the queries' tokens after a batch of states: float32 (B,)."""
-        features = {name: tensor.to(self.reranker.device) for name, tensor in self.reranker.inputs.collate(queries).items()}
+    def _continue(self, loaded, queries: list[np.ndarray]) -> np.ndarray:
+        """Run the queries' tokens after a batch of states, exactly as `PairTokenizer.join` puts them there: float32 (B,)."""
+        (loaded, documents), inputs = loaded, self.reranker.inputs
+        if inputs.marked:
+            queries = [inputs.mark(query, ids[len(inputs.before) :]) for query, ids in zip(queries, documents, strict=True)]
+        halves = [np.concatenate([inputs.between, query, inputs.after]).astype(np.int32) for query in queries]
+        batch = inputs.collate([Pair(ids, np.zeros_like(ids)) for ids in halves])
+        features = {name: tensor.to(self.reranker.device) for name, tensor in batch.items()}
         ids, mask = features["input_ids"], features["attention_mask"]
         with autocast(self.reranker.device, self.reranker.dtype):
             logits = self.reranker.model.score_hidden(
@@ -267,18 +281,11 @@ class HeldStates:
     @torch.inference_mode()
     def rank(self, query: str, top_k: int | None = None) -> list[dict]:
         """Rank the documents held for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order."""
-        tokens = _query_pairs(self.states.reranker, [query])
+        tokens = self.states.reranker.inputs.queries([query])
         scores = np.empty(len(self.doc_ids), dtype=np.float32)
         for batch, loaded in self._batches:
             scores[batch] = self.states._continue(loaded, tokens * len(batch))
         return _ranked(self.doc_ids, scores, top_k)
-
-
-def _query_pairs(reranker: Reranker, queries: list[str]) -> list[Pair]:
-    """The query half of each model input, exactly as `PairTokenizer.join` would put it behind the document half."""
-    inputs = reranker.inputs
-    halves = [np.concatenate([inputs.between, query, inputs.after]).astype(np.int32) for query in inputs.queries(queries)]
-    return [Pair(ids, np.zeros_like(ids)) for ids in halves]
 
 
 def _ranked(doc_ids: Sequence[str], scores: np.ndarray, top_k: int | None) -> list[dict]:

@@ -1,52 +1,41 @@
 """One recipe for every backbone: localised contrastive estimation (LCE) on the Hugging Face Trainer.
 
 Each query comes as a group of 1 positive and G-1 BM25 negatives; the loss is the cross entropy of the positive among its group
-(arXiv 2101.08751; the recipe of arXiv 2403.18276). `accelerate launch -m rankmamba.train` runs the same on many devices.
+(arXiv 2101.08751; the recipe of arXiv 2403.18276).
+
+`python -m rankmamba.train --config FILE.yaml` trains one system; the same under `accelerate launch -m` or `torchrun -m` runs on many
+devices, with the same groups, steps and loss.
 """
 
+import argparse
+import dataclasses
+import logging
+import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
-from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
-from .candidates import lce_groups
-from .collection import Collection
+from .checkpoints import Checkpoints
+from .collection import Collection, load, read_run
+from .distil import teacher_scores
 from .errors import InputError
-from .inputs import PairTokenizer, token_batches
-from .precision import autocast_dtype
+from .lora import add_lora, merge_lora
 from .reranker import Reranker
+from .results import environment, new_record, write_record
+from .train_config import TrainConfig, read_config
+from .trainer import LCETrainer, Progress
+from .training_groups import TrainingGroups
 
-
-@dataclass
-class TrainConfig:
-    """What a training run is made of; every field stands in its record.
-
-    system: a name in the table of systems, a Hub id or a folder. learning_rate: AdamW's peak, reached after `warmup` (a share
-    of all steps) and then decaying linearly to 0. batch_size: queries per step. group_size: documents per query, 1 positive.
-    epochs: passes over the training queries (may be a fraction). max_steps: a cap on the steps, 0 for none.
-    max_length, max_query_length: tokens. bf16: None decides by the device.
-    """
-
-    system: str
-    learning_rate: float = 2e-5
-    batch_size: int = 8
-    group_size: int = 8
-    epochs: float = 1.0
-    max_steps: int = 0
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    max_length: int = 512
-    max_query_length: int = 50
-    seed: int = 0
-    bf16: bool | None = None
+OPTIMIZER = "adamw_torch_fused"  # one kernel for all weights, on a CPU too
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,118 +43,39 @@ class TrainResult:
     """A trained reranker and how it came about.
 
     curve: one row a step, {"step", "loss" (nats), "accuracy" (share of groups whose positive scores highest), "tokens" so far,
-    "seconds" so far}. stopped: ended before its last step, because it was asked to. precision: what products ran in, and why.
+    "seconds" so far}. seconds: restarts included. stopped: ended before its last step, because it was asked to. setup: what it was
+    computed with, and why.
     """
 
     reranker: Reranker
     curve: list[dict] = field(default_factory=list)
-    steps: int = 0
-    tokens: int = 0
     seconds: float = 0.0
     stopped: bool = False
-    precision: str = ""
+    setup: dict = field(default_factory=dict)
 
+    @property
+    def steps(self) -> int:
+        return len(self.curve)
 
-def lce_loss(scores: torch.Tensor) -> torch.Tensor:
-    """LCE of scores (B, G), the positive in column 0: the mean of -log softmax(scores)[:, 0]."""
-    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+    @property
+    def tokens(self) -> int:
+        return self.curve[-1]["tokens"] if self.curve else 0
 
-
-class GroupDataset(Dataset):
-    """Tokenised LCE groups in training order, all epochs one after another; an item is a list of G `Pair`s, positive first."""
-
-    def __init__(self, collection: Collection, candidates: pd.DataFrame, inputs: PairTokenizer, config: TrainConfig, steps: int):
-        self.inputs, self.groups = inputs, []
-        epoch = 0
-        while len(self.groups) < steps * config.batch_size:
-            groups = lce_groups(
-                candidates, collection.qrels, config.group_size, config.seed, epoch, doc_ids=list(collection.documents)
-            )
-            self.groups += groups
-            epoch += 1
-        self.groups = self.groups[: steps * config.batch_size]
-        query_ids = sorted({group.query_id for group in self.groups})
-        doc_ids = sorted({doc_id for group in self.groups for doc_id in (group.positive, *group.negatives)})
-        texts = collection.documents.get_many(doc_ids)
-        self.queries = dict(zip(query_ids, inputs.queries([collection.queries[i] for i in query_ids]), strict=True))
-        self.documents = dict(zip(doc_ids, inputs.documents([texts[i] for i in doc_ids]), strict=True))
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int):
-        group = self.groups[index]
-        query = self.queries[group.query_id]
-        return [self.inputs.join(query, self.documents[doc_id]) for doc_id in (group.positive, *group.negatives)]
-
-
-class LCETrainer(Trainer):
-    """The Trainer with the LCE loss, groups in their given order, and no weight decay on a state-space model's own parameters."""
-
-    # A step's pairs run in chunks of like length: mathematically one batch, but short documents are not padded to long ones.
-    CHUNKS = 4
-
-    def __init__(self, *args, inputs: PairTokenizer, **kwargs):
-        self.pairs = inputs
-        super().__init__(*args, data_collator=self._collate, **kwargs)
-        self.remove_callback(PrinterCallback)
-        self.tokens, self.loss, self.accuracy = 0, 0.0, 0.0
-
-    def _collate(self, groups):
-        pairs = [pair for group in groups for pair in group]
-        lengths = [len(pair) for pair in pairs]
-        chunks = list(token_batches(lengths, max(max(lengths), -(-sum(lengths) // self.CHUNKS))))
+    def result(self) -> dict:
+        """The `result` of a record: the same for every run with the same configuration and data."""
+        model = self.reranker.model
         return {
-            "chunks": [self.pairs.collate([pairs[i] for i in chunk]) for chunk in chunks],
-            "order": torch.from_numpy(np.argsort(np.concatenate(chunks))),
-            "shape": (len(groups), len(groups[0])),
-            "tokens": sum(lengths),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "parameters": model.num_parameters(),
+            "parameters_outside_embeddings": model.parameters_outside_embeddings(),
+            "curve": [{name: row[name] for name in ("step", "loss", "accuracy", "tokens")} for row in self.curve],
+            "partial": self.stopped,
         }
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = torch.cat([model(**chunk).logits[:, 0] for chunk in inputs["chunks"]])
-        scores = logits[inputs["order"]].view(inputs["shape"])
-        self.tokens += inputs["tokens"]
-        # a tie counts against the positive: half-precision scores tie often, and argmax would favour the first column
-        self.accuracy = (scores[:, :1] > scores[:, 1:]).all(1).float().mean().item()
-        loss = lce_loss(scores)
-        self.loss = loss.item()
-        return (loss, {"logits": scores}) if return_outputs else loss
-
-    def get_decay_parameter_names(self, model):
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(("A_log", ".D", "dt_bias"))]
-
-    def _get_train_sampler(self, train_dataset=None):
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
-
-
-class _Curve(TrainerCallback):
-    """Collects the curve, reports each step, and stops when asked to."""
-
-    def __init__(self, result: TrainResult, on_step: Callable[[dict], None] | None, stop: threading.Event | None):
-        self.result, self.on_step, self.stop = result, on_step, stop
-        self.trainer: LCETrainer | None = None
-        self.started = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        loss = self.trainer.loss
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"expected a finite loss, got {loss} at step {state.global_step}; lower the learning rate")
-        row = {
-            "step": state.global_step,
-            "loss": loss,
-            "accuracy": self.trainer.accuracy,
-            "tokens": self.trainer.tokens,
-            "seconds": time.perf_counter() - self.started,
-        }
-        self.result.curve.append(row)
-        if self.on_step is not None:
-            self.on_step(row | {"of": state.max_steps})
-        if self.stop is not None and self.stop.is_set():
-            control.should_training_stop = self.result.stopped = True
+    def timing(self) -> dict:
+        """The `timing` of a record."""
+        return {"seconds": self.seconds, "tokens_per_s": self.tokens / self.seconds}
 
 
 def total_steps(config: TrainConfig, groups_per_epoch: int) -> int:
@@ -181,57 +91,151 @@ def train(
     candidates: pd.DataFrame | None = None,
     on_step: Callable[[dict], None] | None = None,
     stop: threading.Event | None = None,
+    checkpoint_seconds: float = 300,
+    checkpoint_steps: int = 0,
+    tensorboard: str | Path | None = None,
 ) -> TrainResult:
-    """Train one system on a collection and save it as `folder`.
+    """Train one system on a collection and save it as `folder`; a training that was interrupted goes on where it was.
 
     candidates: the first-stage run that negatives come from; default the collection's own. on_step: called after each step with
     its row of the curve and "of", the number of steps in all. stop: set it from another thread to end after the current step;
-    what was learnt so far is kept.
+    what was learnt so far is saved, and the same call later goes on from there. checkpoint_seconds: between two checkpoints.
+    checkpoint_steps: also every so many steps, 0 for not. Checkpoints are in checkpoints/ beside `folder` until the training is done.
+    tensorboard: a folder for what the Trainer logs of each step (loss, learning rate, norm of the gradient).
+
+    Under torchrun or accelerate launch all processes call it alike; the first one writes.
 
     Raises:
-        InputError: the collection has no candidates or no judged relevant document.
+        InputError: the collection has no candidates or no judged relevant document, the configuration does not fit, or the memory or
+            the disk is too small.
+        FloatingPointError: the loss or a gradient is NaN or infinite.
     """
+    processes = PartialState(cpu=not torch.cuda.is_available())
     candidates = collection.candidates if candidates is None else candidates
     if candidates is None:
         raise InputError(f"expected candidates to draw negatives from, got none in {collection.name}; pass a first-stage run")
-    set_seed(config.seed)
-    reranker = Reranker.from_pretrained(config.system, max_length=config.max_length, max_query_length=config.max_query_length)
-    asked = {None: None, True: torch.bfloat16, False: torch.float32}[config.bf16]
-    dtype, reason = autocast_dtype(reranker.device, asked)
+    config.check(processes.num_processes)
     positives = int((collection.qrels["relevance"] > 0).sum())
     if positives == 0:
         raise InputError(f"expected at least one relevant document in the qrels of {collection.name}, got none")
     steps = total_steps(config, positives)
-    result = TrainResult(reranker, precision=reason)
-    callback = _Curve(result, on_step, stop)
-    trainer = LCETrainer(
-        model=reranker.model,
-        args=TrainingArguments(
-            output_dir=str(Path(folder).parent / "checkpoints" / Path(folder).name),
-            max_steps=steps,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=int(config.warmup * steps),
-            weight_decay=config.weight_decay,
-            bf16=dtype == torch.bfloat16,
-            seed=config.seed,
-            use_cpu=reranker.device.type == "cpu",
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=reranker.device.type == "cuda",
-        ),
-        train_dataset=GroupDataset(collection, candidates, reranker.inputs, config, steps),
-        callbacks=[callback],
-        inputs=reranker.inputs,
+    set_seed(config.seed)
+    dtype = {None: None, True: torch.bfloat16, False: torch.float32}[config.bf16]
+    reranker = Reranker.from_pretrained(
+        config.system, processes.device, dtype, max_length=config.max_length, max_query_length=config.max_query_length
     )
-    callback.trainer = trainer
-    trainer.train()
+    adapted = add_lora(reranker.model, config.lora_r, config.lora_alpha) if config.lora_r else None
+    groups = TrainingGroups(
+        collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size
+    )
+    checkpoints = Checkpoints(
+        Path(folder).parent / "checkpoints" / Path(folder).name, dataclasses.asdict(config) | {"data": groups.digest()}
+    )
+    (resume,) = broadcast_object_list([checkpoints.newest() if processes.is_main_process else None])
+    progress = Progress(on_step, stop, checkpoint_seconds, checkpoint_steps)
+    if resume is not None:
+        progress.load(resume)
+        _log.warning("training %s goes on after step %d of %d", config.system, len(progress.curve), steps)
+    trainer = LCETrainer(
+        reranker,
+        _arguments(config, reranker, steps, processes.num_processes, checkpoints, "no" if tensorboard is None else "steps"),
+        groups,
+        config.batch_size,
+        checkpoints,
+        progress,
+        teacher_scores(config.teacher, groups, collection, checkpoints.folder) if config.loss == "distil" else None,
+    )
+    if tensorboard is not None:
+        callback = TensorBoardCallback()
+        callback.logging_dir = str(tensorboard)
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    setup = reranker.setup | {"optimizer": OPTIMIZER, "processes": processes.num_processes}
+    if adapted is not None:
+        merge_lora(adapted)
     reranker.model.eval()
-    result.steps, result.tokens = trainer.state.global_step, trainer.tokens
-    result.seconds = time.perf_counter() - callback.started
-    reranker.save_pretrained(folder)
-    return result
+    seconds = progress.seconds
+    if processes.is_main_process:
+        reranker.save_pretrained(folder)
+        if not progress.stopped:
+            checkpoints.remove()
+    processes.wait_for_everyone()
+    return TrainResult(reranker, progress.curve, seconds, progress.stopped, setup)
+
+
+def _arguments(
+    config: TrainConfig, reranker: Reranker, steps: int, processes: int, checkpoints: Checkpoints, logging: str
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints.partial),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size // processes,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=int(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        optim=OPTIMIZER,
+        bf16=reranker.dtype == torch.bfloat16,
+        activation_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.compile,
+        seed=config.seed,
+        use_cpu=reranker.device.type == "cpu",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # ours are constants
+        logging_strategy=logging,
+        logging_steps=1,
+        save_strategy="no",  # `Progress` decides
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,  # its items are numbers
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel, which would multiply the batch
+    return arguments
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rankmamba.train", description="Train one system, on one or many devices.")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.yaml", help="fields of TrainConfig, collection, folder, candidates"
+    )
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="also log every step for TensorBoard (pip install tensorboard)")
+    options = parser.parse_args(arguments)
+    try:
+        config, where = read_config(options.config)
+        collection = load(where["collection"])
+        candidates = None if where["candidates"] is None else read_run(where["candidates"])
+        first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+        trained = train(config, collection, where["folder"], candidates, on_step=print_step, tensorboard=options.tensorboard)
+        if first:
+            record = new_record(
+                "train",
+                config.system,
+                where["collection"],
+                "own",
+                config.seed,
+                dataclasses.asdict(config),
+                trained.result(),
+                trained.timing(),
+                environment() | trained.setup,
+            )
+            print(write_record(where["folder"], record))
+    except (InputError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again, it goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def print_step(row: dict) -> None:
+    """Print a row of the curve."""
+    print(
+        f"step {row['step']} of {row['of']}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.2f}, {row['tokens']:,} tokens",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

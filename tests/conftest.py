@@ -18,3 +18,8 @@ os.environ.update(
     IPYTHONDIR=os.path.join(HOME, "ipython"),
     MPLBACKEND="Agg",
 )
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
+settings.load_profile("no deadline")

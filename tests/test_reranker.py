@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rankmamba.backbones import NANO, SYSTEMS, build
+from rankmamba.backbones import SYSTEMS, build
 from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.last_layer import LastLayer
+from rankmamba.nano import NANO
 from rankmamba.reranker import Reranker
 
 FAMILIES = [f"tiny-{name}" for name in NANO]

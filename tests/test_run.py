@@ -30,13 +30,14 @@ case "$*" in
     *) echo "$OMP_WAIT_POLICY ${{PATH%%:*}}" > seen; exit 7 ;;
 esac
 """
+PROJECT = ["--no-deps torch", "--require-hashes --requirement requirements.txt", "--no-build-isolation --editable ."]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in for Python is a shell script")
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout of its own, its run.py imported as `.run`, a stand-in as its Python. `.calls()`: what that was asked to do."""
-    for name in ("run.py", "pyproject.toml", "constraints.txt"):
+    for name in ("run.py", "pyproject.toml", "requirements.txt", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "fake_python"
     python.write_text(FAKE_PYTHON.format(folder=tmp_path))
@@ -62,16 +63,15 @@ def installed(checkout, *extras):
     checkout.calls()
 
 
-def test_a_first_start_installs_torch_then_the_project_then_the_extra_and_a_second_one_nothing(checkout, capsys):
+def test_a_first_start_installs_torch_then_what_has_hashes_then_the_project_and_the_extra_and_a_second_one_nothing(checkout, capsys):
     assert checkout.run.main(["test", "-k", "one thing"]) == 7
     assert checkout.calls() == [
         f"-m venv {checkout.folder}/.venv",
-        "torch setuptools",
-        "--no-build-isolation --editable .",
+        *PROJECT,
         "rankmamba[test]",
         "-m pytest -q -k one thing",
     ]
-    assert "[4/4] installing what test needs" in capsys.readouterr().out
+    assert "[5/5] installing what test needs" in capsys.readouterr().out
     assert checkout.run.main(["test"]) == 7
     assert checkout.calls() == ["-m pytest -q"]
 
@@ -84,7 +84,7 @@ def test_the_command_gets_its_arguments_a_passive_openmp_and_the_venv_first_on_i
     assert (checkout.folder / "seen").read_text().split() == ["passive", f"{checkout.folder}/.venv/bin"]
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "setup.py", "rankmamba/scan/csrc/scan.cpp"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "requirements.txt", "constraints.txt", "setup.py", "rankmamba/scan/csrc/scan.cpp"])
 def test_a_changed_requirement_or_native_source_installs_again_and_keeps_the_extras(checkout, name):
     installed(checkout, "lab")
     path = checkout.folder / name
@@ -92,7 +92,7 @@ def test_a_changed_requirement_or_native_source_installs_again_and_keeps_the_ext
     with open(path, "a") as handle:
         handle.write("\n")
     checkout.run.install(None)
-    assert checkout.calls() == ["torch setuptools", "--no-build-isolation --editable .", "rankmamba[lab]"]
+    assert checkout.calls() == [*PROJECT, "rankmamba[lab]"]
 
 
 def test_another_command_adds_its_extra_only(checkout):

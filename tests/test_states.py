@@ -21,7 +21,7 @@ from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
-from rankmamba.state_formats import record_bytes
+from rankmamba.state_formats import ids_bytes, record_bytes
 from rankmamba.states import DocumentStates
 
 OTHERS = {
@@ -112,6 +112,11 @@ def test_reranking_a_run_from_states_is_reranking_it(reranker, tmp_path):
         states.rerank(collection.candidates.assign(query_id="no-such-query"), collection)
 
 
+def states_bytes(states):
+    """Without the documents' ids, which are small beside the states of all but these models."""
+    return states.nbytes - sum(ids_bytes(int(tokens)) for tokens in states._reader.names.table["tokens"])
+
+
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_a_zeroed_and_a_swapped_state_are_noticed(family, tmp_path):
     reranker = make(family)
@@ -119,11 +124,14 @@ def test_a_zeroed_and_a_swapped_state_are_noticed(family, tmp_path):
     expected, load_states = full(reranker, "which river"), states._load
 
     def zeroed(rows):
-        loaded = load_states(rows)
+        loaded, ids = load_states(rows)
         loaded.ssm = torch.zeros_like(loaded.ssm)
-        return loaded
+        return loaded, ids
 
-    for broken in (zeroed, lambda rows: load_states(np.roll(rows, 1))):
+    def swapped(rows):
+        return load_states(np.roll(rows, 1))[0], load_states(rows)[1]
+
+    for broken in (zeroed, swapped):
         states._load = broken
         scores = from_states(states, "which river")
         assert np.abs(scores - expected).max() > 0.05
@@ -138,7 +146,7 @@ def test_a_smaller_format_costs_more_of_the_score_and_less_room(family, tmp_path
     for dtype in ("float32", "float16", "bfloat16", "int8", "int4"):
         states = exact.convert(tmp_path / dtype, dtype)
         errors[dtype] = np.abs(from_states(states, "which river") - expected).max() / expected.std()
-        sizes[dtype] = states.nbytes
+        sizes[dtype] = states_bytes(states)
     assert errors["float32"] < errors["float16"] < errors["int8"] < errors["int4"]
     assert errors["float16"] < 0.01 and errors["bfloat16"] < 0.05 and errors["int8"] < errors["int4"] / 4
     assert sizes["float16"] == sizes["bfloat16"] <= 0.51 * sizes["float32"]
@@ -164,7 +172,7 @@ def test_keeping_some_layers_is_smaller_and_keeping_all_is_exact(mamba, tmp_path
     everything = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "all", layers=[1, 0])
     assert np.abs(from_states(everything, "which river") - expected).max() <= 1e-5
     last = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "last", layers=[1])
-    assert last.nbytes == everything.nbytes / 2
+    assert states_bytes(last) == states_bytes(everything) / 2
     with pytest.raises(InputError, match="all layers"):
         last.convert(tmp_path / "again", "int8")
     assert 1e-3 < np.abs(from_states(last, "which river") - expected).max() < np.ptp(expected)

@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from rankmamba.collection import load
-from rankmamba.inputs import token_batches
+from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
-from rankmamba.train import LCETrainer, TrainConfig, lce_loss, train
+from rankmamba.train import TrainConfig, main, train
+from rankmamba.trainer import LCETrainer, accuracy, distil_loss, lce_loss, like_length
 
 TINY = dict(epochs=100, batch_size=2, group_size=4, max_length=64, max_query_length=16, learning_rate=5e-3)
 
@@ -45,27 +46,17 @@ def test_the_same_seed_gives_the_same_weights_and_curve(bf16, tmp_path):
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-def test_a_step_run_in_chunks_of_like_length_has_the_loss_of_one_batch(tmp_path):
-    reranker = Reranker.from_pretrained("tiny-neox", dtype=torch.float32)
-    trainer = LCETrainer.__new__(LCETrainer)
-    trainer.pairs, trainer.tokens = reranker.inputs, 0
-    documents = reranker.inputs.documents(["one", "two words", "a much longer text " * 9, "four " * 30] * 2)
-    query = reranker.inputs.queries(["a query"])[0]
-    pairs = [reranker.inputs.join(query, document) for document in documents]
-    batch = trainer._collate([pairs[:4], pairs[4:]])
-    assert len(batch["chunks"]) > 1
-    whole = reranker.model(**reranker.inputs.collate(pairs)).logits.view(2, 4)
-    expected = F.cross_entropy(whole, torch.zeros(2, dtype=torch.long))
-    assert trainer.compute_loss(reranker.model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
+def test_a_step_run_in_chunks_of_like_length_has_the_loss_of_one_batch(tmp_path, monkeypatch):
+    curves = []
+    for chunks in (1, 3, 100):
+        monkeypatch.setattr(LCETrainer, "CHUNKS", chunks)
+        config = TrainConfig("tiny-neox", max_steps=3, **{**TINY, "learning_rate": 1e-3})
+        curves.append([row["loss"] for row in train(config, load("rankmamba/tiny/train"), tmp_path / str(chunks)).curve])
+    np.testing.assert_allclose(curves[1:], [curves[0]] * 2, rtol=0, atol=1e-5)
 
 
 def test_a_tie_does_not_count_as_a_win_of_the_positive():
-    reranker = Reranker.from_pretrained("tiny-neox", dtype=torch.float32)
-    trainer = LCETrainer.__new__(LCETrainer)
-    trainer.pairs, trainer.tokens = reranker.inputs, 0
-    pair = reranker.inputs.join(reranker.inputs.queries(["q"])[0], reranker.inputs.documents(["same"])[0])
-    trainer.compute_loss(reranker.model, trainer._collate([[pair] * 4]))
-    assert trainer.accuracy == 0.0
+    assert accuracy(torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 1.0]])).item() == 0.5
 
 
 def test_stopping_ends_after_the_step_and_keeps_what_was_learnt(tmp_path):
@@ -96,7 +87,9 @@ def test_state_space_parameters_are_not_decayed():
     assert any("in_proj.weight" in name for name in decayed)
 
 
-def test_training_pads_at_most_a_quarter():
+def test_training_pads_at_most_a_quarter_and_loses_no_pair():
     lengths = np.random.default_rng(0).gamma(3, 40, 64).astype(int) + 12
-    chunks = token_batches(lengths, max(max(lengths), -(-sum(lengths) // LCETrainer.CHUNKS)))
+    chunks = like_length(lengths, LCETrainer.CHUNKS)
+    assert sorted(np.concatenate(chunks)) == list(range(64)) and len(chunks) == LCETrainer.CHUNKS
     assert sum(max(lengths[c]) * len(c) for c in chunks) / sum(lengths) <= 1.25
+    assert [len(c) for c in like_length([5, 5], 4)] == [1, 1]

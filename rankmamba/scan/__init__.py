@@ -5,6 +5,7 @@ Activations (u, delta, B, C, z, x) are float32, bfloat16 or float64. The state a
 """
 
 import torch
+from torch.profiler import record_function
 
 from ..errors import InputError
 from .dispatch import Kernel, forced, implementation, kernel
@@ -51,7 +52,8 @@ def selective_scan(
         "initial_state": (initial_state, (batch, inner, n)),
     }
     _check("u", u, expected)
-    return implementation(u).selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, return_final_state)
+    with record_function("rankmamba::scan"):
+        return implementation(u).selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, return_final_state)
 
 
 @without_autocast
@@ -82,7 +84,8 @@ def causal_conv1d(
     _check("x", x, expected)
     if taps < 1 or activation not in (None, "silu"):
         raise InputError(f"expected at least one tap and activation None or 'silu', got {taps} and {activation!r}")
-    return implementation(x).causal_conv1d(x, weight, bias, initial_state, return_final_state, activation)
+    with record_function("rankmamba::convolution"):
+        return implementation(x).causal_conv1d(x, weight, bias, initial_state, return_final_state, activation)
 
 
 @without_autocast
@@ -119,7 +122,8 @@ def ssd_scan(
     _check("x", x, expected)
     if groups == 0 or heads % groups:
         raise InputError(f"expected heads in G equal groups, got {heads} heads and G = {groups}")
-    return implementation(x).ssd_scan(x, delta, A, B, C, D, initial_state, return_final_state)
+    with record_function("rankmamba::scan"):
+        return implementation(x).ssd_scan(x, delta, A, B, C, D, initial_state, return_final_state)
 
 
 @without_autocast

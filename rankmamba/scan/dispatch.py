@@ -29,13 +29,14 @@ def kernel(device: torch.device | str = "cpu") -> Kernel:
 
 
 @contextlib.contextmanager
-def forced(name: str):
-    """Run with the kernel called `name` inside the `with` block, for comparisons.
+def forced(kernel: str | object):
+    """Run with the kernel of that name, or any object that has its four functions, inside the `with` block: to compare, to count.
 
     Raises:
         ImportError: it cannot run here.
     """
-    module = {"portable": lambda: portable, "native": _native, "cuda": _cuda}[name]()
+    kernels = {"portable": lambda: portable, "native": _native, "cuda": _cuda}
+    module = kernels[kernel]() if isinstance(kernel, str) else kernel
     token = _forced.set(module)
     try:
         yield

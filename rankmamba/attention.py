@@ -1,0 +1,32 @@
+"""Which implementation of attention a backbone runs, and why."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from .backbones import infer_family
+from .systems import FAMILIES
+
+
+def choose_attention(backbone: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    """Switch a backbone to the fastest attention that it, the device and the precision of products allow; return which, and why."""
+    family = FAMILIES.get(backbone.config.model_type) or infer_family(backbone.config)
+    name, reason = _choose(family.attention, device, dtype)
+    if name != "none":
+        backbone.set_attn_implementation(name)
+    return f"{name}: {reason}"
+
+
+def _choose(runs: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """runs: the implementations that the backbone has."""
+    if not runs:
+        return "none", "the backbone has no attention"
+    if "sdpa" not in runs:
+        return "eager", "the backbone has no other"
+    if "flash_attention_2" not in runs:
+        return "sdpa", "the backbone has no flash attention"
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return "sdpa", "flash attention needs a GPU and bf16"
+    if not is_flash_attn_2_available():
+        return "sdpa", "flash-attn does not import; pip install --no-build-isolation '.[gpu]'"
+    return "flash_attention_2", "flash-attn imports"

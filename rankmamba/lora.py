@@ -1,0 +1,46 @@
+"""LoRA (arXiv 2106.09685) through peft: small trained updates beside frozen weights, for backbones above 700 M parameters."""
+
+from .backbones import infer_family
+from .errors import InputError
+from .model import RerankerModel
+from .systems import FAMILIES
+
+DROPOUT = 0.1  # as in the original RankMamba
+# The decoder of an encoder-decoder takes one step, and attention over one token depends on neither its query nor its key.
+SINGLE_STEP = r"(.*\.)?decoder\..*(SelfAttention\.(q|k)|self_attn\.(q|k)_proj)"
+
+
+def add_lora(model: RerankerModel, r: int, alpha: int):
+    """Freeze the backbone and put LoRA of rank r, scaled by alpha / r, beside its linear maps; the head is trained whole.
+
+    The model changes in place. Returns what `merge_lora` takes.
+
+    Raises:
+        InputError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError(
+            "expected peft to be installed for lora_r > 0, got no such package; pip install 'rankmamba[hf]'"
+        ) from error
+    backbone = model.config.backbone_config
+    family = FAMILIES.get(backbone.model_type) or infer_family(backbone)
+    targets = family.lora_targets
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=DROPOUT,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            exclude_modules=rf"score|{SINGLE_STEP}" if family.kind == "encoder-decoder" else "score",  # OPT has a decoder too
+        ),
+    )
+    model.score.requires_grad_(True)
+    return adapted
+
+
+def merge_lora(adapted) -> None:
+    """Add the updates to the weights they stand beside; the model is then an ordinary one, with the same scores."""
+    adapted.merge_and_unload()

@@ -1,0 +1,104 @@
+"""The live learning curves: a small SVG, drawn as text, because figures of matplotlib belong to the main thread."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..style import look
+
+WIDTH, HEIGHT, TOP, BOTTOM, LEFT, GAP, RIGHT = 900, 250, 26, 34, 40, 86, 40
+MOST_POINTS = 240  # of one line; more cannot be seen
+
+
+class Run(NamedTuple):
+    """One training run in the picture: its system, its curve (rows of `train`), whether it is the one to look at."""
+
+    system: str
+    curve: Sequence[dict]
+    now: bool
+
+
+def learning_curves(runs: Sequence[Run], steps: int, group_size: int) -> str:
+    """Draw loss and accuracy against steps as SVG; the run of now is thick, the earlier ones thin, guessing is dotted.
+
+    steps: where the axis ends, at least. Lines are smoothed over a tenth of the run; the raw values of the run of now are faint.
+    """
+    runs = [run for run in runs if len(run.curve)]
+    steps = max([steps, *(run.curve[-1]["step"] for run in runs)])
+    guessing = math.log(group_size)
+    top = max([1.25 * guessing, *(1.05 * _smooth(run.curve, "loss").max() for run in runs)])
+    width = (WIDTH - LEFT - GAP - RIGHT) / 2
+    loss = _Axes(LEFT, width, steps, min(top, 4 * guessing), "LCE loss (nats)")
+    accuracy = _Axes(LEFT + width + GAP, width, steps, 1.0, "accuracy (relevant document on top of its group)")
+    parts = [loss.frame(), accuracy.frame()]
+    parts += [loss.guess(guessing, f"guessing: ln {group_size}"), accuracy.guess(1 / group_size, f"guessing: 1/{group_size}")]
+    for run in sorted(runs, key=lambda run: run.now):
+        parts += [loss.line(run, "loss"), accuracy.line(run, "accuracy")]
+    now = next((run for run in runs if run.now), None)
+    said = f"{now.system} at step {now.curve[-1]['step']}" if now else f"{len(runs)} earlier runs"
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="learning curves: {escape(said)}" '
+        'style="width:100%;max-width:900px;height:auto;font:12px var(--jp-ui-font-family, sans-serif)" '
+        f'fill="currentColor">{"".join(parts)}</svg>'
+    )
+
+
+class _Axes:
+    """One of the two pictures: where it is, and what its axes span."""
+
+    def __init__(self, left: float, width: float, steps: int, top: float, title: str):
+        self.left, self.width, self.steps, self.top, self.title = left, width, max(1, steps), top, title
+
+    def at(self, step: float, value: float) -> tuple[float, float]:
+        height = HEIGHT - TOP - BOTTOM
+        return self.left + self.width * step / self.steps, TOP + height * (1 - min(max(value, 0), self.top) / self.top)
+
+    def frame(self) -> str:
+        parts = [f'<text x="{self.left - 28}" y="14" font-weight="600">{escape(self.title)}</text>']
+        for value in _ticks(self.top, 4):
+            x, y = self.at(0, value)
+            parts.append(f'<path d="M{x:.1f} {y:.1f}h{self.width:.1f}" stroke="currentColor" opacity=".13"/>')
+            parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end" opacity=".75">{value:g}</text>')
+        for step in _ticks(self.steps, 5):
+            x, y = self.at(step, 0)
+            parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle" opacity=".75">{step:,.0f}</text>')
+        x, y = self.at(self.steps, 0)
+        return "".join(parts) + f'<text x="{x:.1f}" y="{y + 31:.1f}" text-anchor="end" opacity=".75">training steps</text>'
+
+    def guess(self, value: float, words: str) -> str:
+        x, y = self.at(0, value)
+        line = f'<path d="M{x:.1f} {y:.1f}h{self.width:.1f}" stroke="currentColor" stroke-dasharray="2 3" opacity=".7"/>'
+        words = f'<text x="{x + self.width:.1f}" y="{y - 4:.1f}" text-anchor="end" opacity=".75" font-size="11">{escape(words)}</text>'
+        return line + words
+
+    def line(self, run: Run, name: str) -> str:
+        color, values = look(run.system).color, _smooth(run.curve, name)
+        steps = [row["step"] for row in run.curve]
+        kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).astype(int))
+        parts = []
+        if run.now:
+            raw = " ".join("{:.1f},{:.1f}".format(*self.at(steps[i], run.curve[i][name])) for i in kept)
+            parts.append(f'<polyline points="{raw}" fill="none" stroke="{color}" stroke-width="1" opacity=".25"/>')
+        points = " ".join("{:.1f},{:.1f}".format(*self.at(steps[i], values[i])) for i in kept)
+        look_of_line = 'stroke-width="2.6"' if run.now else 'stroke-width="1.3" opacity=".55"'
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-linejoin="round" {look_of_line}/>')
+        if run.now:
+            x, y = self.at(steps[-1], values[-1])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>')
+            parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{color}" font-weight="700">{values[-1]:.2f}</text>')
+        return "".join(parts)
+
+
+def _smooth(curve: Sequence[dict], name: str) -> np.ndarray:
+    return pd.Series([row[name] for row in curve]).ewm(span=max(1, len(curve) / 10)).mean().to_numpy()
+
+
+def _ticks(top: float, count: int) -> list[float]:
+    """Round numbers from 0 to `top`, about `count` of them."""
+    size = 10 ** math.floor(math.log10(top / count))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if top / (size * factor) <= count)
+    return [place * step for place in range(int(top / step + 1e-9) + 1)]

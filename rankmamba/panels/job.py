@@ -1,0 +1,90 @@
+"""Work in a background thread: watched, stopped, never silent."""
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+REFRESH_SECONDS = 0.2
+
+
+class Job:
+    """One piece of work in a thread of its own.
+
+    work(job) does it: it calls `job.report` now and then, ends soon after `job.stop` is set, and touches no widget. watch(job) is
+    called a few times a second while it goes on and once when it has ended. after: a job that has to end first.
+
+    done, total: how far it is, in units of the work. result: what `work` returned. error: the exception that ended it.
+    """
+
+    def __init__(self, work: Callable[["Job"], object], watch: Callable[["Job"], None], after: "Job | None" = None):
+        self.stop, self.ended = threading.Event(), threading.Event()
+        self.done = self.total = 0
+        self.result, self.error, self.traceback = None, None, ""
+        self._work, self._watch, self._after = work, watch, after
+        self._begun = self._first = self._last = time.monotonic()
+        self._skipped = 0
+        self._watcher = threading.Thread(target=self._observe, name="rankmamba watch", daemon=True)
+
+    def start(self) -> "Job":
+        """Begin. The work and the watching have a thread each: a long step or a long drawing never holds the other up."""
+        threading.Thread(target=self._run, name="rankmamba job", daemon=True).start()
+        self._watcher.start()
+        return self
+
+    def report(self, done: int, total: int) -> None:
+        """Say how far the work is."""
+        if not self.total:  # what was there before the first report took no time now: a resumed run, or loading
+            self._first, self._skipped = time.monotonic(), done
+        self.done, self.total = done, total
+
+    def fail(self, error: BaseException) -> None:
+        """Keep the exception that is being handled as what went wrong, and ask the work to stop."""
+        self.error, self.traceback = error, traceback.format_exc()
+        self.stop.set()
+
+    def cancel(self) -> None:
+        """Ask the work to stop and wait until it and its watching have ended."""
+        self.stop.set()
+        self.ended.wait()
+        if threading.current_thread() is not self._watcher:
+            self._watcher.join()
+
+    @property
+    def state(self) -> str:
+        """running, stopping, stopped, failed or finished."""
+        if not self.ended.is_set():
+            return "stopping" if self.stop.is_set() else "running"
+        return "failed" if self.error else "stopped" if self.stop.is_set() else "finished"
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the work began, up to its end."""
+        return (self._last if self.ended.is_set() else time.monotonic()) - self._begun
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that are left at the rate so far; None while nothing can be said."""
+        steps = self.done - self._skipped
+        if steps <= 0 or self.ended.is_set():
+            return None
+        return (time.monotonic() - self._first) / steps * (self.total - self.done)
+
+    def _run(self) -> None:
+        try:
+            if self._after is not None:
+                self._after.ended.wait()
+                self._after = None
+            self._begun = time.monotonic()
+            if not self.stop.is_set():
+                self.result = self._work(self)
+        except BaseException as error:  # in a thread anything that is not kept here would vanish without a word
+            self.fail(error)
+        finally:
+            self._last = time.monotonic()
+            self.ended.set()
+
+    def _observe(self) -> None:
+        while not self.ended.wait(REFRESH_SECONDS):
+            self._watch(self)
+        self._watch(self)

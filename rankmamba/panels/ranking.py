@@ -1,0 +1,140 @@
+"""The ranking panel: one query, the list of every system, and what in a document moved its score."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import ipywidgets as widgets
+
+from ..search import FIRST_STAGE, Ranking, Search, query_words
+from .controls import Controls, Panel
+from .job import Job
+from .pages import document_html, lists_html
+
+SHOWN = 10  # places of each list
+
+
+@dataclass
+class Answer:
+    """What is known of one query; lists grows as the systems are done."""
+
+    query: str
+    words: set[str]
+    judged: dict[str, int]
+    texts: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, Ranking] = field(default_factory=dict)
+
+
+class RankingPanel(Panel):
+    """Rank the documents of a collection for any query, by BM25 and by rerankers, side by side.
+
+    queries: to pick from; any other one can be typed. top_k: candidates that the rerankers put in order. A list shows as soon as
+    its system is done.
+    """
+
+    def __init__(self, search: Search, queries: Sequence[str], top_k: int = 20):
+        self._search, self._answer, self._known, self._offering = search, None, {}, False
+        wide, narrow = widgets.Layout(width="540px"), widgets.Layout(width="340px")
+        self.pick = widgets.Dropdown(options=[("…", ""), *((text, text) for text in queries)], description="pick", layout=wide)
+        self.query = widgets.Text(description="or type", placeholder="a query, then Enter", continuous_update=False, layout=wide)
+        self.top_k = widgets.IntSlider(
+            top_k, min=1, max=max(100, top_k), description="candidates", continuous_update=False, layout=narrow
+        )
+        self.systems = [
+            widgets.Checkbox(
+                place < 3, description=system, indent=False, layout=widgets.Layout(width="auto", margin="0 16px 0 0")
+            )
+            for place, system in enumerate(search.models)
+        ]
+        self.document = widgets.Dropdown(description="document", layout=wide)
+        self.judge = widgets.Dropdown(options=list(search.models), description="as read by", layout=narrow)
+        self.lists, self.text = widgets.HTML(), widgets.HTML()
+        self.ranking = Controls("Rank", self._rank, self._draw_lists, unit="document")
+        self.reading = Controls("Read", self._read, self._draw_document, unit="sentence")
+        self.below = widgets.VBox([widgets.HBox([self.document, self.judge]), self.reading.error, self.text])
+        self.below.layout.display = "none"
+        self.pick.observe(self._pick, "value")
+        for widget in (self.query, self.top_k, *self.systems):
+            widget.observe(self._ask, "value")
+        for widget in (self.document, self.judge):
+            widget.observe(self._open, "value")
+        systems = widgets.HBox([widgets.Label("rerank with", layout=widgets.Layout(margin="0 10px 0 16px")), *self.systems])
+        asking = [self.pick, widgets.HBox([self.query, self.top_k]), systems, self.ranking.row()]
+        super().__init__([*asking, self.ranking.error, self.lists, self.below], [self.ranking, self.reading])
+
+    def _pick(self, change) -> None:
+        if change["new"]:
+            self.query.value = change["new"]
+
+    def _ask(self, change) -> None:
+        if self.query.value.strip():
+            self.ranking.begin()
+
+    def _rank(self, job: Job) -> Answer:
+        query, top_k = self.query.value.strip(), self.top_k.value
+        systems = [box.description for box in self.systems if box.value]
+        answer = self._answer = Answer(query, query_words(query), self._search.judgements(query))
+        first = self._search.candidates(query, top_k)
+        answer.texts |= self._search.texts(first.doc_ids)
+        answer.lists[FIRST_STAGE] = first
+        scored, total = 0, len(systems) * len(first.doc_ids)
+
+        def on_scored(count: int) -> None:
+            nonlocal scored
+            scored += count
+            job.report(scored, total)
+
+        for system in systems:
+            key = (system, query, top_k)
+            if key in self._known:
+                on_scored(len(first.doc_ids))
+            elif (ranking := self._search.rerank(system, query, first.doc_ids, on_scored, job.stop)) is None:
+                return answer
+            else:
+                self._known[key] = ranking
+            answer.lists[system] = self._known[key]
+        return answer
+
+    def _draw_lists(self, job: Job) -> None:
+        answer = self._answer
+        if answer is None or FIRST_STAGE not in answer.lists:
+            return
+        if not answer.lists[FIRST_STAGE].doc_ids:
+            self.lists.value, self.below.layout.display = "No document has a word of this query: try another one.", "none"
+            return
+        if job.ended.is_set() and job.result is answer:
+            self._offer(answer)
+        self._show_lists()
+
+    def _show_lists(self) -> None:
+        answer = self._answer
+        lists = dict(answer.lists)  # the job may be adding to it
+        self.lists.value = lists_html(lists, answer.texts, answer.judged, answer.words, SHOWN, self.document.value)
+
+    def _offer(self, answer: Answer) -> None:
+        """Offer the documents that the lists show, and open the one that was open, or the first of the last list."""
+        shown = {}
+        for system, ranking in reversed(answer.lists.items()):
+            for place, doc_id in enumerate(ranking.doc_ids[:SHOWN], 1):
+                shown.setdefault(doc_id, f"{system} {place} · {answer.texts[doc_id][:80]}")
+        wanted = self.document.value if self.document.value in shown else next(iter(shown))
+        self._offering = True
+        try:
+            self.document.options = [(label, doc_id) for doc_id, label in shown.items()]
+            self.document.value = wanted
+        finally:
+            self._offering = False
+        self.below.layout.display = ""
+        self._open()
+
+    def _open(self, change=None) -> None:
+        if not self._offering and self.document.value and self.judge.value:
+            self._show_lists()
+            self.reading.begin()
+
+    def _read(self, job: Job) -> tuple:
+        system = self.judge.value
+        return self._search.occlusion(system, self._answer.query, self.document.value), self._answer.words, system
+
+    def _draw_document(self, job: Job) -> None:
+        if job.result is not None:
+            self.text.value = document_html(*job.result)

@@ -1,0 +1,141 @@
+"""The training panel: turn the settings, press Train, watch it learn, and compare it with what was trained before."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from html import escape
+
+import ipywidgets as widgets
+import numpy as np
+
+from ..style import look
+from ..train import TrainConfig
+from .controls import Controls, Panel, table_html
+from .curves import Run, learning_curves
+from .job import Job
+
+SHOWN_CURVES = 6  # earlier runs in the picture, the newest
+
+
+class TrainingPanel(Panel):
+    """Train systems with settings of one's own, beside the study's runs and never in their place.
+
+    configs: what to start from, {system: TrainConfig}. train(config, on_step, stop) trains and returns the record; runs() gives
+    the records of all runs so far, oldest first.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, TrainConfig],
+        train: Callable[..., dict],
+        runs: Callable[[], list[dict]],
+    ):
+        self._configs, self._train, self._runs = dict(configs), train, runs
+        self._past, self._curve, self._config = runs(), [], None
+        first = next(iter(self._configs.values()))
+        wide = {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="420px")}
+        self.system = widgets.Dropdown(options=list(self._configs), description="backbone", **wide)
+        self.learning_rate = widgets.FloatLogSlider(
+            first.learning_rate, min=-6, max=-1, step=0.05, description="learning rate", readout_format=".2g", **wide
+        )
+        self.group_size = widgets.IntSlider(
+            first.group_size, min=2, max=max(16, first.group_size), description="group size", **wide
+        )
+        self.max_length = widgets.IntSlider(
+            first.max_length,
+            min=first.max_query_length + 8,
+            max=max(512, first.max_length),
+            step=8,
+            description="length, tokens",
+            **wide,
+        )
+        self.steps = widgets.BoundedIntText(first.max_steps, min=0, max=1_000_000, description="steps (0: all)", **wide)
+        self.seed = widgets.BoundedIntText(first.seed, min=0, max=1_000_000, description="seed", **wide)
+        self.controls = Controls("Train", self._work, self._draw)
+        self.picture, self.said, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.said.add_class("rm-note")
+        self.system.observe(lambda change: self._start_from(change["new"]), "value")
+        left = widgets.VBox([self.system, self.learning_rate, self.steps])
+        right = widgets.VBox([self.group_size, self.max_length, self.seed])
+        body = [widgets.HBox([left, right]), self.controls.row(), self.controls.error, self.said, self.picture, self.table]
+        super().__init__(body, [self.controls])
+        self._show_runs()
+
+    def _start_from(self, system: str) -> None:
+        config = self._configs[system]
+        self.learning_rate.value, self.steps.value = config.learning_rate, config.max_steps
+
+    def _work(self, job: Job) -> dict:
+        config = self._config = dataclasses.replace(
+            self._configs[self.system.value],
+            learning_rate=self.learning_rate.value,
+            group_size=self.group_size.value,
+            max_length=self.max_length.value,
+            max_steps=self.steps.value,
+            seed=self.seed.value,
+        )
+        curve = self._curve = []
+
+        def on_step(row: dict) -> None:
+            curve.append(row)
+            job.report(row["step"], row["of"])
+
+        return self._train(config, on_step=on_step, stop=job.stop)
+
+    def _draw(self, job: Job) -> None:
+        if job.ended.is_set():
+            self._past = self._runs()
+            self.said.value = "" if job.result is None else _sentence(job.result, found=not self._curve)
+            self._show_runs(job.result)
+            return
+        curve = list(self._curve)  # it is growing
+        if not curve:
+            self.said.value = "loading the backbone and the training groups …"
+            return
+        self.said.value = f"{curve[-1]['tokens'] / curve[-1]['seconds']:,.0f} tokens/s"
+        self._show_curves(Run(self._config.system, curve, True), self._past)
+
+    def _show_runs(self, now: dict | None = None) -> None:
+        """Show the curves and the table of all runs; now: the record of the one that has just ended."""
+        key = None if now is None else now["created"]
+        self._show_curves(
+            None if now is None else Run(now["system"], now["result"]["curve"], True),
+            [record for record in self._past if record["created"] != key],
+        )
+        self.table.value = runs_table(self._past, key)
+
+    def _show_curves(self, now: Run | None, past: list[dict]) -> None:
+        earlier = [Run(record["system"], record["result"]["curve"], False) for record in past[-SHOWN_CURVES:]]
+        self.picture.value = learning_curves([*earlier, *([now] if now else [])], self.steps.value, self.group_size.value)
+
+
+def _sentence(record: dict, found: bool) -> str:
+    result = record["result"]
+    if found:
+        return f"These settings were trained before, at {escape(record['created'])}; change one to train again."
+    if result["partial"]:
+        return f"Stopped after step {result['steps']:,}: kept, and marked partial in its record."
+    return f"Trained {result['steps']:,} steps in {record['timing']['seconds']:,.1f} s; kept with its settings."
+
+
+def runs_table(records: list[dict], now: str | None = None) -> str:
+    """The runs as an HTML table, newest first; loss and accuracy are means of a run's last tenth. now: `created` of the newest."""
+    heads = ["run", "learning rate", "group", "length", "seed", "steps", "loss", "accuracy", "tokens/s", "time"]
+    rows = []
+    for record in reversed(records):
+        config, result, timing = record["config"], record["result"], record["timing"]
+        last = result["curve"][-max(1, len(result["curve"]) // 10) :]
+        loss, accuracy = (np.mean([row[name] for row in last]) if last else np.nan for name in ("loss", "accuracy"))
+        cells = [
+            f'<i style="background:{look(record["system"]).color}"></i>{escape(record["system"])}',
+            f"{config['learning_rate']:.2g}",
+            config["group_size"],
+            config["max_length"],
+            config["seed"],
+            f"{result['steps']:,}" + (" (partial)" if result["partial"] else ""),
+            f"{loss:.3f}",
+            f"{accuracy:.0%}",
+            f"{timing['tokens_per_s']:,.0f}",
+            f"{timing['seconds'] / 60:.1f} min" if timing["seconds"] >= 60 else f"{timing['seconds']:.1f} s",
+        ]
+        rows.append(("rm-now" if record["created"] == now else "", cells))
+    return table_html(heads, rows)

@@ -1,0 +1,240 @@
+"""Before a study at scale paper: what it fetches and where to, each run of the papers as one command, and how long it takes here.
+
+The hours are those of a measured minute: two-layer stand-ins of each family, as wide as the 130m class, are trained and scored on
+this device, and their time per token grows with the parameters. Every document is taken to fill its pair, so the hours are an upper
+bound.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import InputError
+
+TELL = 1e9  # bytes; a study that fetches more says so and asks
+MINUTE = 60.0  # seconds of measuring, for all families together
+TOKENS_OF_A_DOCUMENT = 1300  # of MS MARCO, about, cut at what a token store keeps
+
+# The runs of arXiv 2403.18276 (FirstP, 512 tokens) and of the documents of arXiv 2412.14354 (LongP): systems, max_length, LongP's
+# further lengths for those that have the positions.
+FIRSTP = 512
+PAPER = (
+    "bert-base bert-large roberta-base roberta-large electra-base electra-large deberta-v3-base deberta-v3-large "
+    "modernbert-base modernbert-large t5-base t5-large flan-t5-base flan-t5-large bart-base bart-large "
+    "opt-125m opt-350m opt-1.3b pythia-160m pythia-410m pythia-1b pythia-1.4b gpt2 llama-3.2-1b "
+    "mamba-130m mamba-370m mamba-790m mamba-1.4b mamba2-130m mamba2-370m mamba2-780m mamba2-1.3b"
+).split()
+LONGP = (768, 1024, 1536, 4096)
+LONG_SYSTEMS = "opt-125m opt-1.3b llama-3.2-1b mamba-130m mamba-370m mamba2-130m mamba2-370m mamba2-780m mamba2-1.3b".split()
+
+# which published backbone stands in for a family; time is scaled by parameters
+STAND_INS = {
+    "opt-125m": ("opt",),
+    "pythia-160m": ("gpt_neox", "gpt2", "llama"),
+    "mamba-130m": ("mamba", "falcon_mamba"),
+    "mamba2-130m": ("mamba2", "nemotron_h"),
+    "bert-base": ("bert", "roberta", "electra", "deberta-v2", "modernbert", "t5", "bart"),
+}
+
+
+class Run(NamedTuple):
+    """One row of a paper: a system and the tokens that it reads of a pair."""
+
+    system: str
+    max_length: int
+
+    def command(self, scale: str) -> str:
+        """The command that makes it."""
+        settings = {"systems": f"[{self.system}]", "max_length": self.max_length}
+        given = " ".join(f"-p {shlex.quote(f'{name}={value}')}" for name, value in settings.items())
+        return f"python -m rankmamba.study --scale {scale} {given} --results results/{scale}/{self.system}-{self.max_length}"
+
+
+class Rate(NamedTuple):
+    """Tokens per second of a stand-in, in training and in scoring, and its parameters."""
+
+    training: float
+    scoring: float
+    parameters: int
+
+
+class Download(NamedTuple):
+    """One file that a study needs: size in bytes, where it goes, whether it is there."""
+
+    what: str
+    size: int
+    place: Path
+    there: bool
+
+
+def paper_runs() -> list[Run]:
+    """Every run of the two papers that its system has positions for."""
+    from .systems import SYSTEMS
+
+    runs = [Run(system, FIRSTP) for system in PAPER]
+    runs += [Run(system, length) for system in LONG_SYSTEMS for length in LONGP]
+    return [run for run in runs if run.max_length <= (SYSTEMS[run.system].max_length or run.max_length)]
+
+
+def downloads(collections: Iterable[str]) -> list[Download]:
+    """Say which files ir_datasets fetches for some of its ids, by its own list; those of the package itself have none."""
+    import ir_datasets
+
+    with ir_datasets.util.PackageDataFile("etc/downloads.json").stream() as stream:
+        files = json.load(stream)
+    found = {}
+    for name in collections:
+        base, *subsets = name.split("/")
+        of_base = files.get(base, {})
+        for kind in ("docs", "queries", "qrels", "scoreddocs"):
+            # ".../judged" has no files of its own: those above it count
+            keys = ("/".join([*subsets[:depth], kind]) for depth in range(len(subsets), -1, -1))
+            key = next((key for key in keys if key in of_base), None)
+            if key is not None and "cache_path" in of_base[key]:
+                place = ir_datasets.util.home_path() / base / of_base[key]["cache_path"]
+                found[key] = Download(f"{base}/{key}", of_base[key].get("size_hint", 0), place, place.exists())
+    return list(found.values())
+
+
+def parts(settings: dict) -> list[str]:
+    """The ids that a study with these settings reads."""
+    names = ["train", "dev", *(settings.get("tests") or ["test"])]
+    return list(dict.fromkeys(f"{settings['collection']}/{name}" for name in names))
+
+
+def confirm(settings: dict, yes: bool) -> None:
+    """Before anything large is fetched say what, how much and where to, and ask; without a terminal only `yes` goes on.
+
+    Raises:
+        InputError: it was not agreed to.
+    """
+    missing = [download for download in downloads(parts(settings)) if not download.there]
+    if sum(download.size for download in missing) < TELL:
+        return
+    print("\n".join(_announcement(missing)), file=sys.stderr)
+    if yes:
+        return
+    if sys.stdin is not None and sys.stdin.isatty() and input("Fetch them? [y/N] ").strip().lower() in ("y", "yes"):
+        return
+    raise InputError("expected to be allowed to fetch these files, got no yes; give --yes, or put them there by hand")
+
+
+def _announcement(missing: Sequence[Download]) -> list[str]:
+    lines = [f"to fetch: {sum(download.size for download in missing) / 1e9:.1f} GB"]
+    return lines + [f"  {download.size / 1e6:>9,.1f} MB  {download.what} -> {download.place}" for download in missing]
+
+
+def dry_run(scale: str, settings: dict) -> str:
+    """Say what a study would fetch and keep, and each run of the papers as a command with its hours and GB on this device."""
+    from .systems import SYSTEMS
+
+    missing = [download for download in downloads(parts(settings)) if not download.there]
+    lines = _announcement(missing) if missing else ["nothing to fetch for the collection"]
+    training, scoring = pairs(settings)
+    stored = 2 * TOKENS_OF_A_DOCUMENT * _count(settings["collection"], "docs")
+    lines += [
+        f"to keep beside it: about {stored / 1e9:.1f} GB of tokens for each vocabulary",
+        f"each run: {training:,} pairs to train on, {scoring:,} to score",
+        "",
+    ]
+    runs = paper_runs()
+    rates = measure(dict.fromkeys(stand_in(run.system) for run in runs), settings["group_size"])
+    lines += [f"measured on {_device()}, tokens/s of two layers, training and scoring:"]
+    lines += [f"  {name:<12} {rate.training:>11,.0f} {rate.scoring:>11,.0f}" for name, rate in rates.items()]
+    lines += ["", "   hours      GB  command"]
+    total = 0.0
+    for run in runs:
+        millions, rate = SYSTEMS[run.system].millions, rates[stand_in(run.system)]
+        hours = seconds(rate, millions * 1e6, run.max_length, training, scoring) / 3600
+        total += hours
+        lines.append(f"{hours:>8,.1f} {2 * 4 * millions / 1e3:>7.1f}  {run.command(scale)}")  # the checkpoint and what is trained
+    lines += ["", f"{total:,.0f} hours in all, one run after another; a GPU of its own for each run divides them"]
+    return "\n".join(lines)
+
+
+def pairs(settings: dict) -> tuple[int, int]:
+    """Count the (query, document) pairs that one run trains on and scores."""
+    collection, batch = settings["collection"], settings["batch_size"]
+    steps = int(settings["epochs"] * _count(f"{collection}/train", "qrels") / batch)
+    cap = settings["max_steps"].get("default", 0)
+    steps = min(steps, cap) if cap else steps
+    queries = sum(_count(name, "queries") for name in parts(settings)[1:])
+    return steps * batch * settings["group_size"], queries * settings["top_k"]
+
+
+def seconds(rate: Rate, parameters: float, max_length: int, training: int, scoring: int) -> float:
+    """Estimate a run from its stand-in's rate: a token's time is taken to grow with the parameters."""
+    slower = parameters / rate.parameters
+    return max_length * slower * (training / rate.training + scoring / rate.scoring)
+
+
+def stand_in(system: str) -> str:
+    """Return the system whose shape is measured for another."""
+    from .systems import SYSTEMS
+
+    model_type = SYSTEMS[system].family.model_type
+    return next(name for name, families in STAND_INS.items() if model_type in families)
+
+
+def measure(names: Iterable[str], group_size: int) -> dict[str, Rate]:
+    """Train and score two-layer stand-ins with random weights on this device, all of them in about a minute."""
+    names = list(names)
+    return {name: _measure(name, group_size, MINUTE / len(names)) for name in names}
+
+
+def _measure(name: str, group_size: int, budget: float) -> Rate:
+    import torch
+
+    from .model import RerankerConfig, RerankerModel
+    from .precision import autocast, autocast_dtype
+    from .shapes import configuration
+    from .systems import SYSTEMS
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, _ = autocast_dtype(device)
+    config = RerankerConfig(backbone_config=configuration(name, 2), kind=SYSTEMS[name].kind, system=name)
+    model = RerankerModel(config).to(device)
+    ids = torch.randint(10, 1000, (group_size, FIRSTP), device=device)
+
+    def step(train: bool) -> None:
+        with torch.set_grad_enabled(train), autocast(device, dtype):
+            scores = model(input_ids=ids).logits.float().view(1, -1)
+        if train:
+            torch.nn.functional.cross_entropy(scores, scores.new_zeros(1, dtype=torch.long)).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def rate(train: bool) -> float:
+        model.train(train)
+        step(train)  # to warm up
+        started, steps = time.perf_counter(), 0
+        while steps == 0 or time.perf_counter() - started < budget / 4:
+            step(train)
+            steps += 1
+        return steps * ids.numel() / (time.perf_counter() - started)
+
+    return Rate(rate(True), rate(False), model.parameters_outside_embeddings())
+
+
+def _count(name: str, kind: str) -> int:
+    """How many documents, queries or judgements ir_datasets says that an id has, without fetching anything."""
+    import ir_datasets
+
+    from . import embedded  # noqa: F401  registers rankmamba/...
+
+    try:
+        return ir_datasets.load(name).metadata()[kind]["count"]
+    except KeyError as error:
+        raise InputError(f"expected an id whose {kind} ir_datasets has counted, got {name!r}") from error
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"this CPU ({torch.get_num_threads()} threads)"

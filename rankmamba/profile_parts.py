@@ -1,0 +1,118 @@
+"""Where the time goes when a system reads texts: torch's profiler, its events claimed by the parts of a reranker."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from .inputs import token_batches
+from .precision import autocast
+from .profiling import timed
+from .reranker import Reranker
+from .trainer import lce_loss
+
+# Part: how its events' names begin or what they contain. The first event on the way down from the outermost call decides, so what a
+# scan calls is the scan's. "rankmamba::" are our own labels; a backward pass is named after what it is the backward of.
+PARTS = {
+    "tokeniser": ("rankmamba::tokenise",),
+    "scan": ("rankmamba::scan", "_SelectiveScanBackward", "_SsdScanBackward"),
+    "convolution": ("rankmamba::convolution", "_CausalConv1dBackward"),
+    "attention": ("aten::scaled_dot_product", "ScaledDotProduct", "FlashAttn", "aten::bmm", "aten::_softmax"),
+    "projections": ("aten::mm", "aten::addmm"),
+    "optimizer": ("Optimizer.",),
+}
+OTHER = "norms and other"
+
+
+def fixed_batches(lengths: Sequence[int], size: int) -> Iterator[np.ndarray]:
+    """Yield arrays of indices, `size` at a time in the given order: the usual way to batch, to compare with."""
+    yield from (np.arange(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size))
+
+
+def padded_tokens(lengths: Sequence[int], batches: Iterator[np.ndarray]) -> int:
+    """Count the tokens that are computed when each batch is padded to its longest sequence."""
+    lengths = np.asarray(lengths)
+    return sum(int(len(batch) * lengths[batch].max()) for batch in batches)
+
+
+class TextPass:
+    """One scoring, or one step of training, of pairs of texts, from the texts on.
+
+    mode: "inference" or "training" (all pairs are one step, in LCE groups of `group_size`). fixed: pairs of a batch in the given
+    order; 0 batches by length, with a budget of `batch_tokens`. lengths: tokens of each pair, after a call.
+    """
+
+    def __init__(self, mode: str, reranker: Reranker, pairs: Sequence[tuple[str, str]], batch_tokens: int, group_size: int, fixed=0):
+        self.mode, self.reranker, self.pairs = mode, reranker, pairs
+        self.batch_tokens, self.group_size, self.fixed = batch_tokens, group_size, fixed
+        self.lengths: list[int] = []
+        self._optimizer = torch.optim.AdamW(reranker.model.parameters(), lr=0.0, fused=True) if mode == "training" else None
+
+    def __call__(self) -> None:
+        training, model = self.mode == "training", self.reranker.model.train(self.mode == "training")
+        with record_function("rankmamba::tokenise"):
+            order, batches = self._batches()
+        with torch.inference_mode(not training):
+            with autocast(self.reranker.device, self.reranker.dtype):
+                logits = torch.cat([model(**batch).logits[:, 0] for batch in batches])
+            if training:
+                lce_loss(logits[order].view(-1, self.group_size)).backward()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+
+    def padded_tokens(self) -> int:
+        return padded_tokens(self.lengths, self._indices())
+
+    def _indices(self):
+        return fixed_batches(self.lengths, self.fixed) if self.fixed else token_batches(self.lengths, self.batch_tokens)
+
+    def _batches(self):
+        inputs = self.reranker.inputs
+        texts = inputs.queries([query for query, _ in self.pairs]), inputs.documents([document for _, document in self.pairs])
+        joined = [inputs.join(query, document) for query, document in zip(*texts, strict=True)]
+        self.lengths = [len(pair) for pair in joined]
+        batches = list(self._indices())
+        order = torch.from_numpy(np.argsort(np.concatenate(batches)))
+        features = [inputs.collate([joined[i] for i in batch]) for batch in batches]
+        return order, [{name: t.to(self.reranker.device) for name, t in batch.items()} for batch in features]
+
+
+def breakdown(run: TextPass) -> dict[str, float]:
+    """Seconds of each part of a call that has run before; together they are what the call takes without the profiler.
+
+    What padded tokens cost is their share of all computed tokens in everything but tokeniser and optimizer, and is called "padding".
+    """
+    device = run.reranker.device
+    seconds = float(np.median([timed(run, device) for _ in range(3)]))
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+        with record_function("rankmamba::all"):
+            run()
+            if gpu:
+                torch.cuda.synchronize(device)
+    parts = dict.fromkeys([*PARTS, OTHER], 0.0)
+    for event in profiler.events():
+        if event.cpu_parent is None and event.device_type == DeviceType.CPU:  # kernels on a GPU are counted with their callers
+            _claim(event, parts, "device_time_total" if gpu else "cpu_time_total")
+    if run.reranker.attention.startswith("none"):
+        parts["scan"] += parts.pop("attention")  # batched products of a scan in plain PyTorch
+    total = sum(parts.values())
+    parts = {part: seconds * time / total for part, time in parts.items()}
+    wasted = 1 - sum(run.lengths) / run.padded_tokens()
+    model = [part for part in parts if part not in ("tokeniser", "optimizer")]
+    padding = wasted * sum(parts[part] for part in model)
+    return {part: time * (1 - wasted) if part in model else time for part, time in parts.items()} | {"padding": padding}
+
+
+def _claim(event, parts: dict[str, float], time: str) -> float:
+    """Add an event's microseconds to the part it belongs to, or, where it is none's, let its callees decide; return them."""
+    part = next((part for part, names in PARTS.items() if any(name in event.name for name in names)), None)
+    spent = getattr(event, "cpu_time_total" if part == "tokeniser" else time)
+    if part is None:
+        part, rest = OTHER, spent - sum(_claim(child, parts, time) for child in event.cpu_children)
+    else:
+        rest = spent
+    parts[part] += rest
+    return spent

@@ -1,0 +1,125 @@
+"""The figures of notebook 05: what systems cost against the length of a document, and where the time goes."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethodFormatter
+
+from .plots import Chart, _end_labels, _marker, _styled
+from .profile_parts import OTHER
+from .profile_study import against_transformers, one_batch
+from .style import look
+
+# From what is particular to a family to what all have: colour, hatch. They differ in grey too.
+PARTS = {
+    "scan": ("#D55E00", ""),
+    "convolution": ("#E69F00", "///"),
+    "attention": ("#0072B2", ""),
+    "projections": ("#bdbdbd", ""),
+    OTHER: ("#e8e8e8", "..."),
+    "optimizer": ("#7f7f7f", "xxx"),
+    "tokeniser": ("#009E73", "\\\\\\"),
+    "padding": ("#ffffff", "----"),
+}
+
+
+@_styled
+def throughput(table: pd.DataFrame) -> Figure:
+    """Tokens/s against length, a row of panels a size, training left and inference right; bars: quartiles.
+
+    A dotted line marks where a Mamba overtakes the fastest Transformer of its size. table: `profile_study.speed_table`.
+    """
+    meetings = against_transformers(table).dropna(subset="overtakes").drop_duplicates(["size", "mode", "system"])
+
+    def draw(axes: Axes, part: pd.DataFrame) -> None:
+        _lines(axes, part, "tokens_per_s")
+        for row in part.itertuples():
+            axes.plot([row.length] * 2, [row.low, row.high], color=look(row.system).color, linewidth=4, alpha=0.35)
+        here = meetings[(meetings["size"] == part["size"].iloc[0]) & (meetings["mode"] == part["mode"].iloc[0])]
+        for place, row in enumerate(here.itertuples()):
+            axes.axvline(row.overtakes, color=look(row.system).color, linestyle=":", linewidth=1.8)
+            axes.annotate(f"{float(f'{row.overtakes:.2g}'):,.0f}", (row.overtakes, 0.03 + 0.09 * place), fontsize=11,
+                          xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points", color=look(row.system).color)  # fmt: skip
+
+    return _panels(table, draw, "tokens/s")
+
+
+@_styled
+def memory(table: pd.DataFrame) -> Figure:
+    """Peak memory of a pass against length, panels as in `throughput`. table: `profile_study.speed_table`."""
+    return _panels(table, lambda axes, part: _lines(axes, part, "peak_mib"), "peak memory (MiB)")
+
+
+def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
+    table = one_batch(table)
+    sizes, modes = list(dict.fromkeys(table["size"])), list(dict.fromkeys(table["mode"]))
+    figure = Chart(figsize=(0.6 + 5.2 * len(modes), 0.6 + 3.4 * len(sizes)), layout="constrained")
+    for row, panels in zip(sizes, figure.subplots(len(sizes), len(modes), squeeze=False), strict=True):
+        for mode, axes in zip(modes, panels, strict=True):
+            part = table[(table["size"] == row) & (table["mode"] == mode)]
+            lengths = sorted(set(part["length"]))
+            axes.set(xscale="log", yscale="log", title=f"{row}, {mode}", xlabel="tokens of a pair", ylabel=ylabel)
+            draw(axes, part)
+            axes.xaxis.set(major_locator=FixedLocator(lengths), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
+            axes.yaxis.set(minor_formatter=EngFormatter(sep=""), major_formatter=EngFormatter(sep=""))
+            axes.tick_params(axis="y", which="minor", labelsize=9)
+    return figure
+
+
+def _lines(axes: Axes, part: pd.DataFrame, column: str) -> None:
+    ends = {}
+    for system, rows in part.dropna(subset=column).groupby("system", sort=False):
+        rows = rows.sort_values("length")
+        axes.plot(rows["length"], rows[column], **_marker(system) | {"linestyle": look(system).line})
+        ends[system] = rows[column].iloc[-1]
+    _end_labels(axes, ends, 0.085)
+
+
+@_styled
+def parts(table: pd.DataFrame) -> Figure:
+    """Where the microseconds of a token go, a bar a system, training left and inference right. table: `profile_study.parts_table`."""
+    modes, systems = list(dict.fromkeys(table["mode"])), list(dict.fromkeys(table["system"]))
+    figure = Chart(figsize=(1.6 + 4.6 * len(modes), 1.9 + 0.6 * len(systems)), layout="constrained")
+    for mode, axes in zip(modes, figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], strict=True):
+        wide = table[table["mode"] == mode].pivot(index="system", columns="part", values="us").reindex(systems).fillna(0)
+        left = np.zeros(len(systems))
+        for part in (part for part in PARTS if part in wide and wide[part].any()):
+            color, hatch = PARTS[part]
+            axes.barh(systems, wide[part], left=left, color=color, hatch=hatch, edgecolor="#444444", linewidth=0.8, label=part)
+            for place, share in enumerate(wide[part] / wide.sum(axis=1)):
+                if share > 0.12 and not hatch:
+                    axes.text(left[place] + wide[part].iloc[place] / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=10,
+                              color="white" if part in ("scan", "attention") else "black")  # fmt: skip
+            left += wide[part].to_numpy()
+        axes.set(title=mode, xlabel="microseconds a token")
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    handles = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    shown = [part for part in PARTS if part in handles]
+    figure.legend([handles[part] for part in shown], shown, loc="outside upper center", ncols=len(shown), frameon=False, fontsize=10,
+                  handlelength=1.4, columnspacing=1.2)  # fmt: skip
+    return figure
+
+
+@_styled
+def padding(table: pd.DataFrame) -> Figure:
+    """Real and padding tokens computed for the same pairs, fixed batches against batches by length, with what both reach in pairs/s.
+
+    table: `profile_study.padding_table`.
+    """
+    systems, ways = list(dict.fromkeys(table["system"])), list(dict.fromkeys(table["batches"]))
+    figure = Chart(figsize=(8.5, 1.2 + 0.75 * len(systems)), layout="constrained")
+    axes = figure.subplots()
+    for row in table.itertuples(index=False):
+        place = systems.index(row.system) + 0.2 * (1 if row.batches == ways[0] else -1)
+        axes.barh(place, 1, height=0.36, color=look(row.system).color)
+        axes.barh(place, row.padded - 1, left=1, height=0.36, color="white", edgecolor=look(row.system).color, hatch="////")
+        axes.text(row.padded, place, f"  {row.batches}: {row.pairs_per_s:,.0f} pairs/s", va="center", fontsize=11)
+    axes.set(yticks=range(len(systems)), yticklabels=systems, xlabel="tokens computed for a real token (hatched: padding)")
+    axes.set(xlim=(0, 1.5 * table["padded"].max()))
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    return figure

@@ -1,0 +1,263 @@
+"""What a system costs: time and peak memory of training and of inference, with random weights, on a CPU or a GPU.
+
+Inference scores B pairs of L tokens. Training is one step on B pairs in LCE groups: forward, backward, AdamW. Speed does not depend
+on the weights, so published backbones are run by their shapes (`shapes`) and nothing is fetched.
+"""
+
+import contextlib
+import ctypes
+import gc
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import backbones, shapes
+from .errors import InputError
+from .flops import forward_flops
+from .memory import free_memory, out_of_memory
+from .precision import autocast
+from .reranker import Reranker
+from .systems import MINILM
+from .trainer import lce_loss
+
+MODES = ("training", "inference")
+CANDIDATES = 100  # documents of a query, for its latency
+
+
+def build(system: str, length: int, layers: int | None = None, device=None, dtype: torch.dtype | None = None) -> Reranker:
+    """Make a system with random weights that reads `length` tokens: its positions become as many as that needs.
+
+    system: a name in the table of systems; "pythia-160m (eager)" runs its attention so (transformers' names). Systems that bring
+    their weights in a package keep them, and their positions. layers: of a backbone in `shapes`; default all.
+
+    Raises:
+        InputError: there is no such system, it cannot read so many tokens, or its attention cannot run so here.
+    """
+    name, _, attention = system.removesuffix(")").partition(" (")
+    spec = backbones.find(name)
+    depth = shapes.depth_of(name)
+    if depth is not None or callable(spec.source):
+        config = spec.source() if depth is None else shapes.configuration(name, layers or depth)
+        if hasattr(config, "max_position_embeddings"):
+            config.max_position_embeddings = max(length, config.max_position_embeddings)
+        spec = replace(spec, source=lambda: config, tokenizer=spec.tokenizer or MINILM)
+    reranker = Reranker(*backbones.build(spec, length, max_query_length=min(50, length // 2)), device, dtype)
+    if attention:
+        try:
+            reranker.model.backbone.set_attn_implementation(attention)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"expected an attention that runs here, got {system}: {str(error).splitlines()[0]}") from error
+        reranker.attention = f"{attention}: asked for"
+    return reranker
+
+
+class Subject:
+    """A system that is ready to be measured, at any length up to `length`.
+
+    Small CPUs take minutes for one step of a published backbone. There, unless full_depth is asked for, it runs at two depths
+    a < b of its d layers, and a quantity of all of it is t_a + (d - a) (t_b - t_a) / (b - a): its layers are alike, and what is
+    no layer is in both.
+    """
+
+    def __init__(self, system: str, length: int, full_depth: bool = False, device=None, dtype: torch.dtype | None = None):
+        self.system, self.layers, self.depths = system, shapes.depth_of(system), None
+        if self.layers is not None and not full_depth and not torch.cuda.is_available():
+            self.depths = (self.layers // 12, self.layers // 6)
+        self.rerankers = [build(system, length, layers, device, dtype) for layers in self.depths or [None]]
+        self.parameters = round(self.whole([reranker.model.parameters_outside_embeddings() for reranker in self.rerankers]))
+
+    @property
+    def first(self) -> Reranker:
+        return self.rerankers[0]
+
+    def whole(self, values: Sequence[float]) -> float:
+        """The full system's quantity, from that of each network that ran."""
+        if self.depths is None:
+            return values[0]
+        return values[0] + (self.layers - self.depths[0]) * (values[1] - values[0]) / (self.depths[1] - self.depths[0])
+
+    def flops(self, length: int) -> int:
+        """Operations of the full system for scoring one pair."""
+        return round(self.whole([forward_flops(reranker.model, length) for reranker in self.rerankers]))
+
+    @property
+    def environment(self) -> dict:
+        """What decides the speed beside the machine: number format, kernels."""
+        return self.first.setup | {"dtype": str(self.first.dtype).removeprefix("torch.")}
+
+
+def measure(system: str, length: int, batch: int = 1, stop: threading.Event | None = None, **settings) -> dict:
+    """Measure one system alone; see `measure_together` for the settings and for what comes back."""
+    return measure_together([Subject(system, length)], length, batch, stop=stop, **settings)[system]
+
+
+def measure_together(
+    subjects: Sequence[Subject],
+    length: int,
+    batch: int,
+    group_size: int = 8,
+    repeats: int = 5,
+    seconds: float = 2.0,
+    modes: Sequence[str] = MODES,
+    stop: threading.Event | None = None,
+) -> dict[str, dict]:
+    """Measure systems in turns, A B A B, after a pass of each that warms up and whose memory is measured.
+
+    length, batch: tokens of a pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: after so many for each
+    system no further turn begins, though there is one. stop: set it from another thread to end after the pass that is running.
+
+    Returns {system: {"parameters" (outside the embeddings), "layers" and the "depths" that ran, "flops": {mode: operations of the
+    pass}, "peak_gflops" (of one large matrix product, now), "out_of_memory": modes, and for each mode that ran what `_summary`
+    says}}; what was stopped before its first turn is left out.
+
+    Raises:
+        InputError: the batch is not made of whole groups.
+    """
+    group_size, stop = min(group_size, batch), stop or threading.Event()
+    if batch % group_size:
+        raise InputError(f"expected a batch of whole groups, got {batch} pairs in groups of {group_size}; change one of them")
+    found, peak = {}, gemm_gflops(subjects[0].first.device, subjects[0].first.dtype)
+    for subject in subjects:
+        forward = batch * subject.flops(length)
+        found[subject.system] = {
+            "parameters": subject.parameters,
+            "layers": subject.layers,
+            "depths": subject.depths,
+            "flops": {"training": 3 * forward, "inference": forward},
+            "peak_gflops": peak,
+            "out_of_memory": [],
+        }
+    for mode in modes:
+        runs = {subject: [_pass(mode, reranker, length, batch, group_size) for reranker in subject.rerankers] for subject in subjects}
+        memory, times = {}, {subject: [] for subject in subjects}
+        for subject in subjects:
+            try:
+                if not stop.is_set():
+                    memory[subject] = _peak_mib(subject, runs[subject])
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                found[subject.system]["out_of_memory"].append(mode)
+            if subject not in memory:
+                runs.pop(subject)
+                subject.first.model.zero_grad()
+                free_memory()
+        started = clock(subjects[0].first.device)
+        for turn in range(repeats):
+            if turn and clock(subjects[0].first.device) - started > seconds * len(subjects):
+                break
+            for subject in memory:
+                if not stop.is_set():
+                    times[subject].append(subject.whole([timed(run, subject.first.device) for run in runs[subject]]))
+        for subject in (subject for subject in memory if times[subject]):
+            result = found[subject.system]
+            result[mode] = _summary(times[subject], memory[subject], batch, length, result["flops"][mode] / 1e9 / peak)
+    return found
+
+
+def _summary(times: list[float], peak_mib: float | None, batch: int, length: int, best_seconds: float) -> dict:
+    """The numbers of one mode: seconds of each pass, tokens/s (median and quartiles), pairs/s, ms a query, MiB, share of the peak.
+
+    best_seconds: what the pass would take at the speed of a large matrix product.
+    """
+    low, median, high = np.percentile(times, [25, 50, 75])
+    return {
+        "seconds": times,
+        "tokens_per_s": batch * length / median,
+        "low": batch * length / high,
+        "high": batch * length / low,
+        "pairs_per_s": batch / median,
+        "latency_ms": 1000 * CANDIDATES * median / batch,
+        "peak_mib": peak_mib,
+        "share": best_seconds / median,
+    }
+
+
+def _pass(mode: str, reranker: Reranker, length: int, batch: int, group_size: int) -> Callable[[], None]:
+    """One scoring, or one step of training, of random tokens as a call without arguments."""
+    model = reranker.model
+    ids = torch.randint(0, model.config.backbone_config.vocab_size, (batch, length), device=reranker.device)
+    if mode == "inference":
+
+        def run():
+            with torch.inference_mode(), autocast(reranker.device, reranker.dtype):
+                model.eval()(ids)
+
+        return run
+    # a step of size 0: the same arithmetic, and every step has the same weights
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def step():
+        with autocast(reranker.device, reranker.dtype):
+            scores = model.train()(ids).logits.view(-1, group_size)
+        lce_loss(scores).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this process on one CPU thread, so that other work on the machine does not count; else of the wall clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    started = clock(device)
+    run()
+    return clock(device) - started
+
+
+def gemm_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Billions of operations a second in one large product of matrices, the best of some: what this machine can do."""
+    rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (1024, 768, 3072)
+    a, b = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(inner, columns, device=device, dtype=dtype)
+    return 2 * rows * inner * columns / min(timed(lambda: a @ b, device) for _ in range(5)) / 1e9
+
+
+def _peak_mib(subject: Subject, passes: list[Callable[[], None]]) -> float | None:
+    """Most memory that the full system's pass holds at a time, its weights included, in MiB; None where it cannot be measured."""
+    added = [added_mib(run, subject.first.device) for run in passes]
+    if None in added:
+        return None
+    models = [reranker.model for reranker in subject.rerankers]
+    weights = [sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**20 for model in models]
+    return subject.whole([sum(parts) for parts in zip(added, weights, strict=True)])
+
+
+def added_mib(run: Callable[[], object], device: torch.device) -> float | None:
+    """Most memory that a call holds at a time beyond what was held before it, in MiB.
+
+    On a CPU: Linux' record of this process' resident memory, started anew; None on other systems.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and new tensors in it would go unseen
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        run()
+        return None
+    before = _status_kib("VmRSS")
+    run()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(name: str) -> int:
+    return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))[1])

@@ -1,0 +1,54 @@
+"""Loading a saved reranker whose folder nobody need trust: weights as safetensors only, all of them, and no code of its own."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .errors import InputError
+from .model import RerankerConfig, RerankerModel
+
+REMEDY = "copy the folder again, or train the system again"
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds a reranker of ours, by its config.json.
+
+    Raises:
+        InputError: config.json is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type") == RerankerConfig.model_type
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"expected the configuration of a model, got no JSON object ({path}: {error}); {REMEDY}") from error
+
+
+def load_saved(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer; limits: what takes the place of the folder's own, see `RerankerConfig`.
+
+    Raises:
+        InputError: a file is missing or damaged, or the weights are not all there, of these shapes and finite.
+    """
+    # damaged files surface in transformers, tokenizers and safetensors as errors of every class
+    try:
+        config = RerankerConfig.from_pretrained(folder)
+        config.limits = config.limits | limits
+        if set(config.limits) != {"max_length", "max_query_length"} or {type(limit) for limit in config.limits.values()} != {int}:
+            raise ValueError(f"max_length and max_query_length expected, {config.limits!r:.80} found")
+        model, found = RerankerModel.from_pretrained(
+            folder, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
+            raise FileNotFoundError("no vocabulary")  # transformers would go on with an empty one
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}".splitlines()[0]
+        raise InputError(f"expected a whole saved reranker (safetensors) in {folder}, got {reason}; {REMEDY}") from error
+    wrong = [*found["missing_keys"], *found["unexpected_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    wrong += [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if wrong:
+        raise InputError(f"expected all weights in {folder}, of fitting shapes and finite, got others as {wrong[0]}; {REMEDY}")
+    return model, tokenizer

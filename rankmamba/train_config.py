@@ -1,0 +1,85 @@
+"""What a training is made of, and its YAML file."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InputError
+from .parameters import read_yaml
+
+
+@dataclass
+class TrainConfig:
+    """What a training run is made of; every field stands in its record.
+
+    system: a name in the table of systems, a Hub id or a folder. learning_rate: AdamW's peak, reached after `warmup` (a share
+    of all steps) and then decaying linearly to 0. batch_size: queries per step, on all devices together. group_size: documents per
+    query, 1 positive. epochs: passes over the training queries (may be a fraction). max_steps: a cap on the steps, 0 for none.
+    max_length, max_query_length: tokens. bf16: None decides by the device. loss: "lce", or "distil" to imitate the scores of
+    `teacher`, a reranker's folder or system (KL divergence over the group). lora_r, lora_alpha: rank and scale of LoRA, rank 0 trains
+    all weights. gradient_checkpointing: layers are computed twice, for less memory. compile: with torch.compile.
+    """
+
+    system: str
+    learning_rate: float = 2e-5
+    batch_size: int = 8
+    group_size: int = 8
+    epochs: float = 1.0
+    max_steps: int = 0
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_length: int = 512
+    max_query_length: int = 50
+    seed: int = 0
+    bf16: bool | None = None
+    loss: str = "lce"
+    teacher: str | None = None
+    lora_r: int = 0
+    lora_alpha: int = 128
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    def check(self, processes: int = 1) -> None:
+        """Check what the fields' types do not say.
+
+        Raises:
+            InputError: the batch cannot be shared evenly by so many processes, or loss and teacher do not fit.
+        """
+        if self.batch_size % processes:
+            raise InputError(
+                f"expected a batch_size that {processes} processes can share evenly, got {self.batch_size}; it counts the queries of "
+                "a step on all of them together"
+            )
+        if self.loss not in ("lce", "distil"):
+            raise InputError(f"expected loss 'lce' or 'distil', got {self.loss!r}")
+        if (self.loss == "distil") != (self.teacher is not None):
+            raise InputError(
+                f"expected a teacher for loss 'distil' and none for 'lce', got loss={self.loss!r} and teacher={self.teacher!r}"
+            )
+
+
+def read_config(path: str | Path) -> tuple[TrainConfig, dict]:
+    """Read a YAML file: the fields of `TrainConfig`, and {"collection", "folder", "candidates" (a run's path, or None)}.
+
+    Raises:
+        InputError: it is no such file, lacks a name, has an unknown one, or a value of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"expected a YAML file with a training's configuration, got {path}, which is none")
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise InputError(f"expected names and values, got {values!r:.80} ({path})")
+    where = {"collection": str, "folder": str, "candidates": str}
+    types = {field.name: field.type for field in dataclasses.fields(TrainConfig)} | where
+    for name in ("system", "collection", "folder"):
+        if name not in values:
+            raise InputError(f"expected a value for {name!r}, got none ({path})")
+    for name, value in values.items():
+        if name not in types:
+            raise InputError(f"expected names among {', '.join(types)}, got {name!r} ({path})")
+        wanted = float | int if types[name] is float else types[name]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted not in (bool, bool | None)):
+            raise InputError(f"expected {getattr(types[name], '__name__', types[name])} as {name!r}, got {value!r} ({path})")
+    config = TrainConfig(**{name: value for name, value in values.items() if name not in where})
+    return config, {name: values.get(name) for name in where}

@@ -1,0 +1,266 @@
+"""The Trainer of the recipe: groups in their order, LCE or distillation, chunks of like length, checkpoints that are whole."""
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_model
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .checkpoints import PROGRESS, Checkpoints
+from .errors import InputError
+from .memory import free_memory, out_of_memory
+from .reranker import Reranker
+from .training_groups import TrainingGroups
+
+_log = logging.getLogger(__name__)
+
+
+def lce_loss(scores: torch.Tensor) -> torch.Tensor:
+    """LCE of scores (B, G), the positive in column 0: the mean of -log softmax(scores)[:, 0]."""
+    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+
+
+def distil_loss(scores: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean over B of KL(softmax of the teacher's scores || softmax of ours), both (B, G), in nats."""
+    return F.kl_div(scores.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
+
+
+def accuracy(scores: torch.Tensor) -> torch.Tensor:
+    """Share of the groups (B, G) whose positive, in column 0, scores highest; float64.
+
+    A tie counts against the positive: half-precision scores tie often, and argmax would favour the first column.
+    """
+    return (scores[:, :1] > scores[:, 1:]).all(1).double().mean()
+
+
+def like_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
+    """Cut sequences, longest first, into `count` chunks that take the fewest tokens after padding: arrays of indices.
+
+    The number is fixed because every process has to call a sharded model equally often.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    longest = np.asarray(lengths)[order]
+    ends = np.arange(len(order) + 1)
+    # padded[i, j]: tokens of a chunk of the sequences i to j; fewest[j]: of all chunks up to j
+    padded = np.where(ends > ends[:-1, None], longest[:, None] * (ends - ends[:-1, None]), np.inf)
+    fewest, starts = padded[0], []
+    for _ in range(min(count, len(order)) - 1):
+        through = fewest[:-1, None] + padded
+        starts.append(through.argmin(0))
+        fewest = through.min(0)
+    cuts = [len(order)]
+    for start in reversed(starts):
+        cuts.append(int(start[cuts[-1]]))
+    return np.split(order, cuts[:0:-1])
+
+
+class Progress(TrainerCallback):
+    """How far a training is: its curve and its seconds, restarts included; reports steps, says when to save and when to stop.
+
+    Seconds are of a monotonic clock: a wall clock that jumps changes nothing.
+    """
+
+    # Saving a large model to a slow disk takes minutes: it may take this share of the time at most.
+    SHARE = 0.05
+
+    def __init__(self, on_step: Callable[[dict], None] | None, stop: threading.Event | None, every_s: float, every_steps: int):
+        self.on_step, self.stop, self.every_s, self.every_steps = on_step, stop, every_s, every_steps
+        self.curve: list[dict] = []
+        self.stopped, self.trainer = False, None
+        self._started, self._saved, self._pause = time.perf_counter(), time.perf_counter(), every_s
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def load(self, path: Path) -> None:
+        """Go on from the progress that a checkpoint holds."""
+        progress = json.loads((path / PROGRESS).read_bytes())
+        self.curve = progress["curve"]
+        self._started = time.perf_counter() - progress["seconds"]
+
+    def saved(self, took: float) -> None:
+        """A checkpoint has been written, in `took` seconds."""
+        self._saved, self._pause = time.perf_counter(), max(self.every_s, took / self.SHARE)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loss, accuracy, tokens = self.trainer.measured
+        row = {"step": state.global_step, "loss": loss, "accuracy": accuracy}
+        row["tokens"] = tokens + (self.curve[-1]["tokens"] if self.curve else 0)
+        row["seconds"] = self.seconds
+        self.curve.append(row)
+        if self.on_step is not None and state.is_world_process_zero:
+            self.on_step(row | {"of": state.max_steps})
+        due = time.perf_counter() - self._saved > self._pause or (self.every_steps and state.global_step % self.every_steps == 0)
+        # one process decides for all
+        stop, due = self.trainer.agree(self.stop is not None and self.stop.is_set(), due)
+        if stop:
+            control.should_training_stop = self.stopped = True
+        control.should_save = bool(stop or due)
+
+
+class LCETrainer(Trainer):
+    """The Trainer with our loss, groups in their given order, and no weight decay on a state-space model's own parameters.
+
+    Its items are the numbers of groups; a step makes its batch from them, so that it can make a smaller one if memory fails.
+    """
+
+    # A step's pairs run in chunks of like length: mathematically one batch, but short documents are not padded to long ones.
+    CHUNKS = 4
+
+    def __init__(
+        self,
+        reranker: Reranker,
+        args: TrainingArguments,
+        groups: TrainingGroups,
+        batch_size: int,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        teacher: np.ndarray | None = None,
+    ):
+        """batch_size: queries of a step, on all processes. teacher: float32 (groups, G), its scores, if it is to be imitated."""
+        super().__init__(
+            model=reranker.model, args=args, data_collator=list, train_dataset=range(len(groups)), callbacks=[progress]
+        )
+        self.remove_callback(PrinterCallback)
+        self.inputs, self.groups, self.batch_size, self.teacher = reranker.inputs, groups, batch_size, teacher
+        self.checkpoints, self.progress, progress.trainer = checkpoints, progress, self
+        self.chunks, self.recompute = self.CHUNKS, False
+        self.measured = (math.nan, math.nan, 0)
+
+    def batch(self, indices: list[int]) -> dict:
+        """Make the model inputs of the groups `indices`, all of one step."""
+        pairs = [pair for index in indices for pair in self.groups[index]]
+        shape = (len(indices), len(pairs) // len(indices))
+        chunks = like_length([len(pair) for pair in pairs], self.chunks)
+        masks = self._dropout_masks(indices, shape[1])
+        return {
+            "chunks": [self.inputs.collate([pairs[i] for i in chunk]) | {"dropout_mask": masks[chunk]} for chunk in chunks],
+            "order": torch.from_numpy(np.argsort(np.concatenate(chunks))),
+            "shape": shape,
+            "tokens": sum(len(pair) for pair in pairs),
+            "teacher": None if self.teacher is None else torch.from_numpy(self.teacher[indices]),
+        }
+
+    def _dropout_masks(self, indices: list[int], group_size: int) -> torch.Tensor:
+        """The head's dropout for these groups, float32 (pairs, D): drawn by step, so the same on any number of processes."""
+        step, width, p = indices[0] // self.batch_size, self.model.score.in_features, self.model.config.head_dropout
+        drawn = np.random.default_rng([self.args.seed, step]).random((self.batch_size, group_size, width), dtype=np.float32)
+        ours = drawn[np.array(indices) - step * self.batch_size].reshape(-1, width)
+        return torch.from_numpy((ours >= p) / np.float32(1 - p))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        while True:
+            try:
+                return super().training_step(model, self.batch(inputs), num_items_in_batch)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                self._use_less_memory(error, pairs=sum(len(self.groups[index]) for index in inputs))
+            model.zero_grad()
+            free_memory()
+
+    def _use_less_memory(self, error: Exception, pairs: int) -> None:
+        """Halve the chunks, and keep the activations of one at a time only; the loss and its gradients stay what they are."""
+        if self.args.world_size > 1:
+            # the other processes are already waiting for this one's gradients
+            raise InputError(
+                f"expected the {pairs} pairs of a process to fit into memory, got: {error}; use gradient_checkpointing, more "
+                "processes or a smaller max_length"
+            ) from error
+        if self.recompute and self.chunks >= pairs:
+            raise InputError(
+                f"expected one pair at a time to fit into memory, got: {error}; use gradient_checkpointing, lora_r or a smaller "
+                "max_length"
+            ) from error
+        self.chunks, self.recompute = 2 * self.chunks, True
+        _log.warning(
+            "a step does not fit into memory: it runs in %d chunks from now on, each computed twice; the result is the same",
+            min(self.chunks, pairs),
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        run = partial(checkpoint, model, use_reentrant=False) if self.recompute else model
+        logits = [run(**chunk).logits[:, 0] for chunk in inputs["chunks"]]
+        for chunk in logits:
+            if chunk.requires_grad:
+                chunk.register_hook(lambda gradient: None)  # a moment of Python between the chunks, in which Ctrl-C is heard
+        logits = torch.cat(logits)
+        scores = logits[inputs["order"]].view(inputs["shape"])
+        loss = lce_loss(scores) if inputs["teacher"] is None else distil_loss(scores, inputs["teacher"])
+        ours = torch.stack([loss.detach().double(), accuracy(scores), loss.new_tensor(inputs["tokens"], dtype=torch.double)])
+        loss_of_all, accuracy_of_all, tokens = self.accelerator.reduce(ours, "mean").tolist()
+        self._check("loss", loss_of_all)
+        self.measured = loss_of_all, accuracy_of_all, round(tokens * self.args.world_size)
+        return (loss, {"logits": scores}) if return_outputs else loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        self._check("gradient", float(norm))
+        return norm
+
+    def _check(self, what: str, value: float) -> None:
+        """Stop before a value that is not finite gets into the weights."""
+        if math.isfinite(value):
+            return
+        step = self.state.global_step
+        query_ids = [group.query_id for group in self.groups.groups[step * self.batch_size : (step + 1) * self.batch_size]]
+        raise FloatingPointError(
+            f"expected a finite {what}, got {value} at step {step + 1}, queries {', '.join(query_ids)}; lower the learning rate or look "
+            f"at these queries' texts (the last checkpoint: {self.checkpoints.last or 'none yet'})"
+        )
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """Return each flag as true if it is on any process."""
+        counts = torch.tensor([float(flag) for flag in flags], device=self.args.device)
+        return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(("A_log", ".D", "dt_bias"))]
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+    def floating_point_ops(self, inputs):
+        return 0  # a step's inputs are numbers of groups
+
+    def _save_checkpoint(self, model, trial):
+        started, step = time.perf_counter(), self.state.global_step
+        try:
+            if self.is_world_process_zero():
+                self.checkpoints.clear()
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self.checkpoints.keep(step, {"seconds": self.progress.seconds, "curve": self.progress.curve})
+            self.accelerator.wait_for_everyone()
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by who writes
+            raise InputError(
+                f"expected to write a checkpoint to {self.checkpoints.folder}, got: {error}; make room there and start again: the "
+                "training goes on from the checkpoint before"
+            ) from error
+        self.progress.saved(time.perf_counter() - started)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Write the weights alone, by their names in the model, shared ones once; the Trainer would add a pickle."""
+        if self.args.should_save and not self.is_fsdp_enabled:  # the optimizer's part of FSDP writes them too
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_model(self.model, Path(output_dir) / SAFE_WEIGHTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_model(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)

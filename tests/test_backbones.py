@@ -1,0 +1,355 @@
+"""Backbones: checkpoints of every family in the Hub's own file layout, from loading to a measured run, without a Hub."""
+
+import copy
+import json
+from pathlib import Path
+
+import ir_datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model, ViTConfig
+
+from rankmamba.backbones import find, infer_family
+from rankmamba.collection import load
+from rankmamba.embedded import TINY
+from rankmamba.errors import InputError
+from rankmamba.evaluate import per_query
+from rankmamba.inputs import KINDS
+from rankmamba.last_layer import TOKENWISE
+from rankmamba.lora import add_lora
+from rankmamba.nano import NANO
+from rankmamba.reranker import Reranker
+from rankmamba.systems import FAMILIES, SYSTEMS
+from rankmamba.train import TrainConfig, train
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TEXTS = ["short", "a longer text about rivers and bridges " * 3, "snow on the mountain", "a book " * 30]
+PAIRS = [("which river", text) for text in TEXTS]
+
+
+def texts():
+    return [line.split('"text": ')[1] for line in (TINY / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def wordpiece(folder):
+    """BERT, ELECTRA: vocab.txt."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(texts(), trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials))
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in vocabulary), encoding="utf-8")
+
+
+def byte_level(folder, specials, pair=None, files="tokenizer.json"):
+    """GPT-2's kind of vocabulary: vocab.json and merges.txt, or tokenizer.json alone, as the family's folders have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts(), trainer)
+    if files == "vocab.json":
+        tokenizer.model.save(str(folder))
+    else:
+        if pair:
+            ids = [(token, tokenizer.token_to_id(token)) for token in specials]
+            tokenizer.post_processor = processors.TemplateProcessing(single=pair[0], pair=pair[1], special_tokens=ids)
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def sentencepieces(folder, file, **ids):
+    """T5 and DeBERTa-v3: a SentencePiece model, made by SentencePiece itself."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts()), model_prefix=str(folder / "spm"), vocab_size=200, minloglevel=2, **ids
+    )
+    (folder / "spm.vocab").unlink()
+    (folder / "spm.model").rename(folder / file)
+
+
+SSM = {"hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+ROBERTA = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+FAIRSEQ_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+END = ["<|endoftext|>"]
+
+# family: the class whose weights the Hub has, its configuration, the tokenizer's files, tokenizer_config.json
+HUB = {
+    "bert": ("BertForPreTraining", {**SIZES}, wordpiece, {"tokenizer_class": "BertTokenizer"}),
+    "electra": ("ElectraForPreTraining", {**SIZES, "embedding_size": 32}, wordpiece, {"tokenizer_class": "ElectraTokenizer"}),
+    "roberta": (
+        "RobertaForMaskedLM",
+        {**SIZES, **ROBERTA, "max_position_embeddings": 514, "type_vocab_size": 1},
+        lambda folder: byte_level(folder, FAIRSEQ_TOKENS, files="vocab.json"),
+        {"tokenizer_class": "RobertaTokenizer"},
+    ),
+    "deberta-v2": (
+        "DebertaV2ForMaskedLM",
+        {**SIZES, "relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+        | {"pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0, "position_biased_input": False, "max_relative_positions": -1},
+        lambda folder: sentencepieces(
+            folder, "spm.model", pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]",
+            eos_piece="[SEP]", unk_piece="[UNK]", user_defined_symbols=["[MASK]"],
+        ),
+        {"tokenizer_class": "DebertaV2Tokenizer", "do_lower_case": False, "vocab_type": "spm"},
+    ),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        {**SIZES, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
+        lambda folder: byte_level(
+            folder, ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"], ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]")
+        ),
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+        | {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "mask_token": "[MASK]"},
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        {**GPT, "ffn_dim": 64, "word_embed_proj_dim": 16, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+        lambda folder: byte_level(folder, FAIRSEQ_TOKENS, files="vocab.json"),
+        {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_prefix_space": False, "errors": "replace"}
+        | {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"},
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        {**SIZES, "bos_token_id": 0, "eos_token_id": 0},
+        lambda folder: byte_level(folder, END),
+        {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": END[0], "eos_token": END[0], "unk_token": END[0]},
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 1024, "bos_token_id": 0, "eos_token_id": 0},
+        lambda folder: byte_level(folder, END, files="vocab.json"),
+        {"tokenizer_class": "GPT2Tokenizer", "bos_token": END[0], "eos_token": END[0], "unk_token": END[0]},
+    ),
+    "llama": (
+        "LlamaForCausalLM",
+        {**SIZES, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True},
+        lambda folder: byte_level(folder, ["<|begin_of_text|>", "<|end_of_text|>"], ("<|begin_of_text|> $A", "<|begin_of_text|> $A $B")),
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 64, "decoder_start_token_id": 0},
+        lambda folder: sentencepieces(folder, "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
+        {"tokenizer_class": "T5Tokenizer", "extra_ids": 10},
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        | {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 2, **ROBERTA},
+        lambda folder: byte_level(folder, FAIRSEQ_TOKENS, files="vocab.json"),
+        {"tokenizer_class": "BartTokenizer"},
+    ),
+    "mamba": (
+        "MambaForCausalLM",
+        {**SSM, "state_size": 8},
+        lambda folder: byte_level(folder, END),
+        {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": END[0], "eos_token": END[0], "unk_token": END[0]},
+    ),
+    "falcon_mamba": (
+        "FalconMambaForCausalLM",
+        {**SSM, "state_size": 8},
+        lambda folder: byte_level(folder, END),
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END[0], "eos_token": END[0]},
+    ),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        {**SSM, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1}
+        | {"chunk_size": 16},
+        lambda folder: byte_level(folder, END),
+        {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": END[0], "eos_token": END[0], "unk_token": END[0]},
+    ),
+    "nemotron_h": (
+        "NemotronHForCausalLM",
+        {"hidden_size": 32, "hybrid_override_pattern": "M*-M", "intermediate_size": 64, "num_attention_heads": 2}
+        | {"num_key_value_heads": 1, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8}
+        | {"n_groups": 1, "chunk_size": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+        lambda folder: byte_level(folder, END),
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END[0], "eos_token": END[0]},
+    ),
+}
+
+
+def write_checkpoint(family, folder):
+    """A tiny checkpoint as its authors publish it: config.json, model.safetensors in half precision, the tokenizer's files."""
+    name, sizes, tokenizer, settings = HUB[family]
+    network = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = network(network.config_class(vocab_size=512, **sizes))
+    for parameter in model.parameters():
+        parameter.data.mul_(2)  # lively weights: with small ones every text scores the same
+    model.half().save_pretrained(folder)
+    tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.fixture(scope="module", params=HUB)
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    write_checkpoint(request.param, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reranker(checkpoint):
+    torch.manual_seed(0)
+    return Reranker.from_pretrained(checkpoint, dtype=torch.float32, max_length=512, max_query_length=64)
+
+
+@torch.no_grad()
+def hugging_face_scores(reranker, folder):
+    """Every pair alone through transformers' own classes, from text to hidden state; only the head is ours."""
+    backbone = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, kind, scores = AutoTokenizer.from_pretrained(folder), reranker.model.config.kind, []
+    for query, document in PAIRS:
+        if kind == "causal":
+            first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in causal(query, document))
+            start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+            batch = {"input_ids": torch.tensor([[*start, *first, *second, tokenizer.eos_token_id]])}
+        else:
+            batch = tokenizer(query, document, return_tensors="pt")
+            if kind == "encoder-decoder":
+                batch["decoder_input_ids"] = torch.tensor([[backbone.config.decoder_start_token_id]])
+        hidden = backbone(**batch).last_hidden_state
+        scores.append(reranker.model.score(hidden[:, -1 if kind == "causal" else 0]).item())
+    return np.array(scores)
+
+
+def causal(query, document):
+    return f"Document: {document}", f"\n\nQuery: {query}"
+
+
+def test_a_checkpoint_scores_as_its_hugging_face_implementation_does(reranker, checkpoint):
+    expected = hugging_face_scores(reranker, checkpoint)
+    assert np.ptp(expected) > 1e-3
+    assert np.abs(reranker.predict(PAIRS, batch_tokens=100_000) - expected).max() <= 1e-5
+    assert {p.dtype for p in reranker.model.parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_is_trained_saved_loaded_reranks_and_is_measured(checkpoint, tmp_path):
+    config = TrainConfig(str(checkpoint), max_steps=3, batch_size=2, group_size=4, max_length=64, max_query_length=32, bf16=False)
+    trained = train(config, load("rankmamba/tiny/train"), tmp_path / "model")
+    assert np.isfinite([row["loss"] for row in trained.curve]).all() and trained.steps == 3
+    loaded = Reranker.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert np.abs(loaded.predict(PAIRS) - trained.reranker.predict(PAIRS)).max() <= 1e-6
+    test = load("rankmamba/tiny/test").sample(4)
+    values = per_query(loaded.rerank(test.candidates, test, top_k=10), test.qrels)
+    assert sorted(values.index) == sorted(test.queries) and values.notna().all().all()
+
+
+def test_every_lora_target_receives_gradients(reranker):
+    family = FAMILIES[reranker.model.config.backbone_config.model_type]
+    model = copy.deepcopy(reranker.model)
+    add_lora(model, 2, 4)
+    batch = reranker.inputs.collate([reranker.inputs.join(*halves(reranker, *pair)) for pair in PAIRS])
+    model(**batch).logits.square().sum().backward()
+    gradients = {name.split(".lora_B")[0]: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+    assert not [name for name, gradient in gradients.items() if gradient is None or gradient.abs().max() < 1e-12]
+    adapted = {name.rpartition(".")[2] for name in gradients}
+    assert set(family.lora_targets) - adapted <= {"wi_0", "wi_1"}  # of the gated T5s
+
+
+def halves(reranker, query, document):
+    return reranker.inputs.queries([query])[0], reranker.inputs.documents([document])[0]
+
+
+def test_the_attention_implementations_of_a_family_are_those_that_transformers_has_and_agree(checkpoint):
+    config = AutoConfig.from_pretrained(checkpoint)
+    family = FAMILIES[config.model_type]
+    if family.attention:
+        assert family.attention == infer_family(config).attention
+    ids = torch.arange(10, 40)[None]
+    kinds = {"decoder_input_ids": ids[:, :1]} if family.kind == "encoder-decoder" else {}
+    outputs = []
+    for name in set(family.attention) & {"eager", "sdpa"}:  # what a CPU runs
+        backbone = AutoModel.from_pretrained(checkpoint, attn_implementation=name, dtype=torch.float32).eval()
+        with torch.no_grad():
+            outputs.append(backbone(input_ids=ids, **kinds).last_hidden_state)
+    assert all(torch.allclose(outputs[0], other, atol=1e-5) for other in outputs)
+
+
+def test_the_last_layer_skips_in_every_family_that_it_knows(reranker):
+    kept = reranker.model._last_layer._layer
+    family = reranker.model.config.backbone_config.model_type
+    assert (kept is None) == (family not in TOKENWISE)
+    if kept is not None:
+        hooked = {name for name, module in kept.named_modules() if module._forward_pre_hooks}
+        assert hooked == set(TOKENWISE[family][1])
+
+
+def test_the_table_has_a_line_for_each_checkpoint_and_every_family_is_proven():
+    assert set(HUB) == set(FAMILIES) == {spec.family.model_type for spec in SYSTEMS.values()}
+    sources = [spec.source for spec in SYSTEMS.values() if isinstance(spec.source, str)]
+    assert len(sources) == len(set(sources)) == 34
+    assert find("state-spaces/mamba-130m-hf") is SYSTEMS["mamba-130m"]
+    assert all(family.kind in KINDS and family.lora_targets for family in FAMILIES.values())
+
+
+def test_a_family_that_the_table_lacks_is_inferred_from_the_configuration_and_said_aloud(tmp_path, capsys):
+    Qwen3Model(Qwen3Config(vocab_size=320, head_dim=16, num_key_value_heads=1, **SIZES)).save_pretrained(tmp_path)
+    byte_level(tmp_path, END)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END[0]}), encoding="utf-8")
+    spec = find(str(tmp_path))
+    assert "'qwen3', so causal: document, query, end of sequence" in capsys.readouterr().err
+    assert spec.kind == "causal" and spec.lora_targets == "all-linear" and "sdpa" in spec.family.attention
+    assert np.isfinite(Reranker.from_pretrained(tmp_path, dtype=torch.float32).predict(PAIRS)).all()
+
+
+def test_a_checkpoint_without_safetensors_is_refused_and_so_is_one_that_is_no_language_model(tmp_path):
+    write_checkpoint("bert", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        Reranker.from_pretrained(tmp_path)
+    ViTConfig().save_pretrained(tmp_path / "vision")
+    with pytest.raises(InputError, match="'vit'"):
+        Reranker.from_pretrained(tmp_path / "vision")
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path):
+    write_checkpoint("roberta", tmp_path)
+    assert find(str(tmp_path)).max_length == 512  # 514 in its configuration
+    with pytest.raises(InputError, match="max_length <= 512"):
+        Reranker.from_pretrained(tmp_path, max_length=513)
+
+
+@pytest.mark.parametrize("name", NANO)
+@torch.no_grad()
+def test_a_nano_backbone_is_transformers_own_network(name):
+    torch.manual_seed(0)
+    reranker = Reranker.from_pretrained(f"tiny-{name}", dtype=torch.float32, max_length=64, max_query_length=20)
+    model = reranker.model
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    theirs = AutoModel.from_config(model.config.backbone_config).eval()
+    theirs.load_state_dict(model.backbone.state_dict(), strict=False)
+    embed, kind, scores = model.backbone.get_input_embeddings(), model.config.kind, []
+    for query, document in PAIRS:
+        ids = torch.from_numpy(reranker.inputs.join(*halves(reranker, query, document)).ids).long()[None]
+        inputs = {"inputs_embeds": embed(ids)}
+        if kind == "encoder":
+            types = reranker.inputs.join(*halves(reranker, query, document)).types
+            inputs["token_type_ids"] = torch.from_numpy(types).long()[None]
+        if kind == "encoder-decoder":
+            inputs["decoder_inputs_embeds"] = embed(torch.zeros(1, 1, dtype=torch.long))
+        hidden = theirs(**inputs).last_hidden_state
+        scores.append(model.score(hidden[:, -1 if kind == "causal" else 0]).item())
+    assert np.abs(reranker.predict(PAIRS) - np.array(scores)).max() <= 1e-5
+
+
+@torch.no_grad()
+def test_smollm2_comes_out_of_its_package_and_scores(monkeypatch):
+    # 98 MB: kept where a study keeps it, not fetched for every run of the tests
+    monkeypatch.setattr(ir_datasets.util, "home_path", lambda: Path.home() / ".ir_datasets")
+    reranker = Reranker.from_pretrained("smollm2-135m", dtype=torch.float32, max_length=128)
+    backbone, tokenizer = reranker.model.backbone, reranker.tokenizer
+    assert 134e6 < reranker.model.num_parameters() < 135e6
+    assert (backbone.config.num_attention_heads, backbone.config.num_key_value_heads) == (9, 3)
+    hidden = backbone(**tokenizer("The capital of France is", return_tensors="pt"), use_cache=False).last_hidden_state
+    assert tokenizer.decode((hidden[0, -1] @ backbone.get_input_embeddings().weight.T).argmax()) == " Paris"
+    scores = reranker.predict(PAIRS[:3])
+    assert np.abs(scores - np.concatenate([reranker.predict([pair]) for pair in PAIRS[:3]])).max() <= 1e-4

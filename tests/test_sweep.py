@@ -1,0 +1,249 @@
+"""Sweeps: read strictly, each run once, nothing lost when something dies, here and on a cluster of two workers.
+
+The runs are real ones (`python -m rankmamba.study`, kernels and all) in a checkout whose one notebook is a small one.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+
+from rankmamba import sweep
+from rankmamba.errors import InputError
+from rankmamba.results import read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMETERS = """\
+collection: str = "c"  # a name
+results: str = "results"  # a folder
+scale: str = "quick"  # a scale
+seed: int = 0  # a number
+rate: float = 0.5  # a number
+names: list = ["a"]  # words
+interactive: bool = True  # False in batch
+"""
+WORK = """\
+import time
+from pathlib import Path
+from rankmamba.results import new_record, write_record
+sweep = Path(results).parent
+with open(sweep / f"began-{seed}", "a") as log:
+    log.write("x")
+while (sweep / "hold").exists():
+    time.sleep(0.05)
+if seed == 13:
+    raise RuntimeError("unlucky")
+value = {"measures": {"RR@100": {"mean": rate + seed, "low": 0.0, "high": 1.0}}, "per_query": {"RR@100": {"q": rate}}}
+write_record(results, new_record("evaluate", "a", f"{collection}/test", scale, seed, {"rate": rate}, value))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A checkout with our package and a notebook of three lines."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "rankmamba", folder / "rankmamba", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "notebooks" / "scales").mkdir(parents=True)
+    (folder / "notebooks" / "scales" / "quick.yaml").write_text("parameters: {rate: 0.25}\nminutes: {01_work: 0.1}\n")
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(WORK)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "notebooks" / "01_work.ipynb")
+    return folder
+
+
+def start(checkout, folder, text, *arguments):
+    """Start a sweep as a person would, in a process group of its own."""
+    (folder / "s.yaml").write_text(text)
+    return subprocess.Popen(
+        [sys.executable, "-m", "rankmamba.study", "-f", "s.yaml", "--results", "out", *arguments],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(checkout)}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+
+
+def finish(process):
+    """Wait for a sweep: its exit code, and what it said on stdout and stderr."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def begun(folder):
+    """{seed: how often a run with it began} from what the notebooks wrote."""
+    return {int(path.name.rpartition("-")[2]): len(path.read_text()) for path in (folder / "out").glob("began-*")}
+
+
+def records(folder):
+    """[(kind, seed)] of every record below a sweep."""
+    runs = [path for path in (folder / "out").iterdir() if (path / "records").is_dir()]
+    return sorted((record["kind"], record["seed"]) for run in runs for record in read_records(run))
+
+
+def once(*seeds):
+    return sorted((kind, seed) for seed in seeds for kind in ("evaluate", "study"))
+
+
+def test_a_failed_run_is_reported_with_its_reason_and_the_others_stand_in_the_table(checkout, tmp_path):
+    code, out, err = finish(start(checkout, tmp_path, "- {rate: 1e-3, seed: 1}\n- {seed: 13}\n", "--jobs", "2"))
+    assert code == 1
+    assert "error: 1 of 2 runs failed" in err
+    assert "seed=13: 01_work.ipynb failed in cell 3: RuntimeError: unlucky" in err
+    table = pd.read_csv(tmp_path / "out" / "measures.csv")
+    assert table.to_dict("list") == {"rate": [0.001], "seed": [1], "system": ["a"], "RR@100": [1.001]}
+    assert [line.split() for line in out.splitlines()[:2]] == [["rate", "system", "seeds", "RR@100"], ["0.001", "a", "1", "1.001"]]
+
+
+def test_after_a_sigkill_what_is_finished_is_not_done_again(checkout, tmp_path):
+    text = "[{seed: 1}, {seed: 2}]"
+    (tmp_path / "out").mkdir()
+    first = start(checkout, tmp_path, text)
+    wait_for(lambda: 1 in begun(tmp_path))
+    (tmp_path / "out" / "hold").touch()
+    wait_for(lambda: 2 in begun(tmp_path))
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert records(tmp_path) == once(1)
+    (tmp_path / "out" / "hold").unlink()
+    code, _, err = finish(start(checkout, tmp_path, text))
+    assert code == 0 and "2 runs, 1 of them finished before" in err
+    assert records(tmp_path) == once(1, 2) and begun(tmp_path) == {1: 1, 2: 2}
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("records/*")}
+    assert finish(start(checkout, tmp_path, text))[0] == 0
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("records/*")}
+
+
+def test_a_cluster_of_two_workers_of_which_one_is_killed_leaves_every_record_once(checkout, tmp_path):
+    pytest.importorskip("submitit", reason="the cluster extra is not installed")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "hold").touch()
+    process = start(checkout, tmp_path, "seed: [1, 2]", "--submitit", "cluster=local")
+    wait_for(lambda: set(begun(tmp_path)) == {1, 2})
+
+    def working():
+        below = psutil.Process(process.pid).children(recursive=True)
+        return [p for p in below if "ipykernel_launcher" in " ".join(p.cmdline())]
+
+    kernels = wait_for(lambda: len(working()) == 2 and working())
+    kernels[0].parent().kill()
+    (tmp_path / "out" / "hold").unlink()
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert err.count("died, submitted again") == 1
+    assert records(tmp_path) == once(1, 2)
+    assert sorted(begun(tmp_path).values()) == [1, 2]
+
+
+def test_jobs_share_the_threads_of_the_machine(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, env, **streams: seen.append(env["OMP_NUM_THREADS"]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    for jobs in (1, 4, 8):
+        sweep.start_here(jobs)([], tmp_path / "log")
+    assert seen == ["6", "1", "1"]
+
+
+FITS = {"seed": ("int", 0), "rate": ("float", 0.5), "names": ("list", [])}
+
+
+@pytest.mark.parametrize(
+    "text, sets",
+    [
+        ("seed: [0, 1]\nrate: [1e-3, 2]", [{"seed": s, "rate": r} for s in (0, 1) for r in (1e-3, 2)]),
+        ("names: [[a], [no, 010, '1']]", [{"names": ["a"]}, {"names": ["no", "010", "1"]}]),
+        ("- {seed: 1}\n- {rate: 2.5, seed: 1}", [{"seed": 1}, {"rate": 2.5, "seed": 1}]),
+    ],
+)
+def test_a_grid_runs_every_combination_and_a_list_its_sets(text, sets, tmp_path):
+    (tmp_path / "s.yaml").write_text(text)
+    assert sweep.read_sweep(tmp_path / "s.yaml", FITS) == sets
+
+
+@pytest.mark.parametrize(
+    "text, says, line",
+    [
+        ("seed: [1]\nsede: [2]", "sede", 2),
+        ("seed:\n- 1\n- one", "a value of type int for seed, got 'one'", 3),
+        ("seed: [true]", "a value of type int for seed, got True", 1),
+        ("- {seed: 1}\n- {seed: 1.5}", "a value of type int for seed, got 1.5", 2),
+        ("names: [a, b]", "a value of type list for names, got 'a'", 1),
+        ("seed: 1", "another form", 1),
+        ("- seed", "another form", 1),
+        ("seed: [1]\nseed: [2]", "'seed', which comes twice", 2),
+        ("- {seed: 1}\n- {seed: 2}\n- {seed: 1}", "twice", 3),
+        ("seed: [1\nrate: [", "expected YAML", 2),
+        ("seed: &a [1]\nrate: *a", "the reference *a", 2),
+        ("seed: [!!python/object:os.system 1]", "expected YAML", 1),
+        ("1: [2]", "is no text", 1),
+    ],
+)
+def test_a_wrong_sweep_is_refused_with_its_line(text, says, line, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        sweep.read_sweep(path, FITS)
+    assert says in str(error.value) and f"{path}:{line}" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[{}]", "seed: []", "[" * 5000, "seed: [" + "9" * 5000 + "]", "\x00", "a: \xff"])
+def test_an_empty_or_hostile_sweep_is_one_clear_error(text, tmp_path):
+    (tmp_path / "s.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="s.yaml"):
+        sweep.read_sweep(tmp_path / "s.yaml", FITS)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["-f", "missing.yaml"], "missing.yaml"),
+        (["-f", "s.yaml", "--jobs", "0"], "--jobs of at least 1"),
+        (["-f", "s.yaml", "-p", "seed=3"], "either as -p or in s.yaml"),
+        (["-f", "s.yaml", "-p", "sed=3"], "sed"),
+        (["-f", "s.yaml", "--submitit", "memory=3"], "memory"),
+    ],
+)
+def test_a_wrong_argument_of_a_sweep_is_named_and_nothing_starts(arguments, says, tmp_path, monkeypatch, capsys):
+    from rankmamba import study
+
+    monkeypatch.chdir(tmp_path)
+    Path("s.yaml").write_text("seed: [1, 2]")
+    assert study.main(["--scale", "tiny", "--results", "out", *arguments]) == 1
+    assert says in capsys.readouterr().err and not list(Path("out").glob("*=*"))
+
+
+def test_jobs_without_a_sweep_is_an_error(capsys):
+    from rankmamba import study
+
+    with pytest.raises(SystemExit):
+        study.main(["--jobs", "2"])
+    assert "-f" in capsys.readouterr().err
+
+
+def test_a_run_is_finished_only_with_the_same_parameters(tmp_path):
+    (tmp_path / "s.yaml").write_text("seed: [1]")
+    (run,) = sweep.plan(tmp_path / "s.yaml", "tiny", None, {}, tmp_path / "out")
+    assert not sweep.finished(run)
+    from rankmamba.study import leave_record
+
+    leave_record(run.folder, "tiny", None, run.config["parameters"], 1.0)
+    assert sweep.finished(run)
+    path = next((run.folder / "records").iterdir())
+    record = json.loads(path.read_text())
+    record["config"]["parameters"]["batch_size"] = 64
+    path.write_text(json.dumps(record))
+    assert not sweep.finished(run)
