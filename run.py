@@ -58,7 +58,7 @@ def main(arguments):
         stop(f"expected study, lab, test or doctor, got {command!r}", code=2)
     if python_problem():
         stop(python_problem())
-    install(EXTRA[command])
+    install("e2e" if command == "test" and has_chromium() else EXTRA[command])
     return run(["-m", *MODULE[command], *rest])
 
 
@@ -95,6 +95,11 @@ def disk_problem(needed_gb):
 def has_nvidia():
     """Whether an NVIDIA driver is installed."""
     return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
+
+
+def has_chromium():
+    """Whether there is a browser that the tests can drive."""
+    return any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 
 
 def install(extra):

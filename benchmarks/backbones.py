@@ -51,10 +51,18 @@ def main() -> None:
             for mode in MODES:
                 print(f"{name}, {batch} x {length} tokens, {mode}", flush=True)
                 for model, result in found.items():
-                    rate, share, layers = result[mode]["tokens_per_s"], result[mode]["share"], result["depths"] or [result["layers"]]
+                    rate, share, layers = (
+                        result[mode]["tokens_per_s"],
+                        result[mode]["share"],
+                        result["depths"] or [result["layers"]],
+                    )
                     ran = " and ".join(map(str, layers))
-                    print(f"  {model:<12} {rate:9.0f} tokens/s   share of the peak {share:4.0%}   {ran} of {result['layers']} layers ran")
-            table += [{"model": model, "dtype": name, "length": length, "batch": batch, **result} for model, result in found.items()]
+                    print(
+                        f"  {model:<12} {rate:9.0f} tokens/s   share of the peak {share:4.0%}   {ran} of {result['layers']} layers ran"
+                    )
+            table += [
+                {"model": model, "dtype": name, "length": length, "batch": batch, **result} for model, result in found.items()
+            ]
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"kernel": vars(kernel), "environment": environment(), "table": table}, file, indent=1)

@@ -22,7 +22,8 @@ import torch
 from rankmamba import plots, profile_plots, scan
 from rankmamba.doctor import import_problem
 from rankmamba.errors import InputError
-from rankmamba.profile_study import fastest_attention, speed, speed_table, verdict
+from rankmamba.profile_study import speed
+from rankmamba.profile_tables import fastest_attention, one_batch, speed_table, verdict
 from rankmamba.results import environment, new_record, read_records, write_record
 from rankmamba.scan import reference
 
@@ -34,7 +35,11 @@ PACKAGES = ("mamba_ssm", "causal_conv1d", "flash_attn")
 SYSTEMS = [
     "mamba-130m",
     "mamba2-130m",
-    *(f"{name} ({attention})" for attention in ("flash_attention_2", "sdpa") for name in ("pythia-160m", "opt-125m", "bert-base")),
+    *(
+        f"{name} ({attention})"
+        for attention in ("flash_attention_2", "sdpa")
+        for name in ("pythia-160m", "opt-125m", "bert-base")
+    ),
     "mamba-370m",
     "mamba2-370m",
     *(f"{name} ({attention})" for attention in ("flash_attention_2", "sdpa") for name in ("pythia-410m", "bert-large")),
@@ -85,7 +90,6 @@ def parity(device: str) -> dict[str, float]:
     return found
 
 
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="toy models and lengths, on the CPU if there is no GPU")
@@ -108,7 +112,10 @@ def main() -> int:
         print(f"  {name}: largest error of values and gradients against float64 {error:.1e}")
     write_record(options.results, new_record("parity", f"scan {kernel.name}", "float64", "gpu", 0, {}, errors, {}, environment()))
     if max(errors.values()) > LIMIT:
-        print(f"error: expected errors of at most {LIMIT}, so these kernels are wrong here and their speed means nothing", file=sys.stderr)
+        print(
+            f"error: expected errors of at most {LIMIT}, so these kernels are wrong here and their speed means nothing",
+            file=sys.stderr,
+        )
         return 1
     lengths, tokens, group = ([32, 64], 128, 2) if options.tiny else (LENGTHS, TOKENS, GROUP)
     cases = [(group * max(1, tokens // (group * length)), length) for length in lengths]
@@ -116,7 +123,9 @@ def main() -> int:
     for place, system in enumerate(systems, 1):
         elapsed = time.monotonic() - started
         if elapsed > 60 * options.minutes:
-            print(f"left out after {elapsed / 60:.0f} minutes: {', '.join(systems[place - 1 :])}; the same call again goes on there")
+            print(
+                f"left out after {elapsed / 60:.0f} minutes: {', '.join(systems[place - 1 :])}; the same call again goes on there"
+            )
             break
         print(f"[{place}/{len(systems)}] {system}, {elapsed:.0f} s", flush=True)
         try:
@@ -124,8 +133,9 @@ def main() -> int:
         except InputError as error:
             print(f"  left out: {error}")
     records = read_records(options.results, "profile")
-    table = speed_table(records)
-    print(table[["system", "mode", "length", "batch", "tokens_per_s", "peak_mib", "share"]].to_string(index=False, float_format="{:,.3g}".format))
+    table = one_batch(speed_table(records))
+    shown = ["system", "mode", "length", "batch", "tokens_per_s", "peak_mib", "share"]
+    print(table[shown].to_string(index=False, float_format="{:,.3g}".format))
     print(f"\n{verdict(records)}")
     for name, draw in {"throughput": profile_plots.throughput, "memory": profile_plots.memory}.items():
         print(plots.save(draw(fastest_attention(table)), options.results / "figures", name))

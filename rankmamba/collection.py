@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 
+# ids of ours that join several of ir_datasets': the two years that the papers test on, 43 and 45 queries with graded judgements
+UNIONS = {"msmarco-document/test": ("msmarco-document/trec-dl-2019/judged", "msmarco-document/trec-dl-2020/judged")}
+
+
 class IrDocuments(Documents):
     """The documents of an ir_datasets dataset, looked up in its document store (built by ir_datasets on the first look-up)."""
 
@@ -158,7 +162,8 @@ class Collection:
 
 
 def load(name_or_folder: str | Path) -> Collection:
-    """Load a collection: an ir_datasets id (ours are rankmamba/tiny and rankmamba/nq/train, /dev, /test) or a folder of your own.
+    """Load a collection: an ir_datasets id (ours are rankmamba/tiny and rankmamba/nq/train, /dev, /test), msmarco-document/test (both
+    TREC years with judgements) or a folder of your own.
 
     A folder holds documents.jsonl, queries.tsv (query_id, tab, text), qrels.txt (TREC) and, if any, candidates.run (TREC).
     Where an id and a folder have the same name, the id is meant; write ./name for the folder.
@@ -171,6 +176,8 @@ def load(name_or_folder: str | Path) -> Collection:
     from . import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; imported here because it imports this module
 
     name = str(name_or_folder)
+    if name in UNIONS:
+        return _union(name, [load(part) for part in UNIONS[name]])
     try:
         dataset = None if isinstance(name_or_folder, Path) else ir_datasets.load(name)
     except KeyError:
@@ -184,6 +191,16 @@ def load(name_or_folder: str | Path) -> Collection:
         f"expected an ir_datasets id or a folder with documents.jsonl, got {name!r}; "
         + (f"did you mean {' or '.join(close)}?" if close else "check the spelling and the current folder")
     )
+
+
+def _union(name: str, parts: Sequence[Collection]) -> Collection:
+    """Join collections of the same documents that share no query."""
+
+    def candidates() -> pd.DataFrame:
+        return sort_run(pd.concat([part.candidates for part in parts], ignore_index=True))
+
+    queries = {query_id: text for part in parts for query_id, text in part.queries.items()}
+    return Collection(name, parts[0].documents, queries, pd.concat([part.qrels for part in parts], ignore_index=True), candidates)
 
 
 def _from_folder(folder: Path) -> Collection:

@@ -3,6 +3,8 @@
 rankmamba/tiny   40 documents and 24 queries written for this project (data/tiny); /train, /dev and /test are parts of it
 rankmamba/nq     13,741 Wikipedia passages and 17,506 search queries of Natural Questions, in /train, /dev and /test
 rankmamba/wiki   introductions of Wikipedia articles with queries made from them, for pre-training; /train, /dev and /test
+rankmamba/squad  9,750 paragraphs of four domains with 47,389 crowd questions, in /test; ids begin with the domain
+rankmamba/squad-long/600, rankmamba/squad-long/1500   the same joined into documents of up to so many words, in /test
 
 A set is made once, under `IR_DATASETS_HOME`/rankmamba (default ~/.ir_datasets/rankmamba), in a folder that appears only when it
 is complete; delete the folder to have it made again. The candidates (scoreddocs) are BM25's first 100 with k1 = 0.9, b = 0.4.
@@ -13,8 +15,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import ir_datasets
@@ -31,7 +34,7 @@ from ir_datasets.formats import (
 )
 from ir_datasets.indices import Docstore
 
-from . import nq, wiki
+from . import nq, squad, wiki
 from .candidates import BM25, K1, B
 from .errors import InputError
 from .files import replacing, sha256, write_text
@@ -53,7 +56,7 @@ from .sources import fetch, say
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
 SPLITS = ("train", "dev", "test")
 NQ_VERSION = "1"  # of what `nq.prepare` makes: another number, another folder
-WIKI_VERSION = "1"
+WIKI_VERSION, SQUAD_VERSION = "1", "1"
 
 
 def home() -> Path:
@@ -62,17 +65,18 @@ def home() -> Path:
 
 
 def prepared(name: str) -> Path:
-    """Return the folder of a set ("tiny" or "nq"), made first if need be; another process that wants it meanwhile waits.
+    """Return the folder of a set ("tiny", "nq", ...), made first if need be; another process that wants it meanwhile waits.
 
     Raises:
         InputError: the source is missing or cannot be fetched, or the disk is too small.
     """
-    version, make = _SETS[name]
-    folder = home() / f"{name}-{version()}"
+    version, make, _ = _SETS[name]
+    slug = name.replace("/", "-")
+    folder = home() / f"{slug}-{version()}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.parent / f".{name}.lock")
+    lock = filelock.FileLock(folder.parent / f".{slug}.lock")
     try:
         lock.acquire(timeout=0.1)
     except filelock.Timeout:
@@ -125,6 +129,21 @@ def _make_wiki(folder: Path) -> None:
     _write(folder, Documents(result.documents), result.queries, qrels, source)
 
 
+def _make_squad(folder: Path, words: int | None) -> None:
+    result = squad.prepare(squad.read_paragraphs(fetch(nq.SOURCE, home())), words)
+    qrels = pd.DataFrame(result.qrels, columns=QRELS_COLUMNS)
+    source = {"source": f"{nq.SOURCE.requirement}: {squad.FOLDER}", "source_sha256": nq.SOURCE.sha256}
+    _write(folder, Documents(result.documents), {"test": result.queries}, {"test": qrels}, source)
+    starts = "".join(f"{query_id}\t{start}\n" for query_id, start in result.starts.items())
+    write_text(folder / "test" / "starts.tsv", starts)
+
+
+def answer_starts(name: str) -> dict[str, int]:
+    """{query_id: words of its document before the paragraph that answers it} of "squad", "squad-long/600" or "squad-long/1500"."""
+    lines = (prepared(name) / "test" / "starts.tsv").read_text(encoding="utf-8").splitlines()
+    return {query_id: int(start) for query_id, start in (line.split("\t") for line in lines)}
+
+
 def _write(
     folder: Path, documents: Documents, queries: dict[str, dict[str, str]], qrels: dict[str, pd.DataFrame], source: dict
 ) -> None:
@@ -147,11 +166,25 @@ _GRADES = {
     "tiny": {0: "not relevant", 1: "on the topic", 2: "answers in part", 3: "answers"},
     "nq": {1: "the passage of the query, or a revision of it that holds the answer too"},
     "wiki": {1: "the article that the query's words are from"},
+    **dict.fromkeys(("squad", "squad-long/600", "squad-long/1500"), {1: "holds the paragraph that the question was written for"}),
 }
-_SETS: dict[str, tuple[Callable[[], str], Callable[[Path], None]]] = {
-    "tiny": (_tiny_version, _make_tiny),
-    "nq": (lambda: NQ_VERSION, _make_nq),
-    "wiki": (lambda: WIKI_VERSION, _make_wiki),
+
+
+class _Set(NamedTuple):
+    """How a set is made; another version, another folder. "all" among the parts is the set's own id."""
+
+    version: Callable[[], str]
+    make: Callable[[Path], None]
+    parts: tuple[str, ...] = SPLITS
+
+
+_SETS = {
+    "tiny": _Set(_tiny_version, _make_tiny, ("all", *SPLITS)),
+    "nq": _Set(lambda: NQ_VERSION, _make_nq),
+    "wiki": _Set(lambda: WIKI_VERSION, _make_wiki),
+    "squad": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=None), ("test",)),
+    "squad-long/600": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=600), ("test",)),
+    "squad-long/1500": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=1500), ("test",)),
 }
 
 
@@ -253,9 +286,9 @@ class _ScoredDocs(_Part, BaseScoredDocs):
 
 
 def _register() -> None:
-    for name in _SETS:
+    for name, made in _SETS.items():
         docs = _Docs(name)
-        for part in ("all", *SPLITS) if name == "tiny" else SPLITS:
+        for part in made.parts:
             dataset_id = f"rankmamba/{name}" if part == "all" else f"rankmamba/{name}/{part}"
             _register_once(dataset_id, docs, _Queries(name, part), _Qrels(name, part), _ScoredDocs(name, part))
         _register_once(f"rankmamba/{name}", docs)  # only documents, where there is no part "all"

@@ -6,6 +6,7 @@ Every step is found in the records when it was done before with the same setting
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import threading
@@ -30,6 +31,8 @@ from .results import environment, fingerprint, new_record, read_records, write_r
 from .tables import measured
 from .train import TrainConfig, train
 
+PARTS = ("dev", "test")  # what is ranked
+
 
 class Experiment:
     """One study: a collection with /train, /dev and /test, and one folder for its records, runs, models and figures.
@@ -51,9 +54,9 @@ class Experiment:
         return self._splits[name]
 
     def document_lengths(self, system: str) -> np.ndarray:
-        """Count the tokens of every document, uncut, as `system`'s tokenizer makes them: int array (documents,)."""
+        """Count the tokens of the first 20,000 documents, uncut, as `system`'s tokenizer makes them: int array (documents,)."""
         inputs = PairTokenizer(load_tokenizer(find(system)), "encoder", max_length=1 << 20)
-        texts = [text for _, text in self.split("test").documents.pairs()]
+        texts = [text for _, text in itertools.islice(self.split("test").documents.pairs(), 20_000)]
         return np.array([len(ids) for ids in inputs.documents(texts)])
 
     def first_stage(self, system: str, k1: float, b: float) -> dict:
@@ -65,7 +68,7 @@ class Experiment:
         index = BM25.build(self.split("test").documents, k1=k1, b=b)
         built = time.perf_counter()
         rows = {}
-        for part in ("dev", "test"):
+        for part in PARTS:
             run = index.search(self.split(part).queries)
             write_run(self.run_path(system, part), run, system)
             rows[part] = len(run)
@@ -73,6 +76,26 @@ class Experiment:
         timing = {"index_seconds": built - started, "queries_per_s": queries / (time.perf_counter() - built)}
         result = {"documents": len(self.split("test").documents), "rows": rows}
         return self._leave("first_stage", system, "test", config, result, timing)
+
+    def given_first_stage(self, system: str) -> dict:
+        """Keep the candidates that come with the collection as the first stage; returns the record, with a note that says so."""
+        config = self._config(candidates="given")
+        if (record := self._found("first_stage", system, "test", config)) and self._has_runs(system):
+            return record
+        rows = {}
+        for part in PARTS:
+            run = self.split(part).candidates
+            if run is None:
+                raise InputError(f"expected candidates that come with {self.split(part).name}, got none; rank with BM25 instead")
+            write_run(self.run_path(system, part), run, system)
+            rows[part] = len(run)
+        result = {"documents": len(self.split("test").documents), "rows": rows}
+        note = f"the candidates that come with {self.collection}, ranked by its authors"
+        return self._leave("first_stage", system, "test", config, result, {}, note=note)
+
+    def first_stages(self) -> list[str]:
+        """The systems of all first stages that were kept."""
+        return [record["system"] for record in read_records(self.folder, "first_stage") if record["seed"] == self.seed]
 
     def train(
         self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None
@@ -111,23 +134,27 @@ class Experiment:
         here = [record for record in records if record["collection"] == f"{self.collection}/train"]
         return sorted(here, key=lambda record: record["created"])
 
-    def rerank(self, system: str, first_stage: str, top_k: int, show_progress: bool = True) -> dict:
+    def rerank(
+        self, system: str, first_stage: str, top_k: int, show_progress: bool = True, max_passages: int = 1
+    ) -> dict:
         """Rerank the first stage's `top_k` of each dev and test query with a trained system and keep the runs; returns the record.
 
-        A reranking that was killed goes on with the queries that are not finished.
+        max_passages: of a document, see `Reranker.rerank`. A reranking that was killed goes on with the queries that are not finished.
         """
         folder = self.model_path(system)
         trained = self._last("train", system, "train")
         if trained is None or not folder.is_dir():
             raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
-        config = self._config(first_stage=first_stage, top_k=top_k, trained=fingerprint(trained))
-        journals = {part: self.run_path(system, part).with_suffix(".finished") for part in ("dev", "test")}
+        config = self._config(first_stage=first_stage, top_k=top_k, max_passages=max_passages, trained=fingerprint(trained))
+        journals = {part: self.run_path(system, part).with_suffix(".finished") for part in PARTS}
         record = self._found("rerank", system, "test", config)
         if not (record and self._has_runs(system)):
             reranker, cost, rows = Reranker.from_pretrained(folder), Cost(), {}
             for part, journal in journals.items():
                 candidates, split = self.run(first_stage, part), self.split(part)
-                run, part_cost = resumable.rerank(reranker, candidates, split, top_k, journal, config, show_progress)
+                run, part_cost = resumable.rerank(
+                    reranker, candidates, split, top_k, journal, config, show_progress, max_passages
+                )
                 write_run(self.run_path(system, part), run, system)
                 cost, rows = cost + part_cost, rows | {part: len(run)}
             result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens, "rows": rows}
@@ -157,7 +184,10 @@ class Experiment:
             result = {"weight": weight, "dev": table.to_dict("list")}
         elif reranked is not None:
             run = interpolate(run, self.run(config["first_stage"], "test"), 1.0)
-        return self._leave("evaluate", name, "test", self._config(**config), measured(per_query(run, test.qrels)) | result, {})
+        first_stage = self._last("first_stage", system, "test")
+        note = first_stage["note"] if first_stage is not None else ""
+        result = measured(per_query(run, test.qrels)) | result
+        return self._leave("evaluate", name, "test", self._config(**config), result, {}, note=note)
 
     def weight_tables(self, systems: Sequence[str], mixed_with: str = "bm25") -> dict[str, pd.DataFrame]:
         """{system: table of weight and value on dev} from the records of `evaluate`."""
@@ -210,7 +240,7 @@ class Experiment:
         return self.folder / "runs" / f"{system}-{part}-seed{self.seed}.run"
 
     def _has_runs(self, system: str) -> bool:
-        return all(self.run_path(system, part).is_file() for part in ("dev", "test"))
+        return all(self.run_path(system, part).is_file() for part in PARTS)
 
     def model_path(self, system: str) -> Path:
         return self.folder / "models" / f"{system}-seed{self.seed}"
@@ -231,8 +261,8 @@ class Experiment:
         record = self._last(kind, system, part)
         return record if record is not None and record["config"] == config else None
 
-    def _leave(self, kind, system, part, config, result, timing, ran: dict | None = None) -> dict:
-        note = SYSTEMS[system].note if system in SYSTEMS else ""
+    def _leave(self, kind, system, part, config, result, timing, ran: dict | None = None, note: str = "") -> dict:
+        note = SYSTEMS[system].note if system in SYSTEMS else note
         record = new_record(
             kind,
             system,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .errors import InputError
 
-TELL = 1e9  # bytes; a study that fetches more says so and asks
+TELL = 1e9  # bytes; a study on more says so and asks
 MINUTE = 60.0  # seconds of measuring, for all families together
 TOKENS_OF_A_DOCUMENT = 1300  # of MS MARCO, about, cut at what a token store keeps
 
@@ -101,43 +101,53 @@ def downloads(collections: Iterable[str]) -> list[Download]:
 
 
 def parts(settings: dict) -> list[str]:
-    """The ids that a study with these settings reads."""
-    names = ["train", "dev", *(settings.get("tests") or ["test"])]
-    return list(dict.fromkeys(f"{settings['collection']}/{name}" for name in names))
+    """The ids that a study with these settings reads: of training, then those whose queries are ranked."""
+    from .collection import UNIONS
+
+    names = [f"{settings['collection']}/{part}" for part in ("train", "dev", "test")]
+    return [part for name in names for part in UNIONS.get(name, (name,))]
 
 
-def confirm(settings: dict, yes: bool) -> None:
-    """Before anything large is fetched say what, how much and where to, and ask; without a terminal only `yes` goes on.
+def announce(settings: dict, yes: bool) -> None:
+    """Before a study on a collection of gigabytes, say what it fetches and where to and how long it takes here, and ask.
+
+    Nothing is said of smaller ones. yes: do not ask; without a terminal nothing else goes on.
 
     Raises:
         InputError: it was not agreed to.
     """
-    missing = [download for download in downloads(parts(settings)) if not download.there]
-    if sum(download.size for download in missing) < TELL:
+    files = downloads(parts(settings))
+    if sum(file.size for file in files) < TELL:
         return
-    print("\n".join(_announcement(missing)), file=sys.stderr)
-    if yes:
+    missing = [file for file in files if not file.there]
+    training, scoring = pairs(settings)
+    rates = measure({stand_in(system) for system in settings["systems"]}, settings["group_size"])
+    hours = sum(estimate(system, settings["max_length"], rates, training, scoring) for system in settings["systems"])
+    print("\n".join([*_to_fetch(missing), f"about {hours:,.1f} hours on {_device()}"]), file=sys.stderr)
+    if yes or not missing:
         return
-    if sys.stdin is not None and sys.stdin.isatty() and input("Fetch them? [y/N] ").strip().lower() in ("y", "yes"):
+    if sys.stdin is not None and sys.stdin.isatty() and input("Fetch these files? [y/N] ").strip().lower() in ("y", "yes"):
         return
     raise InputError("expected to be allowed to fetch these files, got no yes; give --yes, or put them there by hand")
 
 
-def _announcement(missing: Sequence[Download]) -> list[str]:
-    lines = [f"to fetch: {sum(download.size for download in missing) / 1e9:.1f} GB"]
-    return lines + [f"  {download.size / 1e6:>9,.1f} MB  {download.what} -> {download.place}" for download in missing]
+def _to_fetch(missing: Sequence[Download]) -> list[str]:
+    if not missing:
+        return ["nothing to fetch but the checkpoints"]
+    lines = [f"to fetch: {sum(file.size for file in missing) / 1e9:.1f} GB, and the checkpoints"]
+    return lines + [f"  {file.size / 1e6:>9,.1f} MB  {file.what} -> {file.place}" for file in missing]
 
 
 def dry_run(scale: str, settings: dict) -> str:
-    """Say what a study would fetch and keep, and each run of the papers as a command with its hours and GB on this device."""
+    """Say what a study at a scale fetches and keeps, and each run of the papers as a command with its hours and GB on this device."""
     from .systems import SYSTEMS
 
-    missing = [download for download in downloads(parts(settings)) if not download.there]
-    lines = _announcement(missing) if missing else ["nothing to fetch for the collection"]
     training, scoring = pairs(settings)
-    stored = 2 * TOKENS_OF_A_DOCUMENT * _count(settings["collection"], "docs")
+    documents = _count(settings["collection"], "docs")
+    lines = _to_fetch([file for file in downloads(parts(settings)) if not file.there])
     lines += [
-        f"to keep beside it: about {stored / 1e9:.1f} GB of tokens for each vocabulary",
+        f"to keep beside it: about {2 * TOKENS_OF_A_DOCUMENT * documents / 1e9:.1f} GB of tokens for each vocabulary, and the texts "
+        "once more in ir_datasets' own store",
         f"each run: {training:,} pairs to train on, {scoring:,} to score",
         "",
     ]
@@ -145,14 +155,14 @@ def dry_run(scale: str, settings: dict) -> str:
     rates = measure(dict.fromkeys(stand_in(run.system) for run in runs), settings["group_size"])
     lines += [f"measured on {_device()}, tokens/s of two layers, training and scoring:"]
     lines += [f"  {name:<12} {rate.training:>11,.0f} {rate.scoring:>11,.0f}" for name, rate in rates.items()]
-    lines += ["", "   hours      GB  command"]
+    lines += ["", "     hours      GB  command"]
     total = 0.0
     for run in runs:
-        millions, rate = SYSTEMS[run.system].millions, rates[stand_in(run.system)]
-        hours = seconds(rate, millions * 1e6, run.max_length, training, scoring) / 3600
+        hours = estimate(run.system, run.max_length, rates, training, scoring)
         total += hours
-        lines.append(f"{hours:>8,.1f} {2 * 4 * millions / 1e3:>7.1f}  {run.command(scale)}")  # the checkpoint and what is trained
-    lines += ["", f"{total:,.0f} hours in all, one run after another; a GPU of its own for each run divides them"]
+        disk = 2 * 4 * SYSTEMS[run.system].millions / 1e3  # the checkpoint, and what it becomes
+        lines.append(f"{hours:>10,.1f} {disk:>7.1f}  {run.command(scale)}")
+    lines += ["", f"{total:,.0f} hours in all, one run after another"]
     return "\n".join(lines)
 
 
@@ -166,18 +176,21 @@ def pairs(settings: dict) -> tuple[int, int]:
     return steps * batch * settings["group_size"], queries * settings["top_k"]
 
 
-def seconds(rate: Rate, parameters: float, max_length: int, training: int, scoring: int) -> float:
-    """Estimate a run from its stand-in's rate: a token's time is taken to grow with the parameters."""
-    slower = parameters / rate.parameters
-    return max_length * slower * (training / rate.training + scoring / rate.scoring)
+def estimate(system: str, max_length: int, rates: dict[str, Rate], training: int, scoring: int) -> float:
+    """Estimate a run's hours from its stand-in's rate: a token's time is taken to grow with the parameters."""
+    from .backbones import find
+
+    rate = rates[stand_in(system)]
+    slower = (find(system).millions * 1e6 or rate.parameters) / rate.parameters
+    return max_length * slower * (training / rate.training + scoring / rate.scoring) / 3600
 
 
 def stand_in(system: str) -> str:
     """Return the system whose shape is measured for another."""
-    from .systems import SYSTEMS
+    from .backbones import find
 
-    model_type = SYSTEMS[system].family.model_type
-    return next(name for name, families in STAND_INS.items() if model_type in families)
+    model_type = find(system).family.model_type
+    return next((name for name, families in STAND_INS.items() if model_type in families), "pythia-160m")
 
 
 def measure(names: Iterable[str], group_size: int) -> dict[str, Rate]:

@@ -8,7 +8,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethod
 
 from .plots import Chart, _end_labels, _marker, _styled
 from .profile_parts import OTHER
-from .profile_study import against_transformers, one_batch
+from .profile_tables import against_transformers, one_batch, rounded
 from .style import look
 
 # From what is particular to a family to what all have: colour, hatch. They differ in grey too.
@@ -26,28 +26,32 @@ PARTS = {
 
 @_styled
 def throughput(table: pd.DataFrame) -> Figure:
-    """Tokens/s against length, a row of panels a size, training left and inference right; bars: quartiles.
+    """Tokens/s against length, a row of panels a size, training left and inference right; pale bars: quartiles.
 
-    A dotted line marks where a Mamba overtakes the fastest Transformer of its size. table: `profile_study.speed_table`.
+    A dotted line marks where a Mamba overtakes the fastest Transformer of its size. table: `profile_tables.speed_table`.
     """
     meetings = against_transformers(table).dropna(subset="overtakes").drop_duplicates(["size", "mode", "system"])
 
     def draw(axes: Axes, part: pd.DataFrame) -> None:
+        axes.vlines(
+            part["length"], part["low"], part["high"], [look(system).color for system in part["system"]], linewidth=5, alpha=0.35
+        )
         _lines(axes, part, "tokens_per_s")
-        for row in part.itertuples():
-            axes.plot([row.length] * 2, [row.low, row.high], color=look(row.system).color, linewidth=4, alpha=0.35)
         here = meetings[(meetings["size"] == part["size"].iloc[0]) & (meetings["mode"] == part["mode"].iloc[0])]
         for place, row in enumerate(here.itertuples()):
-            axes.axvline(row.overtakes, color=look(row.system).color, linestyle=":", linewidth=1.8)
-            axes.annotate(f"{float(f'{row.overtakes:.2g}'):,.0f}", (row.overtakes, 0.03 + 0.09 * place), fontsize=11,
-                          xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points", color=look(row.system).color)  # fmt: skip
+            color, where = look(row.system).color, (row.overtakes, 0.03 + 0.09 * place)
+            axes.axvline(row.overtakes, color=color, linestyle=":", linewidth=1.8)
+            offset = {"xytext": (4, 0), "textcoords": "offset points"}
+            axes.annotate(
+                f"{rounded(row.overtakes)}", where, xycoords=("data", "axes fraction"), fontsize=11, color=color, **offset
+            )
 
     return _panels(table, draw, "tokens/s")
 
 
 @_styled
 def memory(table: pd.DataFrame) -> Figure:
-    """Peak memory of a pass against length, panels as in `throughput`. table: `profile_study.speed_table`."""
+    """Peak memory of a pass against length, panels as in `throughput`. table: `profile_tables.speed_table`."""
     return _panels(table, lambda axes, part: _lines(axes, part, "peak_mib"), "peak memory (MiB)")
 
 
@@ -61,14 +65,18 @@ def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
             lengths = sorted(set(part["length"]))
             axes.set(xscale="log", yscale="log", title=f"{row}, {mode}", xlabel="tokens of a pair", ylabel=ylabel)
             draw(axes, part)
-            axes.xaxis.set(major_locator=FixedLocator(lengths), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
+            axes.xaxis.set(
+                major_locator=FixedLocator(lengths), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}")
+            )
             axes.yaxis.set(minor_formatter=EngFormatter(sep=""), major_formatter=EngFormatter(sep=""))
-            axes.tick_params(axis="y", which="minor", labelsize=9)
+            axes.tick_params(axis="y", which="minor", labelsize=10)
+            axes.grid(True, axis="y", which="both")
     return figure
 
 
 def _lines(axes: Axes, part: pd.DataFrame, column: str) -> None:
     ends = {}
+    axes.margins(y=0.08)
     for system, rows in part.dropna(subset=column).groupby("system", sort=False):
         rows = rows.sort_values("length")
         axes.plot(rows["length"], rows[column], **_marker(system) | {"linestyle": look(system).line})
@@ -78,7 +86,7 @@ def _lines(axes: Axes, part: pd.DataFrame, column: str) -> None:
 
 @_styled
 def parts(table: pd.DataFrame) -> Figure:
-    """Where the microseconds of a token go, a bar a system, training left and inference right. table: `profile_study.parts_table`."""
+    """Where the microseconds of a token go, a bar a system, training left and inference right. table: `profile_tables.parts_table`."""
     modes, systems = list(dict.fromkeys(table["mode"])), list(dict.fromkeys(table["system"]))
     figure = Chart(figsize=(1.6 + 4.6 * len(modes), 1.9 + 0.6 * len(systems)), layout="constrained")
     for mode, axes in zip(modes, figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], strict=True):
@@ -107,7 +115,7 @@ def parts(table: pd.DataFrame) -> Figure:
 def padding(table: pd.DataFrame) -> Figure:
     """Real and padding tokens computed for the same pairs, fixed batches against batches by length, with what both reach in pairs/s.
 
-    table: `profile_study.padding_table`.
+    table: `profile_tables.padding_table`.
     """
     systems, ways = list(dict.fromkeys(table["system"])), list(dict.fromkeys(table["batches"]))
     figure = Chart(figsize=(8.5, 1.2 + 0.75 * len(systems)), layout="constrained")

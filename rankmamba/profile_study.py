@@ -1,4 +1,4 @@
-"""The study of notebook 05: measure systems, keep every measurement as a record, and say from records what Mamba costs."""
+"""The measurements of notebook 05: each is made once and kept as a record; `profile_tables` says what they mean."""
 
 import random
 from collections.abc import Sequence
@@ -6,28 +6,18 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from . import scan
 from .collection import Collection
 from .precision import autocast_dtype
 from .profile_parts import TextPass, breakdown
-from .profiling import MODES, Subject, build, measure_together, timed
+from .profiling import MODES, Subject, measure_together, timed
 from .results import environment, new_record, read_records, write_record
-from .shapes import depth_of, size_of
+from .shapes import depth_of
 
-TOKENS, TEXTS = "random tokens", "texts"
+TOKENS = "random tokens"  # ends the collection of a record of speed
 FIXED = 16  # pairs of a batch where batches are made in the given order
-READABLE = [
-    ("gflops", "GFLOP a pair", "{:,.3g}"),
-    ("tokens_per_s", "tokens/s", "{:,.0f}"),
-    ("pairs_per_s", "pairs/s", "{:,.1f}"),
-    ("latency_ms", "ms a query", "{:,.0f}"),
-    ("peak_mib", "peak MiB", "{:,.0f}"),
-    ("share", "share", "{:.0%}"),
-]
-LEVEL = 0.03  # speeds that differ by less, or whose quartiles overlap, are called level
 MACHINE = ("cpu", "device", "threads", "torch")  # a measurement on another one is made again
 
 
@@ -37,25 +27,27 @@ def speed(folder: str | Path, scale: str, systems: Sequence[str], cases: Sequenc
     cases: (pairs B, tokens L of a pair). settings: of `profiling.measure_together`. Published backbones fill the memory and are
     measured one after another.
     """
-    records = []
-    for alone, together in groupby(systems, key=lambda system: depth_of(system) and system):
-        together, subjects = list(together), {}
+    records, longest = [], max(length for _, length in cases)
+    for together in [list(group) for _, group in groupby(systems, key=lambda system: depth_of(system) and system)]:
+        subjects: dict[str, Subject] = {}
         for batch, length in cases:
-            config, collection = {"batch": batch, "length": length, **settings}, f"{batch} x {length} {TOKENS}"
-            done = {system: _found(folder, system, collection, config) for system in together}
-            lacking = [system for system in together if done[system] is None]
-            for system in lacking:
-                if system not in subjects:
-                    subjects[system] = Subject(system, max(length for _, length in cases))
-            if lacking:
-                measured = measure_together([subjects[system] for system in lacking], length, batch, **settings)
-            for system in lacking:
-                timing = measured[system]
-                result = {key: timing.pop(key) for key in ("parameters", "layers", "depths", "flops", "out_of_memory")}
-                ran = subjects[system].environment
-                done[system] = _leave(folder, scale, system, collection, config, result, timing, ran)
-            records += done.values()
+            records += _speed(folder, scale, together, subjects, batch, length, longest, settings)
     return records
+
+
+def _speed(folder, scale, systems, subjects, batch, length, longest, settings) -> list[dict]:
+    """The records of one case; a system is made ready, up to the longest case, when it is first measured."""
+    config, collection = {"batch": batch, "length": length, **settings}, f"{batch} x {length} {TOKENS}"
+    done = {system: _found(folder, system, collection, config) for system in systems}
+    lacking = [system for system in systems if done[system] is None]
+    for system in lacking:
+        if system not in subjects:
+            subjects[system] = Subject(system, longest)
+    measured = measure_together([subjects[system] for system in lacking], length, batch, **settings) if lacking else {}
+    for system, timing in measured.items():
+        result = {key: timing.pop(key) for key in ("parameters", "layers", "depths", "flops", "out_of_memory")}
+        done[system] = _leave(folder, scale, system, collection, config, result, timing, subjects[system].environment)
+    return list(done.values())
 
 
 def texts(
@@ -74,10 +66,19 @@ def texts(
     n_pairs: drawn queries and documents, whole groups of `group_size`. max_length: tokens of a pair. Returns the records.
     """
     draw = random.Random(0)
-    queries, doc_ids = draw.choices(list(collection.queries.values()), k=n_pairs), draw.sample(list(collection.documents), n_pairs)
+    queries, doc_ids = (
+        draw.choices(list(collection.queries.values()), k=n_pairs),
+        draw.sample(list(collection.documents), n_pairs),
+    )
     documents = collection.documents.get_many(doc_ids)
     pairs = [(query, documents[doc_id]) for query, doc_id in zip(queries, doc_ids, strict=True)]
-    config = {"n_pairs": n_pairs, "max_length": max_length, "batch_tokens": batch_tokens, "group_size": group_size, "fixed": FIXED}
+    config = {
+        "n_pairs": n_pairs,
+        "max_length": max_length,
+        "batch_tokens": batch_tokens,
+        "group_size": group_size,
+        "fixed": FIXED,
+    }
     records = []
     for system in systems:
         if record := _found(folder, system, collection.name, config):
@@ -121,149 +122,3 @@ def _leave(folder, scale, system, collection, config, result, timing, ran) -> di
     record = new_record("profile", system, collection, scale, 0, config, result, timing, environment() | ran)
     write_record(folder, record)
     return record
-
-
-def speed_table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system, length, batch and mode. size: the systems it is compared with. scan: whether it has one.
-
-    tokens_per_s with its quartiles low and high, pairs_per_s, latency_ms (of a query with 100 documents), peak_mib, share (of the
-    machine's peak), gflops (of one pair), layers and depths; NaN where the memory did not suffice.
-    """
-    rows = []
-    for record in records:
-        if not record["collection"].endswith(TOKENS):
-            continue
-        result, config = record["result"], record["config"]
-        row = {"system": record["system"], "size": size_of(record["system"]), "scan": record["environment"]["scan"] != "none"}
-        row |= {name: config[name] for name in ("length", "batch")} | {name: result[name] for name in ("parameters", "layers")}
-        row["depths"] = result["depths"] and "and".join(map(str, result["depths"]))
-        for mode in (mode for mode in MODES if mode in record["timing"] or mode in result["out_of_memory"]):
-            nothing = dict.fromkeys(("tokens_per_s", "low", "high", "pairs_per_s", "latency_ms", "peak_mib", "share"), np.nan)
-            numbers = {name: record["timing"].get(mode, nothing)[name] for name in nothing}
-            rows.append(row | {"mode": mode, **numbers, "gflops": result["flops"][mode] / config["batch"] / 1e9})
-    return pd.DataFrame(rows)
-
-
-def crossover(lengths: Sequence[int], ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """The length at which `ours` (tokens/s) overtakes `theirs`: the last upward crossing, interpolated in the logarithms.
-
-    None if it does not within the measured lengths, be it that it is ahead from the first or behind to the last.
-    """
-    gains = np.log(np.asarray(ours, float) / np.asarray(theirs, float))
-    places = np.log(np.asarray(lengths, float))
-    for left in range(len(gains) - 2, -1, -1):
-        if gains[left] < 0 <= gains[left + 1]:
-            share = -gains[left] / (gains[left + 1] - gains[left])
-            return float(np.exp(places[left] + share * (places[left + 1] - places[left])))
-    return None
-
-
-def against_transformers(table: pd.DataFrame) -> pd.DataFrame:
-    """Every Mamba against the fastest Transformer of its size: a row a size, mode, system and length.
-
-    rival: that Transformer, at this length. ratio: tokens/s over the rival's. standing: slower, level or faster (`LEVEL`).
-    overtakes: the crossover length over all lengths, NaN unless it is slower at some and faster at others.
-    """
-    table = one_batch(table).dropna(subset="tokens_per_s")
-    rows = []
-    for (size, mode), part in table.groupby(["size", "mode"], sort=False):
-        rivals = part[~part["scan"]].sort_values("tokens_per_s").drop_duplicates("length", keep="last").set_index("length")
-        for system, ours in part[part["scan"]].groupby("system", sort=False):
-            ours = ours[ours["length"].isin(rivals.index)].sort_values("length")
-            theirs = rivals.loc[ours["length"]]
-            standings = [_standing(*both) for both in zip(ours.itertuples(), theirs.itertuples(), strict=True)]
-            meeting = crossover(ours["length"], ours["tokens_per_s"], theirs["tokens_per_s"])
-            if not {"slower", "faster"} <= set(standings):
-                meeting = None  # level curves cross by chance
-            for row, rival, standing in zip(ours.itertuples(), theirs.itertuples(), standings, strict=True):
-                rows.append({"size": size, "mode": mode, "system": system, "length": row.length, "rival": rival.system})
-                rows[-1] |= {"ratio": row.tokens_per_s / rival.tokens_per_s, "standing": standing}
-                rows[-1]["overtakes"] = np.nan if meeting is None else meeting
-    return pd.DataFrame(rows, columns=["size", "mode", "system", "length", "rival", "ratio", "standing", "overtakes"])
-
-
-def _standing(ours, theirs) -> str:
-    ratio = ours.tokens_per_s / theirs.tokens_per_s
-    if abs(ratio - 1) < LEVEL or (ours.low <= theirs.high and theirs.low <= ours.high):
-        return "level"
-    return "faster" if ratio > 1 else "slower"
-
-
-def one_batch(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each system, length and mode the row with the largest batch; training comes first."""
-    largest = table.sort_values("batch").drop_duplicates(["system", "length", "mode"], keep="last")
-    return largest.sort_values(["size", "mode", "system", "length"], ascending=[True, False, True, True])
-
-
-def verdict(records: Sequence[dict]) -> str:
-    """Say in Markdown what the records of one machine answer to the paper's claim (2), that Mamba trains slower than Transformers
-    with an efficient attention (arXiv 2403.18276)."""
-    compared = against_transformers(speed_table(records))
-    if compared.empty:
-        return "There is no Mamba and no Transformer of the same size in these records, so nothing to compare."
-    machine = records[0]["environment"]
-    name = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
-    training = compared[compared["mode"] == "training"]
-    slower = training["standing"].eq("slower")
-    holds = "**holds**" if slower.all() else "**does not hold**" if not slower.any() else "**holds in part**"
-    lines = [f"On {name} ({machine['dtype']}, {machine['threads']} threads) the claim that Mamba trains slower {holds}:", ""]
-    for (mode, _, system), part in compared.groupby(["mode", "size", "system"], sort=False):
-        standings = [
-            f"{standing} at {_lengths(rows)} tokens ({_span(rows['ratio'])})"
-            for standing, rows in part.groupby((part["standing"] != part["standing"].shift()).cumsum())
-            for standing in [rows["standing"].iloc[0]]
-        ]
-        meeting = part["overtakes"].iloc[0]
-        end = "" if np.isnan(meeting) else f"; it overtakes at about **{float(f'{meeting:.2g}'):,.0f} tokens**"
-        lines.append(f"- {mode}, {system} against the fastest Transformer of its size: {', '.join(standings)}{end}.")
-    return "\n".join(lines)
-
-
-def _lengths(rows: pd.DataFrame) -> str:
-    lengths = [f"{length:,}" for length in rows["length"]]
-    return lengths[0] if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-
-
-def _span(ratios: pd.Series) -> str:
-    low, high = ratios.min(), ratios.max()
-    return f"{low:.2f} times its tokens/s" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f} times its tokens/s"
-
-
-def parts_table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system, mode and part: microseconds of it a real token (`profile_parts.breakdown`)."""
-    rows = [
-        {"system": record["system"], "mode": mode, "part": part, "us": 1e6 * seconds / record["result"]["tokens"]}
-        for record in records
-        if "parts" in record["timing"]
-        for mode, parts in record["timing"]["parts"].items()
-        for part, seconds in parts.items()
-    ]
-    return pd.DataFrame(rows)
-
-
-def padding_table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system and way to batch: padded (tokens computed for a real one) and pairs_per_s."""
-    rows = []
-    for record in (record for record in records if "parts" in record["timing"]):
-        seconds, result = record["timing"]["seconds"], record["result"]
-        for name in seconds:
-            rows.append({"system": record["system"], "batches": name, "padded": result["padded_tokens"][name] / result["tokens"]})
-            rows[-1]["pairs_per_s"] = record["config"]["n_pairs"] / seconds[name]
-    return pd.DataFrame(rows)
-
-
-def fastest_attention(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each Transformer that was measured with several attentions the fastest at the longest length that it reached."""
-    reached = one_batch(table).dropna(subset="tokens_per_s").sort_values(["length", "tokens_per_s"])
-    name = reached["system"].str.split(" (", regex=False).str[0]
-    return table[table["system"].isin(reached["system"].groupby([name, reached["mode"]]).last())]
-
-
-def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The speed table as text for a notebook."""
-    cells = pd.DataFrame({"system": table["system"], "tokens": table["length"].map("{:,}".format), "pairs": table["batch"]})
-    cells["params (M)"] = (table["parameters"] / 1e6).map("{:.3g}".format)
-    cells["layers run"] = [f"{depths} of {layers:.0f}" if depths else "all" for depths, layers in zip(table["depths"], table["layers"], strict=True)]
-    for name, heading, form in READABLE:
-        cells[heading] = table[name].map(form.format)
-    return cells.set_index("system")

@@ -23,7 +23,7 @@ from .flops import forward_flops
 from .memory import free_memory, out_of_memory
 from .precision import autocast
 from .reranker import Reranker
-from .systems import MINILM
+from .systems import MINILM, SCRATCH, SYSTEMS
 from .trainer import lce_loss
 
 MODES = ("training", "inference")
@@ -40,7 +40,7 @@ def build(system: str, length: int, layers: int | None = None, device=None, dtyp
         InputError: there is no such system, it cannot read so many tokens, or its attention cannot run so here.
     """
     name, _, attention = system.removesuffix(")").partition(" (")
-    spec = backbones.find(name)
+    spec = SYSTEMS.get(name + SCRATCH) or backbones.find(name)
     depth = shapes.depth_of(name)
     if depth is not None or callable(spec.source):
         config = spec.source() if depth is None else shapes.configuration(name, layers or depth)
@@ -110,7 +110,8 @@ def measure_together(
     """Measure systems in turns, A B A B, after a pass of each that warms up and whose memory is measured.
 
     length, batch: tokens of a pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: after so many for each
-    system no further turn begins, though there is one. stop: set it from another thread to end after the pass that is running.
+    system no further turn begins, though there is one; a pass that takes longer needs no warming up, and its first one counts.
+    stop: set it from another thread to end after the pass that is running.
 
     Returns {system: {"parameters" (outside the embeddings), "layers" and the "depths" that ran, "flops": {mode: operations of the
     pass}, "peak_gflops" (of one large matrix product, now), "out_of_memory": modes, and for each mode that ran what `_summary`
@@ -134,12 +135,15 @@ def measure_together(
             "out_of_memory": [],
         }
     for mode in modes:
-        runs = {subject: [_pass(mode, reranker, length, batch, group_size) for reranker in subject.rerankers] for subject in subjects}
+        runs = {
+            subject: [_pass(mode, reranker, length, batch, group_size) for reranker in subject.rerankers] for subject in subjects
+        }
         memory, times = {}, {subject: [] for subject in subjects}
         for subject in subjects:
             try:
                 if not stop.is_set():
-                    memory[subject] = _peak_mib(subject, runs[subject])
+                    first, memory[subject] = _first(subject, runs[subject])
+                    times[subject] = [first] if first > seconds else []
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -148,11 +152,12 @@ def measure_together(
                 runs.pop(subject)
                 subject.first.model.zero_grad()
                 free_memory()
+        quick = [subject for subject in memory if not times[subject]]
         started = clock(subjects[0].first.device)
         for turn in range(repeats):
-            if turn and clock(subjects[0].first.device) - started > seconds * len(subjects):
+            if turn and clock(subjects[0].first.device) - started > seconds * len(quick):
                 break
-            for subject in memory:
+            for subject in quick:
                 if not stop.is_set():
                     times[subject].append(subject.whole([timed(run, subject.first.device) for run in runs[subject]]))
         for subject in (subject for subject in memory if times[subject]):
@@ -224,14 +229,18 @@ def gemm_gflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * rows * inner * columns / min(timed(lambda: a @ b, device) for _ in range(5)) / 1e9
 
 
-def _peak_mib(subject: Subject, passes: list[Callable[[], None]]) -> float | None:
-    """Most memory that the full system's pass holds at a time, its weights included, in MiB; None where it cannot be measured."""
-    added = [added_mib(run, subject.first.device) for run in passes]
-    if None in added:
-        return None
+def _first(subject: Subject, passes: Sequence[Callable[[], None]]) -> tuple[float, float | None]:
+    """Run each network's first pass; return the full system's seconds, and the most memory it holds at a time, in MiB.
+
+    The weights are included. None where memory cannot be measured.
+    """
+    seconds, added = [], []
+    for run in passes:
+        added.append(added_mib(lambda run=run: seconds.append(timed(run, subject.first.device)), subject.first.device))
     models = [reranker.model for reranker in subject.rerankers]
     weights = [sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**20 for model in models]
-    return subject.whole([sum(parts) for parts in zip(added, weights, strict=True)])
+    known = None not in added
+    return subject.whole(seconds), subject.whole([sum(parts) for parts in zip(added, weights, strict=True)]) if known else None
 
 
 def added_mib(run: Callable[[], object], device: torch.device) -> float | None:

@@ -22,7 +22,6 @@ import numpy as np
 from . import __version__
 from .errors import InputError
 from .files import write_text
-from .tables import final_table, format_table, tidy
 
 IDENTITY = ("kind", "system", "collection", "seed")
 FIELDS = {
@@ -206,6 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", help="a folder with records, such as results/quick or data/study")
     parser.add_argument("--csv", action="store_true", help="print system, seed, collection, measure and value instead")
     options = parser.parse_args(arguments)
+    from .tables import final_table, format_table, tidy  # with scipy and pandas more than a second
+
     try:
         records = read_records(options.folder)
         if options.csv:

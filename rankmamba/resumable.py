@@ -74,6 +74,7 @@ def rerank(
     path: str | Path,
     of: dict,
     show_progress_bar: bool = False,
+    max_passages: int = 1,
 ) -> tuple[pd.DataFrame, Cost]:
     """As `Reranker.rerank`, a few queries at a time: (run, cost). What `path` holds of the same work is not done again.
 
@@ -85,13 +86,13 @@ def rerank(
     """
     head = candidates[candidates["rank"] <= top_k]
     digest = hashlib.sha256(pd.util.hash_pandas_object(head, index=False).to_numpy().tobytes()).hexdigest()
-    of = of | {"top_k": top_k, "pairs": PAIRS, "candidates": digest}
+    of = of | {"top_k": top_k, "max_passages": max_passages, "pairs": PAIRS, "candidates": digest}
     journal = Journal(path, of | {"precision": reranker.precision, "device": reranker.device.type})
     pieces = _pieces(list(dict.fromkeys(head["query_id"])), max(1, PAIRS // top_k))
     with tqdm(total=len(head), unit="pair", desc="reranking", mininterval=1, disable=not show_progress_bar) as bar:
         for place, query_ids in enumerate(pieces):
             if place >= len(journal.pieces):
-                run = reranker.rerank(head[head["query_id"].isin(query_ids)], collection, top_k)
+                run = reranker.rerank(head[head["query_id"].isin(query_ids)], collection, top_k, max_passages=max_passages)
                 columns = run[["query_id", "doc_id", "score"]].to_dict("list")
                 journal.add({"run": columns, "cost": astuple(reranker.cost)})
             bar.update(len(journal.pieces[place]["run"]["score"]))

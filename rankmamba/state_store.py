@@ -1,8 +1,8 @@
 """The files of a store of document states: a writer that may be killed at any moment, a reader that maps them.
 
 A folder holds manifest.json (whose presence says that the store is whole), states.bin (one record a document: its state and, for
-a model whose queries are marked, its token ids), table.bin (where each record is, its tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8, int4 and stores without all
-layers, profile.bin.
+a model whose queries are marked, its token ids), table.bin (where each record is, its tokens and its CRC-32), ids.bin and
+lookup.bin (from doc_id to row) and, for int8, int4 and stores without all layers, profile.bin.
 """
 
 import hashlib

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+from . import plan
 from .errors import InputError
 from .files import alone, refusals, write_text
 from .parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parameters, read_scale, settle
@@ -136,6 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="numbers of the notebooks to run, e.g. 02,03")
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="override a parameter")
     parser.add_argument("--results", type=Path, help="where everything goes (default: results/<scale>)")
+    parser.add_argument("--dry-run", action="store_true", help="print what a study of the papers would fetch, run and take here")
+    parser.add_argument("--yes", action="store_true", help="fetch gigabytes without asking")
     sweep = parser.add_argument_group("many sets of parameters")
     sweep.add_argument("-f", dest="sweep", type=Path, metavar="SWEEP.YAML", help="{name: [values]} or [{name: value}, ...]")
     sweep.add_argument("--jobs", type=int, help="so many sets at once, the threads divided among them (default: 1)")
@@ -145,6 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--jobs and --submitit are for a sweep: name its file with -f")
     try:
         overrides = parse_parameters(options.parameters)
+        if options.dry_run:
+            print(plan.dry_run(options.scale, settle(options.scale, options.only, overrides)))
+            return 0
+        plan.announce(settle(options.scale, options.only, overrides), options.yes)
         if options.sweep is not None:
             from .sweep import run_sweep
 

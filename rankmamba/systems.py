@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from .nano import NANO
 from .sources import Source
 
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "data" / "checkpoints"  # written by `pretrained.publish`
+SCRATCH = "-scratch"  # ends the name of a nano system that starts from random weights
 SDPA = ("eager", "sdpa")
 FLASH = (*SDPA, "flash_attention_2")
 
@@ -59,15 +63,15 @@ FAMILIES = {
 class ModelSpec:
     """One system: a backbone and what makes it a reranker.
 
-    name: its row in the results table. source: a Hub id, a folder, a (package, folder) that carries weights, a `Packed` file, or a
-    function that returns the configuration of a backbone to be started from random weights. millions: of parameters; 0 if
-    unknown. max_length: the tokens it has positions for, None for any number. tokenizer: like source; None means the source's
-    own. overrides: changes to the backbone's configuration. note: a footnote for every table.
+    name: its row in the results table. source: a Hub id, a (package, folder) that carries weights, a `Packed` file, the Path of a
+    reranker of ours, or a function that returns the configuration of a backbone to be started from random weights. millions: of
+    parameters; 0 if unknown. max_length: the tokens it has positions for, None for any number. tokenizer: like source; None means
+    the source's own. overrides: changes to the backbone's configuration. note: a footnote for every table.
     """
 
     name: str
     family: Family
-    source: "str | tuple[str, str] | Packed | Callable[[], PreTrainedConfig]"
+    source: "str | tuple[str, str] | Packed | Path | Callable[[], PreTrainedConfig]"
     millions: float = 0
     max_length: int | None = None
     tokenizer: str | tuple[str, str] | None = None
@@ -83,6 +87,11 @@ class ModelSpec:
     def has_states(self) -> bool:
         """Whether what it knows after a document can be stored (`states.DocumentStates`)."""
         return self.kind == "causal" and not self.family.hybrid
+
+    @property
+    def lora_r(self) -> int:
+        """The rank of LoRA in the papers' recipe: 64 above 700 M parameters, else 0, which trains all weights."""
+        return 64 if self.millions > 700 else 0
 
     @property
     def lora_targets(self) -> tuple[str, ...] | str:
@@ -148,10 +157,9 @@ _HUB = {
 }
 
 
-def _nano(name: str, scale: str, note: str = "", **sizes) -> ModelSpec:
-    family, config = NANO[name]
-    source = (lambda: config(**sizes)) if sizes else config
-    return ModelSpec(f"{scale}-{name}", FAMILIES[family], source, tokenizer=MINILM, word_embeddings="minilm-l6", note=note)
+def _nano(name: str, scale: str, source, suffix: str = "", note: str = "") -> ModelSpec:
+    family = FAMILIES[NANO[name][0]]
+    return ModelSpec(f"{scale}-{name}{suffix}", family, source, tokenizer=MINILM, word_embeddings="minilm-l6", note=note)
 
 
 SYSTEMS = {
@@ -176,7 +184,11 @@ SYSTEMS = {
             note="SmolLM2-135M-Instruct from 4-bit weights; its authors' training text is far larger than any other system's here",
         ),
         *(ModelSpec(name, FAMILIES[family], *rest) for name, (family, *rest) in _HUB.items()),
-        *(_nano(name, "nano") for name in NANO),
-        *(_nano(name, "tiny", "random weights, for tests", width=32, layers=2) for name in NANO),
+        *(_nano(name, "nano", CHECKPOINTS / f"nano-{name}") for name in NANO),
+        *(_nano(name, "nano", config, suffix=SCRATCH, note="from random weights") for name, (_, config) in NANO.items()),
+        *(
+            _nano(name, "tiny", partial(config, width=32, layers=2), note="random weights, for tests")
+            for name, (_, config) in NANO.items()
+        ),
     ]
 }

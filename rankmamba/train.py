@@ -31,7 +31,7 @@ from .lora import add_lora, merge_lora
 from .reranker import Reranker
 from .results import environment, new_record, write_record
 from .train_config import TrainConfig, read_config
-from .trainer import LCETrainer, Progress
+from .trainer import LCETrainer, Progress, Stopped
 from .training_groups import TrainingGroups
 
 OPTIMIZER = "adamw_torch_fused"  # one kernel for all weights, on a CPU too
@@ -98,9 +98,10 @@ def train(
     """Train one system on a collection and save it as `folder`; a training that was interrupted goes on where it was.
 
     candidates: the first-stage run that negatives come from; default the collection's own. on_step: called after each step with
-    its row of the curve and "of", the number of steps in all. stop: set it from another thread to end after the current step;
-    what was learnt so far is saved, and the same call later goes on from there. checkpoint_seconds: between two checkpoints.
-    checkpoint_steps: also every so many steps, 0 for not. Checkpoints are in checkpoints/ beside `folder` until the training is done.
+    its row of the curve and "of", the number of steps in all. stop: set it from another thread to end within the current step, which
+    is given up (on a GPU or with other processes: finished); what was learnt so far is saved, and the same call later goes on from
+    there. checkpoint_seconds: between two checkpoints. checkpoint_steps: also every so many steps, 0 for not. Checkpoints are in
+    checkpoints/ beside `folder` until the training is done.
     tensorboard: a folder for what the Trainer logs of each step (loss, learning rate, norm of the gradient).
 
     Under torchrun or accelerate launch all processes call it alike; the first one writes.
@@ -149,7 +150,10 @@ def train(
         callback = TensorBoardCallback()
         callback.logging_dir = str(tensorboard)
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except Stopped:
+        trainer.keep_last_step()
     setup = reranker.setup | {"optimizer": OPTIMIZER, "processes": processes.num_processes}
     if adapted is not None:
         merge_lora(adapted)
@@ -164,7 +168,7 @@ def train(
 
 
 def _arguments(
-    config: TrainConfig, reranker: Reranker, steps: int, processes: int, checkpoints: Checkpoints, logging: str
+    config: TrainConfig, reranker: Reranker, steps: int, processes: int, checkpoints: Checkpoints, logged: str
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(checkpoints.partial),
@@ -182,7 +186,7 @@ def _arguments(
         use_cpu=reranker.device.type == "cpu",
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # ours are constants
-        logging_strategy=logging,
+        logging_strategy=logged,
         logging_steps=1,
         save_strategy="no",  # `Progress` decides
         report_to="none",

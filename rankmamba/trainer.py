@@ -65,6 +65,10 @@ def like_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
     return np.split(order, cuts[:0:-1])
 
 
+class Stopped(Exception):
+    """Asked to stop in the middle of a step: it is given up, the steps before it are kept."""
+
+
 class Progress(TrainerCallback):
     """How far a training is: its curve and its seconds, restarts included; reports steps, says when to save and when to stop.
 
@@ -93,6 +97,12 @@ class Progress(TrainerCallback):
     def saved(self, took: float) -> None:
         """A checkpoint has been written, in `took` seconds."""
         self._saved, self._pause = time.perf_counter(), max(self.every_s, took / self.SHARE)
+
+    def heed_stop(self, args: TrainingArguments) -> None:
+        """Give up the step if asked to stop. A step takes seconds on a CPU; elsewhere, and with other processes, it is finished."""
+        if self.stop is not None and self.stop.is_set() and args.device.type == "cpu" and args.world_size == 1:
+            self.stopped = True
+            raise Stopped
 
     def on_step_end(self, args, state, control, **kwargs):
         loss, accuracy, tokens = self.trainer.measured
@@ -161,6 +171,7 @@ class LCETrainer(Trainer):
         return torch.from_numpy((ours >= p) / np.float32(1 - p))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self._random = torch.get_rng_state()
         while True:
             try:
                 return super().training_step(model, self.batch(inputs), num_items_in_batch)
@@ -192,10 +203,13 @@ class LCETrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         run = partial(checkpoint, model, use_reentrant=False) if self.recompute else model
-        logits = [run(**chunk).logits[:, 0] for chunk in inputs["chunks"]]
+        logits = []
+        for chunk in inputs["chunks"]:
+            self.progress.heed_stop(self.args)
+            logits.append(run(**chunk).logits[:, 0])
         for chunk in logits:
-            if chunk.requires_grad:
-                chunk.register_hook(lambda gradient: None)  # a moment of Python between the chunks, in which Ctrl-C is heard
+            if chunk.requires_grad:  # a moment of Python between the chunks, in which Ctrl-C and `stop` are heard
+                chunk.register_hook(lambda gradient: self.progress.heed_stop(self.args))
         logits = torch.cat(logits)
         scores = logits[inputs["order"]].view(inputs["shape"])
         loss = lce_loss(scores) if inputs["teacher"] is None else distil_loss(scores, inputs["teacher"])
@@ -204,6 +218,13 @@ class LCETrainer(Trainer):
         self._check("loss", loss_of_all)
         self.measured = loss_of_all, accuracy_of_all, round(tokens * self.args.world_size)
         return (loss, {"logits": scores}) if return_outputs else loss
+
+    def keep_last_step(self) -> None:
+        """After `Stopped`: a checkpoint as if the step that was given up had not begun."""
+        self.model.zero_grad()
+        torch.set_rng_state(self._random)
+        if self.state.global_step > 0:
+            self._save_checkpoint(self.model, trial=None)
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)

@@ -89,7 +89,7 @@ def _mutable(node: ast.AST) -> Iterator[ast.AST]:
             match child:
                 case ast.Expr(value=ast.Constant()) | ast.JoinedStr() | ast.ImportFrom() | ast.Import():
                     pass  # docstrings, messages
-                case ast.Call(func=ast.Name(id="tqdm")) | ast.keyword(arg="strict"):
+                case ast.Call(func=ast.Name(id="tqdm")) | ast.keyword(arg="strict" | "show_progress" | "show_progress_bar"):
                     pass
                 case ast.Assign(value=ast.BinOp(op=ast.BitOr())) if isinstance(node, ast.Module):
                     pass  # the name of a type

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankmamba.candidates import BM25, lce_groups, tune_bm25
+from rankmamba.candidates import BM25, GRID, lce_groups, tune_bm25
 from rankmamba.collection import load, sort_run
 from rankmamba.errors import InputError
 
@@ -81,6 +81,13 @@ def test_a_document_of_fifty_thousand_words_can_be_found():
 def test_parameters_out_of_range_are_refused(k1, b):
     with pytest.raises(InputError, match="k1 >= 0 and b from 0 to 1"):
         BM25.build({"a": "cat"}, k1, b)
+
+
+def test_the_defaults_are_anserinis_and_a_hundred_results():
+    documents = {f"d{n:03}": "cat " * (1 + 59 * n % 150) + "dog" for n in range(150)}
+    whole = BM25.build(documents, 0.9, 0.4).search({"q": "cat"}, 150)
+    pd.testing.assert_frame_equal(BM25.build(documents).search({"q": "cat"}), whole.head(100))
+    assert set(GRID) == {(k1, b) for k1 in (0.6, 0.9, 1.2, 1.6, 2.0) for b in (0.2, 0.4, 0.6, 0.8)} and len(GRID) == 20
 
 
 def test_tuning_measures_what_ir_measures_measures_and_puts_the_best_first(tiny):

@@ -1,6 +1,5 @@
 """One, two and four processes: the same groups, curve, weights and run."""
 
-import json
 import os
 import socket
 import traceback
@@ -9,13 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 
-from rankmamba.collection import load
+from rankmamba.collection import load, write_run
 from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
-from rankmamba.train import TrainConfig, main, train
+from rankmamba.results import read_records
+from rankmamba.train import TrainConfig, main
 
-RECIPE = dict(max_steps=6, batch_size=4, group_size=4, max_length=64, max_query_length=16, learning_rate=5e-3)
+CONFIG = """
+system: {system}
+collection: rankmamba/tiny/train
+folder: {folder}
+epochs: 10
+max_steps: 6
+batch_size: 4
+group_size: 4
+max_length: 64
+max_query_length: 16
+learning_rate: 1e-3
+"""
 
 
 def on_processes(count: int, work) -> None:
@@ -31,8 +43,9 @@ def on_processes(count: int, work) -> None:
             try:
                 torch.set_num_threads(1)  # no thread of the parent lives in a fork
                 where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ.update({name: str(value) for name, value in where.items()})
-                work(rank)
+                os.environ.update({name: str(value) for name, value in where.items()}, OMP_NUM_THREADS="1")
+                PartialState._reset_state()
+                work()
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -41,3 +54,88 @@ def on_processes(count: int, work) -> None:
         processes.append(process)
     statuses = [os.waitpid(process, 0)[1] for process in processes]
     assert not any(statuses), "it failed; what it said is above"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("rankmamba/tiny/test")
+
+
+def trained_on(processes: int, system: str, folder: Path, tiny) -> tuple[dict, np.ndarray]:
+    """Train with the command line: (record, scores of a run)."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG.format(system=system, folder=folder / "model"))
+
+    def work() -> None:
+        assert main(["--config", str(folder / "config.yaml")]) == 0
+
+    on_processes(processes, work)
+    (record,) = read_records(folder / "model", "train")
+    assert not (folder / "checkpoints" / "model").exists()
+    reranker = Reranker.from_pretrained(folder / "model", dtype=torch.float32)
+    return record, reranker.rerank(tiny.candidates, tiny, top_k=5).sort_values(["query_id", "doc_id"])["score"].to_numpy()
+
+
+@pytest.mark.parametrize("system", ["tiny-bert", "tiny-mamba"])
+def test_the_number_of_processes_changes_neither_curve_nor_scores(system, tiny, tmp_path):
+    one, scores = trained_on(1, system, tmp_path / "1", tiny)
+    assert len(one["result"]["curve"]) == 6
+    for processes in (2, 4):
+        record, others = trained_on(processes, system, tmp_path / str(processes), tiny)
+        assert record["environment"]["processes"] == processes
+        assert [(row["step"], row["tokens"]) for row in record["result"]["curve"]] == [
+            (row["step"], row["tokens"]) for row in one["result"]["curve"]
+        ]
+        for measure in ("loss", "accuracy"):
+            theirs, ours = ([row[measure] for row in each["result"]["curve"]] for each in (record, one))
+            np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
+        # not the weights: AdamW's first steps are as long where a gradient is nothing but rounding
+        np.testing.assert_allclose(others, scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("system", ["tiny-bert", "tiny-mamba2"])
+def test_a_run_reranked_by_many_processes_is_the_run_of_one(system, tiny, tmp_path):
+    torch.manual_seed(0)
+    reranker = Reranker.from_pretrained(system, dtype=torch.float32, max_length=64, max_query_length=16)
+
+    def work() -> None:
+        rank = PartialState(cpu=True).process_index
+        run = reranker.rerank(tiny.candidates, tiny, top_k=10, batch_tokens=256)
+        write_run(tmp_path / f"{rank}.run", run, system)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = reranker.rerank(tiny.candidates, tiny, top_k=10, batch_tokens=256)
+    torch.set_num_threads(threads)
+    write_run(tmp_path / "one.run", expected, system)
+    for processes in (2, 4):
+        on_processes(processes, work)
+        for rank in range(processes):
+            assert (tmp_path / f"{rank}.run").read_bytes() == (tmp_path / "one.run").read_bytes()
+
+
+def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
+    with pytest.raises(InputError, match="3 processes can share evenly, got 4"):
+        TrainConfig("tiny-bert", batch_size=4).check(processes=3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("batch_size: four", "expected int as 'batch_size', got 'four'"),
+        ("seed: true", "expected int as 'seed', got True"),
+        ("learning_rat: 1", "got 'learning_rat'"),
+        ("loss: distil", "expected a teacher for loss 'distil'"),
+        ("- a list", "got"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_said(change, message, tmp_path, capsys):
+    name = change.partition(":")[0]
+    lines = [
+        line for line in CONFIG.format(system="tiny-bert", folder=tmp_path / "model").splitlines() if not line.startswith(name)
+    ]
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join([*lines, change]))
+    assert main(["--config", str(path)]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()

@@ -1,16 +1,22 @@
 """LoRA: what is adapted really learns, in every family, and a saved model is an ordinary one with the same scores."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
+from transformers import set_seed
+
 from rankmamba.collection import load
+from rankmamba.files import sha256
 from rankmamba.lora import add_lora, merge_lora
 from rankmamba.reranker import Reranker
 from rankmamba.systems import SYSTEMS
 from rankmamba.train import TrainConfig, train
 
 TINY = sorted(name for name in SYSTEMS if name.startswith("tiny-"))
+SMALL = dict(batch_size=2, group_size=4, max_length=64, max_query_length=16)
 PAIRS = [("what do bees make", f"Bees make honey and wax in a hive, said number {n}. " * (n + 1)) for n in range(4)]
 
 
@@ -52,11 +58,24 @@ def test_every_adapted_map_receives_gradients_and_merging_keeps_the_scores(syste
 
 
 def test_training_with_lora_moves_only_its_maps_and_saves_an_ordinary_folder(tmp_path):
-    config = TrainConfig(
-        "tiny-mamba", lora_r=4, lora_alpha=8, max_steps=6, batch_size=2, group_size=4, max_length=64, max_query_length=16, learning_rate=1e-2
-    )
+    config = TrainConfig("tiny-mamba", lora_r=4, lora_alpha=8, epochs=10, max_steps=4, learning_rate=1e-2, **SMALL)
+    set_seed(config.seed)
+    before = Reranker.from_pretrained("tiny-mamba").model.state_dict()
     result = train(config, load("rankmamba/tiny/train"), tmp_path / "model")
-    torch.manual_seed(config.seed)
     saved = Reranker.from_pretrained(tmp_path / "model")
     np.testing.assert_array_equal(saved.predict(PAIRS), result.reranker.predict(PAIRS))
-    assert not [name for name in saved.model.state_dict() if "lora" in name or "base_layer" in name]
+    after = saved.model.state_dict()
+    assert list(after) == list(before)
+    moved = {name.split(".")[-2] for name in before if not torch.equal(after[name], before[name])}
+    assert moved == {"in_proj", "x_proj", "dt_proj", "out_proj", "score"}
+    assert result.result()["parameters"] == saved.model.num_parameters()
+
+
+def test_training_with_lora_goes_on_from_its_checkpoint(tmp_path):
+    config = TrainConfig("tiny-bert", lora_r=4, lora_alpha=8, epochs=10, max_steps=4, learning_rate=1e-2, **SMALL)
+    collection, stop = load("rankmamba/tiny/train"), threading.Event()
+    whole = train(config, collection, tmp_path / "whole")
+    assert train(config, collection, tmp_path / "cut", on_step=lambda row: row["step"] == 2 and stop.set(), stop=stop).stopped
+    cut = train(config, collection, tmp_path / "cut")
+    assert cut.result() == whole.result()
+    assert sha256(tmp_path / "cut" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")

@@ -39,10 +39,10 @@ def test_every_parameter_has_a_type_and_a_comment(path):
         assert parameter["inferred_type_name"] != "None" and parameter["help"], name
 
 
-@pytest.mark.parametrize("scale", ["tiny", "quick"])
+@pytest.mark.parametrize("scale", ["tiny", "quick", "paper"])
 def test_a_scale_names_only_parameters_that_notebooks_have_and_times_each_notebook(scale):
     settings = study.read_scale(scale)
-    study.assign(NOTEBOOKS, settings["parameters"])
+    study.settle(scale)
     assert set(settings["minutes"]) == {path.stem for path in NOTEBOOKS}
 
 

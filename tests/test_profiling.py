@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rankmamba import profile_study, profiling, scan
-from rankmamba.collection import load
+from rankmamba import profile_study, profile_tables, profiling, scan
 from rankmamba.errors import InputError
 from rankmamba.flops import forward_flops
 from rankmamba.inputs import token_batches
@@ -41,7 +40,9 @@ def test_the_operations_of_a_layer_are_those_counted_by_hand(system):
     one, two = (build(system, 512, layers, "cpu").model for layers in (1, 2))
     for length in (96, 512):
         assert forward_flops(two, length) - forward_flops(one, length) == LAYERS[system](length)
-    if system == "bert-base":  # the last layer: keys and values are needed of every token, all else of the one that the head reads
+    if (
+        system == "bert-base"
+    ):  # the last layer: keys and values are needed of every token, all else of the one that the head reads
         rest = products(512, (D, D), (D, D)) + products(1, *TRANSFORMER[2:], (D, 1)) + 2 * 2 * 512 * 512 * D
         assert forward_flops(one, 512) == rest
 
@@ -81,13 +82,13 @@ LENGTHS = np.array([128, 512, 2048, 8192])
 
 def test_a_crossover_lies_where_two_known_curves_meet():
     # constant against one that falls with the length: they meet at 1,000, and power laws are straight lines in the logarithms
-    assert profile_study.crossover(LENGTHS, [500.0] * 4, 500.0 * 1000 / LENGTHS) == pytest.approx(1000)
-    assert profile_study.crossover(LENGTHS, [1, 1, 1, 1], [2, 2, 1, 0.5]) == pytest.approx(2048)
+    assert profile_tables.crossover(LENGTHS, [500.0] * 4, 500.0 * 1000 / LENGTHS) == pytest.approx(1000)
+    assert profile_tables.crossover(LENGTHS, [1, 1, 1, 1], [2, 2, 1, 0.5]) == pytest.approx(2048)
 
 
 @pytest.mark.parametrize("ours", [1.0, 3.0])
 def test_curves_that_do_not_cross_have_no_crossover(ours):
-    assert profile_study.crossover(LENGTHS, [ours] * 4, [2.0] * 4) is None
+    assert profile_tables.crossover(LENGTHS, [ours] * 4, [2.0] * 4) is None
 
 
 @pytest.mark.parametrize("size", [4, 16, 32])
@@ -95,7 +96,11 @@ def test_batches_by_length_pad_no_more_than_as_many_shuffled_pairs_at_a_time(siz
     for seed in range(30):
         lengths = np.random.default_rng(seed).lognormal(4.6, 0.6, 320).astype(int) + 1
         budget = size * int(np.median(lengths))
-        assert lengths.sum() <= padded_tokens(lengths, token_batches(lengths, budget)) <= padded_tokens(lengths, fixed_batches(lengths, size))
+        assert (
+            lengths.sum()
+            <= padded_tokens(lengths, token_batches(lengths, budget))
+            <= padded_tokens(lengths, fixed_batches(lengths, size))
+        )
 
 
 def test_a_measurement_is_a_record_that_says_how_it_was_made_and_a_second_run_finds_it(tmp_path):
@@ -113,7 +118,9 @@ def test_a_measurement_is_a_record_that_says_how_it_was_made_and_a_second_run_fi
     assert (mamba["environment"]["scan"], neox["environment"]["scan"]) == (scan.kernel("cpu").name, "none")
     assert mamba["environment"]["scan_reason"]
     assert [record["environment"]["attention"].split(":")[0] for record in (mamba, neox)] == ["none", "sdpa"]
-    assert fingerprint(mamba) == fingerprint(profile_study.speed(tmp_path / "b", "tiny", ["tiny-mamba"], [(2, 64)], seconds=0.05)[0])
+    assert fingerprint(mamba) == fingerprint(
+        profile_study.speed(tmp_path / "b", "tiny", ["tiny-mamba"], [(2, 64)], seconds=0.05)[0]
+    )
 
 
 def test_a_measurement_stops_between_two_passes():
@@ -135,7 +142,13 @@ def records(speeds):
                 "config": {"length": length, "batch": 1},
                 "result": {"parameters": 1, "layers": None, "depths": None, "flops": {"training": 1}, "out_of_memory": []},
                 "timing": {"training": timing | {"peak_mib": 1.0, "share": 0.5}},
-                "environment": {"scan": "native" if scans else "none", "device": "cpu", "cpu": "X", "dtype": "float32", "threads": 1},
+                "environment": {
+                    "scan": "native" if scans else "none",
+                    "device": "cpu",
+                    "cpu": "X",
+                    "dtype": "float32",
+                    "threads": 1,
+                },
             }
 
 
@@ -152,9 +165,9 @@ def test_the_verdict_follows_the_records_against_the_fastest_transformer(rates, 
     lengths = [128, 512, 2048]
     made = {("nano-mamba", True): rates, ("nano-bert", False): [200] * 3, ("nano-neox", False): [150] * 3}
     made = list(records({key: dict(zip(lengths, values, strict=True)) for key, values in made.items()}))
-    text = profile_study.verdict(made)
+    text = profile_tables.verdict(made)
     assert says in text and ("overtakes at about" in text) == (rates == [100, 250, 400])
-    assert set(profile_study.against_transformers(profile_study.speed_table(made))["rival"]) == {"nano-bert"}
+    assert set(profile_tables.against_transformers(profile_tables.speed_table(made))["rival"]) == {"nano-bert"}
 
 
 def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models(tmp_path):

@@ -24,7 +24,7 @@ def test_lce_is_sentence_transformers_ranking_loss_over_the_documents_of_one_que
         ["Hamlet is a play by William Shakespeare.", "A hamlet is a small village.", "The Seine is a river."],
         ["The Seine flows through Paris.", "Paris is a city.", "The Thames flows through London."],
     ]
-    cross_encoder = CrossEncoder(str(tmp_path / "model"), device="cpu").eval()
+    cross_encoder = CrossEncoder(str(tmp_path / "model"), device="cpu", trust_remote_code=True).eval()
     their_loss = MultipleNegativesRankingLoss(cross_encoder, num_negatives=None, scale=1, activation_fn=None)
     # one query at a time, so that no document of another query is a negative too
     theirs = [
@@ -50,5 +50,6 @@ def test_every_test_that_the_table_names_exists():
 
 
 def test_every_row_of_the_table_has_a_test():
-    rows = [line for line in (TESTS / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
-    assert rows and all("::test_" in row for row in rows)
+    lines = (TESTS / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and line != "| claim | test |"]
+    assert len(rows) >= 20 and not [row for row in rows if "::test_" not in row]

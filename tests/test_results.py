@@ -12,8 +12,8 @@ from scipy import stats
 
 from rankmamba import results
 from rankmamba.errors import InputError
-from rankmamba.results import environment, final_table, fingerprint, format_table, new_record, read_records, write_record
-from rankmamba.tables import caption, curves, measured, per_query_values, readable, tidy
+from rankmamba.results import environment, fingerprint, new_record, read_records, write_record
+from rankmamba.tables import caption, curves, final_table, format_table, measured, per_query_values, readable, tidy
 
 NOTE = "saw these queries in its own pre-training"
 

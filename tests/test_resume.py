@@ -4,7 +4,9 @@ import gc
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -36,7 +38,6 @@ KILLS = 20
 
 def begin(work, operation: int | None = None) -> int:
     """Run `work` in a fork of this process, which has everything imported; kill it just before the file operation of this number."""
-    gc.freeze()  # or each fork would copy this process's memory to look through it
     process = os.fork()
     if process == 0:
         status = 1
@@ -69,6 +70,14 @@ def end(process: int) -> int:
 
 def run(work) -> None:
     assert end(begin(work)) == 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Every training collects garbage; without what was there before, or each fork would copy it to look through it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +143,35 @@ def undisturbed(collection, tmp_path_factory):
     return outcome(train(small("tiny-neox"), collection, tmp_path_factory.mktemp("undisturbed") / "model"))
 
 
-def stopped_at(step: int, collection, folder: Path, **changes) -> Path:
-    """Train up to this step; returns the folder of the checkpoints, one for every second step."""
-    stop = threading.Event()
-    config = small("tiny-neox", **changes)
-    train(config, collection, folder, on_step=lambda row: row["step"] == step and stop.set(), stop=stop, checkpoint_steps=2)
-    checkpoints = folder.parent / "checkpoints" / folder.name
-    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == [f"checkpoint-{step - 2}", f"checkpoint-{step}"]
-    return checkpoints
+@pytest.fixture(scope="module")
+def stopped(collection, tmp_path_factory):
+    """Copy a training that was stopped after four steps, with a checkpoint for every second one: folder -> its checkpoints."""
+    original, stop = tmp_path_factory.mktemp("stopped"), threading.Event()
+    result = train(
+        small("tiny-neox"),
+        collection,
+        original / "model",
+        on_step=lambda row: row["step"] == 4 and stop.set(),
+        stop=stop,
+        checkpoint_steps=2,
+    )
+    assert result.stopped and result.steps == 4
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(original, folder, dirs_exist_ok=True)
+        return folder / "checkpoints" / "model"
+
+    return copy
+
+
+def test_a_stopped_training_goes_on_where_it_was(stopped, collection, undisturbed, tmp_path):
+    checkpoints, steps = stopped(tmp_path), []
+    result = train(small("tiny-neox"), collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
+    assert steps == [5, 6, 7, 8] and not result.stopped
+    assert outcome(result) == undisturbed
+    assert not checkpoints.exists()
+    seconds = [row["seconds"] for row in result.curve]
+    assert seconds == sorted(seconds) and result.seconds >= seconds[-1]
 
 
 def flip_a_bit(path: Path) -> None:
@@ -159,24 +189,23 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(name, collection, undisturbed, tmp_path, caplog):
-    checkpoints = stopped_at(4, collection, tmp_path / "model")
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(name, stopped, collection, undisturbed, tmp_path, caplog):
+    checkpoints = stopped(tmp_path)
     DAMAGE[name](checkpoints / "checkpoint-4" / name)
     steps = []
     result = train(small("tiny-neox"), collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
     assert f"{checkpoints}/checkpoint-4" in caplog.text and name in caplog.text and "the one before it is used" in caplog.text
     assert steps == [3, 4, 5, 6, 7, 8]
     assert outcome(result) == undisturbed
+
+
+def test_a_checkpoint_of_another_configuration_is_said_and_not_continued(stopped, collection, tmp_path, caplog):
+    checkpoints, steps = stopped(tmp_path), []
+    other = small("tiny-neox", learning_rate=1e-3, max_steps=4)
+    train(other, collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
+    assert "learning_rate 0.005, now 0.001" in caplog.text and "the training starts anew" in caplog.text
+    assert steps == [1, 2, 3, 4]
     assert not checkpoints.exists()
-    seconds = [row["seconds"] for row in result.curve]
-    assert seconds == sorted(seconds) and result.seconds >= seconds[-1]
-
-
-def test_a_checkpoint_of_another_configuration_is_said_and_not_continued(collection, undisturbed, tmp_path, caplog):
-    stopped_at(4, collection, tmp_path / "model", learning_rate=1e-3)
-    result = train(small("tiny-neox"), collection, tmp_path / "model", checkpoint_steps=5)
-    assert "learning_rate 0.001, now 0.005; the training starts anew" in caplog.text
-    assert outcome(result) == undisturbed
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -203,7 +232,8 @@ def test_what_is_not_finite_ends_the_training_with_its_step_and_queries_and_keep
     assert not (tmp_path / "model").exists()
     steps = []
     assert (
-        outcome(train(small("tiny-neox"), collection, tmp_path / "model", lambda row: steps.append(row["step"]))) == undisturbed
+        outcome(train(small("tiny-neox"), collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"])))
+        == undisturbed
     )
     assert steps == [5, 6, 7, 8]
 
@@ -225,7 +255,6 @@ def test_a_disk_that_takes_no_more_is_said_and_the_checkpoint_before_stays(colle
 # -------------------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.fixture(scope="module")
 def long_texts() -> Collection:
     """40 documents of up to 330 words, 8 queries with every document as a candidate."""
     draw, words = random.Random(0), "amber brook cedar delta ember fjord grove harbor".split()
@@ -243,42 +272,39 @@ def limit_memory(mib: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-def test_a_step_that_does_not_fit_into_memory_runs_in_smaller_chunks_with_the_same_result(long_texts, tmp_path):
+def with_little_memory(folder: Path) -> None:
+    """What the next test runs in a process of its own."""
+    torch.set_num_threads(1)
+    said, texts = [], long_texts()
+    for log in (trainer._log, reranker._log):
+        log.addFilter(lambda record: said.append(record.getMessage()))
     config = small("tiny-mamba", max_steps=1, batch_size=8, group_size=8, max_length=512)
+    whole = train(config, texts, folder / "whole")
+    pairs = [("amber", document) for _, document in texts.documents.pairs()]
+    scores = whole.reranker.predict(pairs, batch_tokens=20_000)
+    assert not said
+    step = LCETrainer.training_step
 
-    def work() -> None:
-        whole = train(config, long_texts, tmp_path / "whole")
-        warnings, chunks = [], []
-        trainer._log.addFilter(lambda record: warnings.append(record.getMessage()))
-        step = LCETrainer.training_step
+    def limited_step(self, *arguments):
+        limit_memory(60)
+        return step(self, *arguments)
 
-        def limited(self, *arguments):
-            limit_memory(40)
-            loss = step(self, *arguments)
-            chunks.append(self.chunks)
-            return loss
-
-        LCETrainer.training_step = limited
-        small_steps = train(config, long_texts, tmp_path / "limited")
-        assert chunks[0] > LCETrainer.CHUNKS and "does not fit into memory" in warnings[0]
-        assert small_steps.curve[0]["loss"] == pytest.approx(whole.curve[0]["loss"], abs=1e-6)
-        for name, tensor in whole.reranker.model.state_dict().items():
-            torch.testing.assert_close(small_steps.reranker.model.state_dict()[name], tensor, rtol=0, atol=1e-5)
-
-    run(work)
+    LCETrainer.training_step = limited_step
+    limited = train(config, texts, folder / "limited")
+    assert "a step does not fit into memory: it runs in 8 chunks" in said[0]
+    assert limited.curve[0]["loss"] == pytest.approx(whole.curve[0]["loss"], abs=1e-6)
+    for name, tensor in whole.reranker.model.state_dict().items():
+        torch.testing.assert_close(limited.reranker.model.state_dict()[name], tensor, rtol=0, atol=1e-5)
+    said.clear()
+    np.testing.assert_allclose(limited.reranker.predict(pairs, batch_tokens=20_000), scores, rtol=0, atol=1e-4)
+    assert len(said) == 1 and "a batch does not fit into the memory of cpu" in said[0]
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved_and_scores_the_same(long_texts):
-    def work() -> None:
-        scorer, warnings = Reranker.from_pretrained("tiny-mamba", max_length=512), []
-        pairs = [("amber", document) for _, document in long_texts.documents.pairs()]
-        expected = scorer.predict(pairs)
-        reranker._log.addFilter(lambda record: warnings.append(record.getMessage()))
-        limit_memory(40)
-        np.testing.assert_allclose(scorer.predict(pairs, batch_tokens=20_000), expected, rtol=0, atol=1e-5)
-        assert len(warnings) == 1 and "batch_tokens=" in warnings[0]
-
-    run(work)
+def test_what_does_not_fit_into_memory_is_halved_with_the_same_result(tmp_path):
+    # memory that is freed goes back to the system, so that the limit means the same at any time
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}
+    done = subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def fails_above(limit: int, error: Exception):
@@ -292,11 +318,9 @@ def fails_above(limit: int, error: Exception):
     return forward
 
 
-def test_a_gpu_without_memory_is_met_alike_and_one_pair_too_large_is_an_input_error(
-    long_texts, collection, tmp_path, monkeypatch, caplog
-):
+def test_a_gpu_without_memory_is_met_alike_and_one_pair_too_large_is_an_input_error(collection, tmp_path, monkeypatch, caplog):
     scorer = Reranker.from_pretrained("tiny-mamba", max_length=512)
-    pairs = [("amber", document) for _, document in long_texts.documents.pairs()]
+    pairs = [("amber", document) for _, document in long_texts().documents.pairs()]
     expected = scorer.predict(pairs)
     full = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(RerankerModel, "forward", fails_above(600, full))
@@ -312,3 +336,7 @@ def test_a_gpu_without_memory_is_met_alike_and_one_pair_too_large_is_an_input_er
     for call in (lambda: scorer.predict(pairs), lambda: train(small("tiny-neox"), collection, tmp_path / "model")):
         with pytest.raises(RuntimeError, match="size mismatch"):
             call()
+
+
+if __name__ == "__main__":
+    with_little_memory(Path(sys.argv[1]))

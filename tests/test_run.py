@@ -47,6 +47,7 @@ def checkout(tmp_path, monkeypatch):
     spec.loader.exec_module(run)
     monkeypatch.setattr(run.sys, "executable", str(python))
     monkeypatch.setattr(run, "cpu_index", lambda: [])
+    monkeypatch.setattr(run, "has_chromium", lambda: False)
 
     def calls():
         lines = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
@@ -101,6 +102,13 @@ def test_another_command_adds_its_extra_only(checkout):
     assert checkout.calls() == ["rankmamba[lab,test]"]
     checkout.run.install("test")
     assert checkout.calls() == []
+
+
+def test_where_there_is_a_browser_the_tests_bring_what_drives_it(checkout, monkeypatch):
+    installed(checkout, "test")
+    monkeypatch.setattr(checkout.run, "has_chromium", lambda: True)
+    assert checkout.run.main(["test"]) == 7
+    assert checkout.calls() == ["rankmamba[e2e,test]", "-m pytest -q"]
 
 
 @pytest.mark.parametrize("damage", ["killed while installing", "no Python in it any more", "half a stamp"])

@@ -1,11 +1,7 @@
 """Document states: the scores of full scoring, stores that survive kills and notice damage."""
 
 import math
-import os
 import resource
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import filelock
@@ -180,35 +176,35 @@ def test_keeping_some_layers_is_smaller_and_keeping_all_is_exact(mamba, tmp_path
         DocumentStates.build(mamba, DOCUMENTS, tmp_path / "none", layers=[2])
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, str(Path(sys.argv[1]).parent))
-import test_states
-calls = 0
-def fsync(handle, fsync=os.fsync):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(handle)
-os.fsync = fsync
-test_states.state_build.BLOCK = (3, 1000)
-test_states.DocumentStates.build(test_states.make("mamba"), test_states.DOCUMENTS, sys.argv[2], "int8")
-"""
-
-
-def test_a_build_that_is_killed_and_goes_on_ends_byte_for_byte_as_one_that_is_not(mamba, tmp_path, monkeypatch):
+def test_a_build_that_stopped_says_how_far_it_came_and_goes_on_to_the_same_bytes(mamba, tmp_path, monkeypatch):
     monkeypatch.setattr(state_build, "BLOCK", (3, 1000))
     DocumentStates.build(mamba, DOCUMENTS, tmp_path / "whole", "int8")
-    # four calls a block, for states, table, ids and progress: the second block is all there, but not committed
-    command = [sys.executable, "-c", KILLED, __file__, str(tmp_path / "killed"), "8"]
-    environment = os.environ | {"PYTHONPATH": str(Path(state_build.__file__).parents[1])}
-    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
-    with pytest.raises(InputError, match="3 documents of a build that was stopped"):
-        DocumentStates.open(tmp_path / "killed", mamba)
-    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "killed", "int8")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+    def store_two_blocks(*arguments, _store=states_module.store_block, left=[None, None]):  # noqa: B006
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        _store(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(states_module, "store_block", store_two_blocks)
+        DocumentStates.build(mamba, DOCUMENTS, tmp_path / "stopped", "int8")
+    with pytest.raises(InputError, match="6 documents of a build that was stopped"):
+        DocumentStates.open(tmp_path / "stopped", mamba)
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "stopped", "int8")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["progress.json", "states.bin", "table.bin"])
+def test_a_stopped_build_whose_files_are_damaged_is_refused(name, mamba, tmp_path, monkeypatch):
+    monkeypatch.setattr(state_build, "BLOCK", (3, 1000))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(states_module.Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
+    path = tmp_path / "s" / name
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError, match=f"{name}.*delete the folder"):
+        DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
 
 
 def test_building_again_computes_nothing_and_other_documents_are_refused(mamba, tmp_path, monkeypatch):

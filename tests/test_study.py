@@ -1,10 +1,18 @@
 """The batch runner is strict: what it does not know or cannot do ends it with one clear sentence and a non-zero exit."""
 
+import subprocess
+import sys
+import threading
+import time
+
 import nbformat
+import papermill
 import pytest
 
-from rankmamba import study
+from rankmamba import parameters, study
 from rankmamba.errors import InputError
+from rankmamba.files import alone
+from rankmamba.results import read_records
 
 
 @pytest.mark.parametrize(
@@ -16,6 +24,8 @@ from rankmamba.errors import InputError
         (["--scale", "tiny", "-p", "max_steps"], "expected -p name=value"),
         (["--scale", "tiny", "-p", "max_steps=[1"], "expected a value in YAML"),
         (["--scale", "tiny", "--only", "02", "-p", "top_k=3"], "top_k"),
+        (["--scale", "tiny", "-p", "max_steps=200"], "a value of type dict for max_steps, got 200"),
+        (["--scale", "tiny", "-p", "results=elsewhere"], "expected parameters among"),
     ],
 )
 def test_a_wrong_argument_is_named_and_nothing_runs(arguments, says, tmp_path, capsys):
@@ -41,7 +51,7 @@ def test_a_failing_cell_keeps_the_copy_up_to_there(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text, value",
-    [("3", 3), ("1e-3", 1e-3), ("true", True), ("[a, b]", ["a", "b"]), ("rankmamba/nq", "rankmamba/nq"), ("{a: 1}", {"a": 1})],
+    [("3", 3), ("1e-3", 1e-3), ("true", True), ("[a, b]", ["a", "b"]), ("no", "no"), ("{a: 1e-3}", {"a": 1e-3}), ("rankmamba/nq", "rankmamba/nq"), ("{a: 1}", {"a": 1})],
 )
 def test_a_parameter_means_what_it_looks_like(text, value):
     assert study.parse_parameters([f"name={text}"]) == {"name": value}
@@ -50,6 +60,46 @@ def test_a_parameter_means_what_it_looks_like(text, value):
 def test_a_scale_file_of_another_form_is_refused(tmp_path, monkeypatch):
     (tmp_path / "scales").mkdir()
     (tmp_path / "scales" / "odd.yaml").write_text("parameters: 3\n")
-    monkeypatch.setattr(study, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(parameters, "NOTEBOOKS", tmp_path)
     with pytest.raises(InputError, match="two mappings"):
-        study.read_scale("odd")
+        parameters.read_scale("odd")
+
+
+@pytest.mark.parametrize("path", parameters.notebooks(), ids=lambda path: path.stem)
+def test_parameters_are_read_as_papermill_reads_them(path):
+    theirs = {name: parameter["inferred_type_name"] for name, parameter in papermill.inspect_notebook(path).items()}
+    assert {name: kind for name, (kind, _) in parameters.declared(path).items()} == theirs
+
+
+def test_a_finished_study_leaves_a_record_of_what_it_ran_with(tmp_path):
+    settings = parameters.settle("tiny", "01", {"n_test": 5})
+    study.leave_record(tmp_path, "tiny", "01", settings, 1.5)
+    (record,) = read_records(tmp_path, "study")
+    assert record["config"]["notebooks"] == ["01_data"] and record["config"]["parameters"]["n_test"] == 5
+    assert record["config"]["parameters"]["systems"] == parameters.read_scale("tiny")["parameters"]["systems"]
+
+
+def test_two_studies_in_one_folder_go_one_after_another(tmp_path, capsys):
+    order = []
+
+    def other():
+        with alone(tmp_path / ".lock", "waits"):
+            order.append("other")
+
+    with alone(tmp_path / ".lock", "waits"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"] and capsys.readouterr().err == "waits\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["rankmamba.study", "--help"], ["rankmamba.study", "-p", "nothing=3"], ["rankmamba.results", "--help"]]
+)
+def test_a_command_line_answers_without_importing_what_takes_seconds(command):
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code, *command], capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "rankmamba.errors" in imported and not imported & {"torch", "transformers", "papermill", "pandas", "scipy"}

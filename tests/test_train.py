@@ -5,13 +5,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from rankmamba.collection import load
-from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
-from rankmamba.train import TrainConfig, main, train
-from rankmamba.trainer import LCETrainer, accuracy, distil_loss, lce_loss, like_length
+from rankmamba.train import TrainConfig, train
+from rankmamba.trainer import LCETrainer, Progress, accuracy, distil_loss, lce_loss, like_length
 
 TINY = dict(epochs=100, batch_size=2, group_size=4, max_length=64, max_query_length=16, learning_rate=5e-3)
 
@@ -20,6 +18,45 @@ def test_lce_is_minus_log_softmax_of_the_positive_by_hand():
     scores = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, -1.0]])
     by_hand = -np.mean([np.log(np.exp(row[0]) / np.exp(row).sum()) for row in scores.numpy()])
     assert lce_loss(scores).item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_distillation_is_the_kl_divergence_from_the_teacher_by_hand():
+    scores, teacher = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, -1.0]]), torch.tensor([[1.0, 1.0, 0.0], [5.0, 2.0, 2.0]])
+    p, q = (np.exp(each.numpy()) / np.exp(each.numpy()).sum(1, keepdims=True) for each in (teacher, scores))
+    assert distil_loss(scores, teacher).item() == pytest.approx((p * np.log(p / q)).sum(1).mean(), abs=1e-6)
+    assert distil_loss(teacher + 7, teacher).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_student_comes_to_rank_as_its_teacher_whose_scores_are_computed_once(tmp_path, monkeypatch):
+    tiny = load("rankmamba/tiny/train")
+    torch.manual_seed(5)
+    teacher = Reranker.from_pretrained("tiny-bert", max_length=64, max_query_length=16)
+    torch.nn.init.normal_(teacher.model.score.weight, std=1.0)
+    teacher.save_pretrained(tmp_path / "teacher")
+    scored, stop, losses = [], threading.Event(), []
+    predict = Reranker.predict
+    monkeypatch.setattr(
+        Reranker, "predict", lambda self, pairs, **options: scored.append(pairs) or predict(self, pairs, **options)
+    )
+    config = TrainConfig("tiny-bert", max_steps=60, loss="distil", teacher=str(tmp_path / "teacher"), **TINY)
+
+    def on_step(row):
+        losses.append(row["loss"])
+        if row["step"] == 30:
+            stop.set()
+
+    train(config, tiny, tmp_path / "student", on_step=on_step, stop=stop)
+    train(config, tiny, tmp_path / "student", on_step=on_step)
+    assert len(losses) == 60 and len(scored) == 1
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
+def test_layers_computed_twice_learn_the_same(tmp_path):
+    curves = []
+    for twice in (False, True):
+        config = TrainConfig("tiny-mamba", max_steps=3, gradient_checkpointing=twice, **{**TINY, "learning_rate": 1e-3})
+        curves.append([row["loss"] for row in train(config, load("rankmamba/tiny/train"), tmp_path / str(twice)).curve])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +104,28 @@ def test_stopping_ends_after_the_step_and_keeps_what_was_learnt(tmp_path):
     )
     assert result.stopped and result.steps == 3
     assert Reranker.from_pretrained(tmp_path / "model").predict([("a", "b")]).shape == (1,)
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_stopping_within_a_step_gives_it_up_and_the_same_call_goes_on_as_if_never_stopped(moment, tmp_path, monkeypatch):
+    collection, config = load("rankmamba/tiny/train"), TrainConfig("tiny-mamba", max_steps=6, **TINY)
+    whole = train(config, collection, tmp_path / "whole")
+    stop, heeded = threading.Event(), []
+    heed_stop = Progress.heed_stop
+
+    def listen(progress, args):
+        heeded.append(len(progress.curve))
+        # a step looks twice a chunk: first on its way forward, then on its way back
+        if heeded.count(3) == (2 if moment == "forward" else LCETrainer.CHUNKS + 2):
+            stop.set()
+        heed_stop(progress, args)
+
+    monkeypatch.setattr(Progress, "heed_stop", listen)
+    first = train(config, collection, tmp_path / "model", stop=stop)
+    assert first.stopped and first.steps == 3 and heeded[-1] == 3
+    monkeypatch.setattr(Progress, "heed_stop", heed_stop)
+    second = train(config, collection, tmp_path / "model")
+    assert not second.stopped and [row["loss"] for row in second.curve] == [row["loss"] for row in whole.curve]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
