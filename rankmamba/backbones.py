@@ -1,7 +1,9 @@
 """From a system's name to its network and tokenizer: a row of the table, or what a checkpoint's own configuration says."""
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -12,8 +14,9 @@ from .errors import InputError
 from .inputs import KINDS
 from .model import RerankerConfig, RerankerModel
 from .packages import package_folder, unpacked
+from .saved import is_saved, load_saved
 from .sources import say
-from .systems import FAMILIES, FLASH, SDPA, SYSTEMS, Family, ModelSpec, Packed
+from .systems import FAMILIES, FLASH, SCRATCH, SDPA, SYSTEMS, Family, ModelSpec, Packed
 
 # Their first position is the one behind the padding token's id, so they have fewer than their configuration says.
 _SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
@@ -81,11 +84,34 @@ def load_backbone(spec: ModelSpec) -> PreTrainedModel:
     """
     place = _place(spec.source)
     try:
-        return AutoModel.from_pretrained(
-            **place, use_safetensors="gguf_file" not in place, dtype=torch.float32, **spec.overrides
-        )
+        return AutoModel.from_pretrained(**place, use_safetensors="gguf_file" not in place, dtype=torch.float32, **spec.overrides)
     except OSError as error:
         raise InputError(f"expected weights of {spec.name} as safetensors, got: {str(error).splitlines()[0]}") from error
+
+
+def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrainedTokenizerBase]:
+    """Load a reranker's network and tokenizer: a folder of ours, a system's name, or a checkpoint that gets a new head.
+
+    limits: max_length and max_query_length, where they are not the folder's own or the defaults.
+
+    Raises:
+        InputError: there is no such thing, it is damaged, or max_length is beyond its positions.
+    """
+    folder, spec = Path(path_or_id), None
+    if not is_saved(folder):
+        spec = find(str(path_or_id))
+        if isinstance(spec.source, Path):
+            if not is_saved(spec.source):
+                raise InputError(
+                    f"expected the pre-trained {spec.name} in {spec.source}, found none; it is in the repository's data/checkpoints, "
+                    f"or start from random weights with {spec.name}{SCRATCH}"
+                )
+            folder, spec = spec.source, None
+    model, tokenizer = load_saved(folder, limits) if spec is None else build(spec, **limits)
+    limit, max_length = positions(model.config.backbone_config), model.config.limits["max_length"]
+    if limit is not None and max_length > limit:
+        raise InputError(f"expected max_length <= {limit} (the positions {path_or_id} has), got {max_length}")
+    return model, tokenizer
 
 
 def build(spec: ModelSpec, max_length: int = 512, max_query_length: int = 50) -> tuple[RerankerModel, object]:
@@ -96,9 +122,6 @@ def build(spec: ModelSpec, max_length: int = 512, max_query_length: int = 50) ->
     tokenizer = load_tokenizer(spec)
     backbone = None if callable(spec.source) else load_backbone(spec)
     backbone_config = spec.source() if backbone is None else backbone.config
-    limit = positions(backbone_config)
-    if limit is not None and max_length > limit:
-        raise InputError(f"expected max_length <= {limit} (the positions {spec.name} has), got {max_length}")
     config = RerankerConfig(
         backbone_config=backbone_config,
         kind=spec.kind,

@@ -65,7 +65,6 @@ def licences() -> list[tuple[str, str]]:
     return sorted(found.items())
 
 
-
 def size_mb(folder: Path) -> int:
     """Return what the files below `folder` take, in MB."""
     return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6)
@@ -121,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--licences", action="store_true", help="list the licence of everything that is needed, instead")
     options = parser.parse_args(arguments)
     for what, finding in licences() if options.licences else findings():
-        print(f"{what:<24}{finding}", flush=True)
+        print(f"{what:<23} {finding}", flush=True)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,17 @@ class Experiment:
         trained = train(config, self.split("train"), self.model_path(config.system), on_step=on_step, stop=stop)
         return self._leave("train", config.system, "train", settings, trained.result(), trained.timing(), trained.setup)
 
+    def trained(self, system: str) -> dict:
+        """The record of a system's training.
+
+        Raises:
+            InputError: it was not trained, or its model is gone.
+        """
+        record, folder = self._last("train", system, "train"), self.model_path(system)
+        if record is None or not folder.is_dir():
+            raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
+        return record
+
     def trial(
         self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None
     ) -> dict:
@@ -134,18 +145,13 @@ class Experiment:
         here = [record for record in records if record["collection"] == f"{self.collection}/train"]
         return sorted(here, key=lambda record: record["created"])
 
-    def rerank(
-        self, system: str, first_stage: str, top_k: int, show_progress: bool = True, max_passages: int = 1
-    ) -> dict:
+    def rerank(self, system: str, first_stage: str, top_k: int, show_progress: bool = True, max_passages: int = 1) -> dict:
         """Rerank the first stage's `top_k` of each dev and test query with a trained system and keep the runs; returns the record.
 
         max_passages: of a document, see `Reranker.rerank`. A reranking that was killed goes on with the queries that are not finished.
         """
-        folder = self.model_path(system)
-        trained = self._last("train", system, "train")
-        if trained is None or not folder.is_dir():
-            raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
-        config = self._config(first_stage=first_stage, top_k=top_k, max_passages=max_passages, trained=fingerprint(trained))
+        folder, trained = self.model_path(system), fingerprint(self.trained(system))
+        config = self._config(first_stage=first_stage, top_k=top_k, max_passages=max_passages, trained=trained)
         journals = {part: self.run_path(system, part).with_suffix(".finished") for part in PARTS}
         record = self._found("rerank", system, "test", config)
         if not (record and self._has_runs(system)):

@@ -1,7 +1,7 @@
 """The network of a reranker: any Hugging Face backbone, one pooled token, dropout, one linear head.
 
 It is a Hugging Face model of its own type, so `AutoModelForSequenceClassification.from_pretrained(folder)` loads what we save
-once `rankmamba` is imported.
+once `rankmamba.model` is imported.
 """
 
 import inspect
@@ -70,7 +70,9 @@ class RerankerModel(PreTrainedModel):
         self._last_layer = LastLayer(backbone)
         self._typed = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.dropout = nn.Dropout(config.head_dropout)
-        width = getattr(config.backbone_config, "word_embed_proj_dim", config.backbone_config.hidden_size)  # OPT-350m's is another
+        width = getattr(
+            config.backbone_config, "word_embed_proj_dim", config.backbone_config.hidden_size
+        )  # OPT-350m's is another
         self.score = nn.Linear(width, config.num_labels)
         self.post_init()
 

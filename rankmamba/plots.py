@@ -17,6 +17,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from .errors import InputError
@@ -140,7 +141,7 @@ def training_curves(
     if group_size is not None:
         axes.axhline(math.log(group_size), color="black", linestyle=":", linewidth=1.5)
         axes.annotate(f"guessing: ln {group_size}", (0.98, math.log(group_size)), xycoords=("axes fraction", "data"), ha="right",
-                      xytext=(0, 4), textcoords="offset points")  # fmt: skip
+                      xytext=(0, 4), textcoords="offset points", path_effects=[withStroke(linewidth=4, foreground="white")])  # fmt: skip
     axes.set(ylim=(0, None), xlim=(0, None))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _end_labels(axes, ends)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from .plots import Chart, _end_labels, _marker, _styled
 from .profile_parts import OTHER
@@ -68,15 +68,18 @@ def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
             axes.xaxis.set(
                 major_locator=FixedLocator(lengths), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}")
             )
-            axes.yaxis.set(minor_formatter=EngFormatter(sep=""), major_formatter=EngFormatter(sep=""))
-            axes.tick_params(axis="y", which="minor", labelsize=10)
-            axes.grid(True, axis="y", which="both")
+            low, high = axes.get_ylim()
+            ticks = LogLocator(subs=(1, 2, 3, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8))
+            axes.yaxis.set(major_locator=ticks, minor_locator=NullLocator())
+            axes.yaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"))
     return figure
 
 
 def _lines(axes: Axes, part: pd.DataFrame, column: str) -> None:
-    ends = {}
-    axes.margins(y=0.08)
+    """A line a system, named at its end."""
+    ends, low, high = {}, part[column].min(), part[column].max()
+    if low < np.inf:
+        axes.set_ylim(low / 1.15, high * 1.15)
     for system, rows in part.dropna(subset=column).groupby("system", sort=False):
         rows = rows.sort_values("length")
         axes.plot(rows["length"], rows[column], **_marker(system) | {"linestyle": look(system).line})

@@ -87,9 +87,10 @@ def _standing(ours, theirs) -> str:
 
 
 def one_batch(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each system, length and mode the row with the largest batch; training comes first."""
+    """Of each system, length and mode the row with the largest batch; small systems and training come first."""
     largest = table.sort_values("batch").drop_duplicates(["system", "length", "mode"], keep="last")
-    return largest.sort_values(["size", "mode", "system", "length"], ascending=[True, False, True, True])
+    largest = largest.assign(order=largest.groupby("size")["parameters"].transform("max"))
+    return largest.sort_values(["order", "mode", "system", "length"], ascending=[True, False, True, True]).drop(columns="order")
 
 
 def verdict(records: Sequence[dict]) -> str:

@@ -20,11 +20,11 @@ import torch
 from . import backbones, shapes
 from .errors import InputError
 from .flops import forward_flops
+from .losses import lce_loss
 from .memory import free_memory, out_of_memory
 from .precision import autocast
 from .reranker import Reranker
 from .systems import MINILM, SCRATCH, SYSTEMS
-from .trainer import lce_loss
 
 MODES = ("training", "inference")
 CANDIDATES = 100  # documents of a query, for its latency
@@ -66,8 +66,9 @@ class Subject:
     """
 
     def __init__(self, system: str, length: int, full_depth: bool = False, device=None, dtype: torch.dtype | None = None):
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.system, self.layers, self.depths = system, shapes.depth_of(system), None
-        if self.layers is not None and not full_depth and not torch.cuda.is_available():
+        if self.layers is not None and not full_depth and device.type == "cpu":
             self.depths = (self.layers // 12, self.layers // 6)
         self.rerankers = [build(system, length, layers, device, dtype) for layers in self.depths or [None]]
         self.parameters = round(self.whole([reranker.model.parameters_outside_embeddings() for reranker in self.rerankers]))
@@ -110,7 +111,7 @@ def measure_together(
     """Measure systems in turns, A B A B, after a pass of each that warms up and whose memory is measured.
 
     length, batch: tokens of a pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: after so many for each
-    system no further turn begins, though there is one; a pass that takes longer needs no warming up, and its first one counts.
+    system no further turn begins, though there is one; a pass of more than three times that needs no warming up, and counts at once.
     stop: set it from another thread to end after the pass that is running.
 
     Returns {system: {"parameters" (outside the embeddings), "layers" and the "depths" that ran, "flops": {mode: operations of the
@@ -143,7 +144,7 @@ def measure_together(
             try:
                 if not stop.is_set():
                     first, memory[subject] = _first(subject, runs[subject])
-                    times[subject] = [first] if first > seconds else []
+                    times[subject] = [first] if first > 3 * seconds else []
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise

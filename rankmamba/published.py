@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .collection import UNIONS, load
 from .tables import tidy
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published.csv"
@@ -20,13 +21,38 @@ def published() -> pd.DataFrame:
 
 
 def beside_ours(records: list[dict]) -> pd.DataFrame:
-    """Return the published figures on MS MARCO documents and on what else `records` measure, best first, with `ours` beside them.
+    """Return the published figures on MS MARCO documents and on what else `records` measure, `ours` beside them (mean over seeds).
 
-    Ours, a mean over seeds, stands where a system of ours has the same name and is measured alike; elsewhere it is NaN.
+    A system of ours that nobody published has a row without `value`; a published one that we did not measure has NaN as `ours`.
+    A study on MS MARCO is split into what the papers report: RR@100 on dev, nDCG@10 on each TREC year.
     """
     keys = ["system", "collection", "measure"]
-    ours = tidy(records).groupby(keys, as_index=False)["value"].mean().rename(columns={"value": "ours"})
-    table = published().merge(ours, on=keys, how="left")
-    table = table[table["collection"].isin(ours["collection"]) | table["collection"].str.startswith("msmarco-document/")]
-    table = table.sort_values(["collection", "measure", "value"], ascending=[True, True, False], ignore_index=True)
+    ours = pd.concat([tidy(records)[[*keys, "value"]], _as_reported(records)], ignore_index=True)
+    ours = ours.groupby(keys, as_index=False)["value"].mean().rename(columns={"value": "ours"})
+    table = published()
+    reported = set(table["collection"]) & set(ours["collection"])
+    table = table[table["collection"].isin(reported) | table["collection"].str.startswith("msmarco-document/")]
+    measured = ours[ours["collection"].isin(reported) & ours["measure"].isin(table["measure"])]
+    table = table.merge(measured, on=keys, how="outer")
+    table["best"] = table[["value", "ours"]].max(axis=1)
+    table = table.sort_values(["collection", "measure", "best"], ascending=[True, True, False], ignore_index=True)
     return table[["collection", "measure", "system", "value", "ours", "candidates", "sure", "source"]]
+
+
+def _as_reported(records: list[dict]) -> pd.DataFrame:
+    """Our figures of a study on msmarco-document as the papers have them: system, collection, measure, value."""
+    rows = []
+    for record in records:
+        if record["kind"] != "evaluate" or record["collection"] not in UNIONS:
+            continue
+        base, result = record["collection"].rpartition("/")[0], record["result"]
+        if "dev" in result:  # of the mixture with the first stage; weight 1 is the system alone
+            alone = dict(zip(result["dev"]["weight"], result["dev"]["value"], strict=True))[1.0]
+            rows.append((record["system"].partition(" + ")[0], f"{base}/dev", "RR@100", alone))
+            continue
+        values = result["per_query"]["nDCG@10"]
+        for year in UNIONS[record["collection"]]:
+            of_year = [values[query_id] for query_id in load(year).queries if query_id in values]
+            if of_year:
+                rows.append((record["system"], year, "nDCG@10", sum(of_year) / len(of_year)))
+    return pd.DataFrame(rows, columns=["system", "collection", "measure", "value"])

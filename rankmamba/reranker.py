@@ -23,8 +23,6 @@ from .memory import free_memory, out_of_memory
 from .model import RerankerModel
 from .passages import best_of, cut, spread, tokens_needed
 from .precision import autocast, autocast_dtype
-from .saved import is_saved, load_saved
-from .systems import SCRATCH
 from .token_store import document_tokens
 
 if TYPE_CHECKING:
@@ -82,17 +80,7 @@ class Reranker:
         """
         given = {"max_length": max_length, "max_query_length": max_query_length}
         limits = {name: value for name, value in given.items() if value is not None}
-        folder, spec = Path(path_or_id), None
-        if not is_saved(folder):
-            spec = backbones.find(str(path_or_id))
-            if isinstance(spec.source, Path):
-                if not is_saved(spec.source):
-                    raise InputError(
-                        f"expected the pre-trained {spec.name} in {spec.source}, found none; it is in the repository's data/checkpoints, "
-                        f"or start from random weights with {spec.name}{SCRATCH}"
-                    )
-                folder, spec = spec.source, None
-        model, tokenizer = load_saved(folder, limits) if spec is None else backbones.build(spec, **limits)
+        model, tokenizer = backbones.load(path_or_id, **limits)
         return cls(model, tokenizer, device, dtype)
 
     @property

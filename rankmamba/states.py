@@ -25,7 +25,8 @@ from .reranker import Cost, Reranker, _unique
 from .state_build import BLOCK, SAMPLE, blocks, identity, store_block
 from .state_formats import DTYPES, FLOATS, Parts, decode, encode, encode_ids, record_bytes
 from .state_kinds import kind_of
-from .state_store import Reader, Writer, building, compare_headers
+from .state_reader import Reader, compare_headers
+from .state_store import Writer, building
 
 
 class DocumentStates:

@@ -142,7 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     sweep = parser.add_argument_group("many sets of parameters")
     sweep.add_argument("-f", dest="sweep", type=Path, metavar="SWEEP.YAML", help="{name: [values]} or [{name: value}, ...]")
     sweep.add_argument("--jobs", type=int, help="so many sets at once, the threads divided among them (default: 1)")
-    sweep.add_argument("--submitit", nargs="*", metavar="NAME=VALUE", help="hand the sets to a Slurm cluster, e.g. timeout_min=60")
+    sweep.add_argument(
+        "--submitit", nargs="*", metavar="NAME=VALUE", help="hand the sets to a Slurm cluster, e.g. timeout_min=60"
+    )
     options = parser.parse_args(arguments)
     if options.sweep is None and (options.jobs is not None or options.submitit is not None):
         parser.error("--jobs and --submitit are for a sweep: name its file with -f")

@@ -100,7 +100,7 @@ def plan(path: Path, scale: str, only: str | None, overrides: dict, folder: Path
         digest = hashlib.sha256(_text([only, values]).encode()).hexdigest()[:8]
         name = "_".join(f"{name}={_text(value)}" for name, value in given.items())
         place = folder / f"{re.sub('[^A-Za-z0-9._=-]+', '-', name)[:60]}-{digest}"
-        arguments = ["--scale", scale, "--results", str(place), *(["--only", only] if only else [])]
+        arguments = ["--yes", "--scale", scale, "--results", str(place), *(["--only", only] if only else [])]
         for name, value in values.items():
             arguments += ["-p", f"{name}={_text(value)}"]
         config = record_config(only, settle(scale, only, values))
@@ -121,7 +121,10 @@ def start_here(jobs: int) -> Callable[[list[str], Path], subprocess.Popen]:
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS", cores)) // jobs)
 
     def start(arguments: list[str], log: Path) -> subprocess.Popen:
-        command, environment = [sys.executable, "-m", "rankmamba.study", *arguments], os.environ | {"OMP_NUM_THREADS": str(threads)}
+        command, environment = (
+            [sys.executable, "-m", "rankmamba.study", *arguments],
+            os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
         with open(log, "w", encoding="utf-8") as said:
             return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
 

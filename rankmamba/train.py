@@ -28,10 +28,11 @@ from .collection import Collection, load, read_run
 from .distil import teacher_scores
 from .errors import InputError
 from .lora import add_lora, merge_lora
+from .progress import Progress, Stopped
 from .reranker import Reranker
 from .results import environment, new_record, write_record
 from .train_config import TrainConfig, read_config
-from .trainer import LCETrainer, Progress, Stopped
+from .trainer import LCETrainer
 from .training_groups import TrainingGroups
 
 OPTIMIZER = "adamw_torch_fused"  # one kernel for all weights, on a CPU too
@@ -120,12 +121,7 @@ def train(
     if positives == 0:
         raise InputError(f"expected at least one relevant document in the qrels of {collection.name}, got none")
     steps = total_steps(config, positives)
-    set_seed(config.seed)
-    dtype = {None: None, True: torch.bfloat16, False: torch.float32}[config.bf16]
-    reranker = Reranker.from_pretrained(
-        config.system, processes.device, dtype, max_length=config.max_length, max_query_length=config.max_query_length
-    )
-    adapted = add_lora(reranker.model, config.lora_r, config.lora_alpha) if config.lora_r else None
+    reranker, adapted = _student(config, processes.device)
     groups = TrainingGroups(
         collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size
     )
@@ -155,6 +151,12 @@ def train(
     except Stopped:
         trainer.keep_last_step()
     setup = reranker.setup | {"optimizer": OPTIMIZER, "processes": processes.num_processes}
+    sharded = trainer.is_fsdp_enabled
+    if sharded:  # each process has a part of the weights: the first one puts them together
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        reranker, adapted = _student(config, torch.device("cpu"))
+        if processes.is_main_process:
+            reranker.model.load_state_dict(weights)
     if adapted is not None:
         merge_lora(adapted)
     reranker.model.eval()
@@ -164,7 +166,22 @@ def train(
         if not progress.stopped:
             checkpoints.remove()
     processes.wait_for_everyone()
+    if sharded:
+        reranker = Reranker.from_pretrained(folder, processes.device, reranker.dtype)
     return TrainResult(reranker, progress.curve, seconds, progress.stopped, setup)
+
+
+def _student(config: TrainConfig, device: torch.device):
+    """Load what is to be trained; returns the reranker, and what `merge_lora` takes or None."""
+    set_seed(config.seed)
+    dtype = {None: None, True: torch.bfloat16, False: torch.float32}[config.bf16]
+    reranker = Reranker.from_pretrained(
+        config.system, device, dtype, max_length=config.max_length, max_query_length=config.max_query_length
+    )
+    adapted = add_lora(reranker.model, config.lora_r, config.lora_alpha) if config.lora_r else None
+    # both losses are the same for any bias of the head; AdamW would make steps of the rounding of its zero gradient
+    reranker.model.score.bias.requires_grad_(False)
+    return reranker, adapted
 
 
 def _arguments(

@@ -1,47 +1,28 @@
 """The Trainer of the recipe: groups in their order, LCE or distillation, chunks of like length, checkpoints that are whole."""
 
-import json
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .checkpoints import PROGRESS, Checkpoints
+from .checkpoints import Checkpoints
 from .errors import InputError
+from .losses import accuracy, distil_loss, lce_loss
 from .memory import free_memory, out_of_memory
+from .progress import Progress
 from .reranker import Reranker
 from .training_groups import TrainingGroups
 
 _log = logging.getLogger(__name__)
-
-
-def lce_loss(scores: torch.Tensor) -> torch.Tensor:
-    """LCE of scores (B, G), the positive in column 0: the mean of -log softmax(scores)[:, 0]."""
-    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
-
-
-def distil_loss(scores: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean over B of KL(softmax of the teacher's scores || softmax of ours), both (B, G), in nats."""
-    return F.kl_div(scores.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
-
-
-def accuracy(scores: torch.Tensor) -> torch.Tensor:
-    """Share of the groups (B, G) whose positive, in column 0, scores highest; float64.
-
-    A tie counts against the positive: half-precision scores tie often, and argmax would favour the first column.
-    """
-    return (scores[:, :1] > scores[:, 1:]).all(1).double().mean()
 
 
 def like_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
@@ -63,61 +44,6 @@ def like_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
     for start in reversed(starts):
         cuts.append(int(start[cuts[-1]]))
     return np.split(order, cuts[:0:-1])
-
-
-class Stopped(Exception):
-    """Asked to stop in the middle of a step: it is given up, the steps before it are kept."""
-
-
-class Progress(TrainerCallback):
-    """How far a training is: its curve and its seconds, restarts included; reports steps, says when to save and when to stop.
-
-    Seconds are of a monotonic clock: a wall clock that jumps changes nothing.
-    """
-
-    # Saving a large model to a slow disk takes minutes: it may take this share of the time at most.
-    SHARE = 0.05
-
-    def __init__(self, on_step: Callable[[dict], None] | None, stop: threading.Event | None, every_s: float, every_steps: int):
-        self.on_step, self.stop, self.every_s, self.every_steps = on_step, stop, every_s, every_steps
-        self.curve: list[dict] = []
-        self.stopped, self.trainer = False, None
-        self._started, self._saved, self._pause = time.perf_counter(), time.perf_counter(), every_s
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-    def load(self, path: Path) -> None:
-        """Go on from the progress that a checkpoint holds."""
-        progress = json.loads((path / PROGRESS).read_bytes())
-        self.curve = progress["curve"]
-        self._started = time.perf_counter() - progress["seconds"]
-
-    def saved(self, took: float) -> None:
-        """A checkpoint has been written, in `took` seconds."""
-        self._saved, self._pause = time.perf_counter(), max(self.every_s, took / self.SHARE)
-
-    def heed_stop(self, args: TrainingArguments) -> None:
-        """Give up the step if asked to stop. A step takes seconds on a CPU; elsewhere, and with other processes, it is finished."""
-        if self.stop is not None and self.stop.is_set() and args.device.type == "cpu" and args.world_size == 1:
-            self.stopped = True
-            raise Stopped
-
-    def on_step_end(self, args, state, control, **kwargs):
-        loss, accuracy, tokens = self.trainer.measured
-        row = {"step": state.global_step, "loss": loss, "accuracy": accuracy}
-        row["tokens"] = tokens + (self.curve[-1]["tokens"] if self.curve else 0)
-        row["seconds"] = self.seconds
-        self.curve.append(row)
-        if self.on_step is not None and state.is_world_process_zero:
-            self.on_step(row | {"of": state.max_steps})
-        due = time.perf_counter() - self._saved > self._pause or (self.every_steps and state.global_step % self.every_steps == 0)
-        # one process decides for all
-        stop, due = self.trainer.agree(self.stop is not None and self.stop.is_set(), due)
-        if stop:
-            control.should_training_stop = self.stopped = True
-        control.should_save = bool(stop or due)
 
 
 class LCETrainer(Trainer):

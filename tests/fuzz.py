@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import ir_measures  # noqa: E402
 
-from rankmamba import formats, nq, results, state_store, sweep, tables, token_store  # noqa: E402
+from rankmamba import formats, nq, results, state_reader, state_store, sweep, tables, token_store  # noqa: E402
 from rankmamba.errors import InputError  # noqa: E402
 from rankmamba.evaluate import parse_measure  # noqa: E402
 from rankmamba.parameters import load_yaml, parse_parameters  # noqa: E402
@@ -150,12 +150,12 @@ def check_manifest(path: Path, data: bytes) -> None:
     try:
         content = json.loads(data)
         content.pop("checksum", None)
-        data = state_store._sealed(content).encode()
+        data = state_reader.sealed(content).encode()
     except Exception:
         pass  # then as it is
-    manifest = folder / state_store.MANIFEST
+    manifest = folder / state_reader.MANIFEST
     manifest.write_bytes(data)
-    reader = state_store.Reader(folder)
+    reader = state_reader.Reader(folder)
     assert len(reader.names) == 3 and set(reader.manifest["sha256"]) < set(os.listdir(folder))
     reader.verify()
     assert [reader.names.find(f"d{n}") for n in range(4)] == [0, 1, 2, None]
@@ -346,7 +346,7 @@ TARGETS = {
     "sweep": Target(check_sweep, lambda: [SWEEP, b"- {seed: 1}\n- {seed: 2, systems: [x]}\n"], YAML_WORDS, 0.1),
     "config": Target(check_config, lambda: [CONFIG], YAML_WORDS, 0.1),
     "record": Target(check_record, lambda: RECORDS, JSON_WORDS),
-    "manifest": Target(check_manifest, lambda: [(_store() / state_store.MANIFEST).read_bytes()], JSON_WORDS + PATHS, 0.3),
+    "manifest": Target(check_manifest, lambda: [(_store() / state_reader.MANIFEST).read_bytes()], JSON_WORDS + PATHS, 0.3),
     "tokens": Target(check_tokens, lambda: [_tokens()[1]], JSON_WORDS + PATHS, 0.3),
     "journal": Target(check_journal, lambda: [_journal()], JSON_WORDS + [b"\n"]),
     "archive": Target(check_archive, lambda: [_archive(json.dumps(TASK).encode())], [], 0.5),
@@ -438,7 +438,7 @@ def guided(name: str, arguments: list[str]) -> None:
     """Let atheris, which sees what the code does with an input, look for more; it ends the process."""
     import atheris
 
-    for module in (formats, results, state_store, sweep, nq, sys.modules["rankmamba.parameters"]):
+    for module in (formats, results, state_reader, sweep, nq, sys.modules["rankmamba.parameters"]):
         for function in [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]:
             if callable(function) and not isinstance(function, type):
                 setattr(module, function.__name__, atheris.instrument_func(function))

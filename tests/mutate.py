@@ -41,6 +41,7 @@ TESTS = {
     "evaluate": ["test_evaluate.py"],
     "states": ["test_states.py"],
 }
+EXAMPLES = 20  # of a hypothesis test at most: more of them would kill more mutants, at several times the cost
 SWAPS = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
     **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And},
@@ -187,6 +188,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a fork has no threads but its own
+    init = hypothesis.settings.__init__
+
+    def fewer_examples(self, *arguments, max_examples=EXAMPLES, **options):
+        init(self, *arguments, max_examples=min(EXAMPLES, max_examples), **options)
+
+    hypothesis.settings.__init__ = fewer_examples
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
     hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, database=None)
     hypothesis.settings.load_profile("mutants")

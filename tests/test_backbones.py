@@ -92,8 +92,17 @@ HUB = {
         {**SIZES, "relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True}
         | {"pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0, "position_biased_input": False, "max_relative_positions": -1},
         lambda folder: sentencepieces(
-            folder, "spm.model", pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]",
-            eos_piece="[SEP]", unk_piece="[UNK]", user_defined_symbols=["[MASK]"],
+            folder,
+            "spm.model",
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece="[PAD]",
+            bos_piece="[CLS]",
+            eos_piece="[SEP]",
+            unk_piece="[UNK]",
+            user_defined_symbols=["[MASK]"],
         ),
         {"tokenizer_class": "DebertaV2Tokenizer", "do_lower_case": False, "vocab_type": "spm"},
     ),
@@ -128,7 +137,9 @@ HUB = {
     "llama": (
         "LlamaForCausalLM",
         {**SIZES, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True},
-        lambda folder: byte_level(folder, ["<|begin_of_text|>", "<|end_of_text|>"], ("<|begin_of_text|> $A", "<|begin_of_text|> $A $B")),
+        lambda folder: byte_level(
+            folder, ["<|begin_of_text|>", "<|end_of_text|>"], ("<|begin_of_text|> $A", "<|begin_of_text|> $A $B")
+        ),
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
     ),
     "t5": (
@@ -158,8 +169,7 @@ HUB = {
     ),
     "mamba2": (
         "Mamba2ForCausalLM",
-        {**SSM, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1}
-        | {"chunk_size": 16},
+        {**SSM, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1} | {"chunk_size": 16},
         lambda folder: byte_level(folder, END),
         {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": END[0], "eos_token": END[0], "unk_token": END[0]},
     ),

@@ -142,6 +142,13 @@ def test_a_groups_negatives_do_not_depend_on_the_other_queries(tiny):
         assert group == whole[group[:2]]
 
 
+def test_by_default_seven_negatives_come_from_the_first_hundred_candidates(tiny):
+    assert make_groups(tiny) == make_groups(tiny, group_size=8, seed=0, epoch=0, depth=100)
+    run = sort_run(pd.DataFrame({"query_id": "q", "doc_id": [f"d{n:03}" for n in range(150)], "score": 1.0}))
+    (group,) = lce_groups(run, pd.DataFrame({"query_id": ["q"], "doc_id": ["d000"], "relevance": [1]}), group_size=100)
+    assert set(group.negatives) == {f"d{n:03}" for n in range(1, 100)}
+
+
 def test_too_few_negatives_without_documents_to_fill_up_are_refused(tiny):
     with pytest.raises(InputError, match="more negatives for query .* got no doc_ids"):
         lce_groups(tiny.candidates, tiny.qrels)

@@ -1,20 +1,23 @@
 """One, two and four processes: the same groups, curve, weights and run."""
 
+import json
 import os
 import socket
+import threading
 import traceback
 from pathlib import Path
 
+import accelerate.state
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 
 from rankmamba.collection import load, write_run
 from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
 from rankmamba.results import read_records
-from rankmamba.train import TrainConfig, main
+from rankmamba.train import TrainConfig, main, train
 
 CONFIG = """
 system: {system}
@@ -112,6 +115,50 @@ def test_a_run_reranked_by_many_processes_is_the_run_of_one(system, tiny, tmp_pa
         on_processes(processes, work)
         for rank in range(processes):
             assert (tmp_path / f"{rank}.run").read_bytes() == (tmp_path / "one.run").read_bytes()
+
+
+class GpusAreCpus(type):
+    """accelerate shards over GPUs and their like alone; with this in place of its list of devices, over CPU processes too."""
+
+    def __getattr__(cls, name):
+        return DistributedType.MULTI_CPU if name == "MULTI_GPU" else getattr(DistributedType, name)
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def test_weights_that_are_sharded_learn_the_same_and_go_on_from_a_checkpoint(tmp_path, monkeypatch):
+    config = TrainConfig(
+        "tiny-mamba", epochs=10, max_steps=4, batch_size=4, group_size=4, max_length=64, max_query_length=16, learning_rate=1e-3
+    )
+    collection = load("rankmamba/tiny/train")
+
+    def work(name: str, stop_at: int) -> None:
+        stop = threading.Event()
+        result = train(config, collection, tmp_path / name, on_step=lambda row: row["step"] == stop_at and stop.set(), stop=stop)
+        if PartialState().is_main_process:
+            (tmp_path / f"{name}.json").write_text(json.dumps(result.result()))
+
+    on_processes(1, lambda: work("one", 0))
+    monkeypatch.setattr(accelerate.state, "DistributedType", GpusAreCpus("DistributedType", (), {}))
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    on_processes(2, lambda: work("sharded", 2))
+    assert (tmp_path / "checkpoints" / "sharded" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
+    on_processes(2, lambda: work("sharded", 0))
+    one, sharded = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "sharded"))
+    assert {name: one[name] for name in one if name != "curve"} == {name: sharded[name] for name in sharded if name != "curve"}
+    losses = [[row["loss"] for row in each["curve"]] for each in (one, sharded)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-5)
+    pair = [("what do bees make", "honey and wax")]
+    scores = [Reranker.from_pretrained(tmp_path / name, dtype=torch.float32).predict(pair) for name in ("one", "sharded")]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=1e-4)
 
 
 def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,9 +73,55 @@ def test_nothing_but_the_gpu_extra_asks_for_a_cuda_package():
     assert not {"mamba-ssm", "causal-conv1d", "flash-attn", "triton"} & set(requirements(everything_else))
 
 
+ON_A_CPU = """
+import importlib, pkgutil, sys, traceback, types
+
+tried = []
+
+class Installed:  # as the real packages do: they import without a GPU, and fail when they are called
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mamba_ssm", "causal_conv1d", "flash_attn", "selective_scan_cuda", "causal_conv1d_cuda"):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = lambda name: self.fails if name[:2] != "__" else object.__getattribute__(module, name)
+        return module
+
+    def exec_module(self, module):
+        importer = next(f for f in traceback.extract_stack()[-2::-1] if "importlib" not in f.filename)
+        tried.extend([module.__name__] if "transformers" not in importer.filename else [])
+        module.__path__ = []
+
+    @staticmethod
+    def fails(*arguments, **named):
+        raise RuntimeError("Expected x.is_cuda() to be true")
+
+sys.meta_path.insert(0, Installed())
+import rankmamba
+for module in pkgutil.walk_packages(rankmamba.__path__, "rankmamba."):
+    if module.name not in ("rankmamba.scan.cuda", "rankmamba.scan.native._kernels"):  # what a GPU needs; no Python module
+        importlib.import_module(module.name)
+for system in ("tiny-bert", "tiny-opt", "tiny-t5"):
+    rankmamba.Reranker.from_pretrained(system).predict([("a query", "a document")])
+assert not tried, tried
+for system in ("tiny-mamba", "tiny-mamba2", "tiny-hybrid"):  # transformers' own files do import the packages
+    reranker = rankmamba.Reranker.from_pretrained(system)
+    reranker.predict([("a query", "a document")])
+    inputs = reranker.inputs
+    pair = inputs.join(inputs.queries(["a query"])[0], inputs.documents(["a document"])[0])
+    reranker.model.train()(**inputs.collate([pair])).logits.sum().backward()
+"""
+
+
+def test_no_module_and_no_system_imports_a_cuda_package_on_a_cpu_and_one_that_is_installed_breaks_nothing():
+    ran = subprocess.run([sys.executable, "-c", ON_A_CPU], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
 def test_every_package_that_the_code_imports_is_a_declared_requirement():
     providers = importlib.metadata.packages_distributions()
-    declared = set(requirements(PROJECT["dependencies"] + EXTRAS["hf"] + EXTRAS["gpu"]))
+    declared = set(requirements(PROJECT["dependencies"] + EXTRAS["hf"] + EXTRAS["cluster"] + EXTRAS["gpu"]))
     for path in sorted((ROOT / "rankmamba").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -100,6 +147,20 @@ def test_doctor_names_what_an_extra_lacks_and_what_is_too_old(monkeypatch):
     there = importlib.metadata.version("torch")
     assert doctor.missing("gpu") == [f"torch<2 (there is {there})", "no-such-thing>=3"]
     assert doctor.missing("lab") == ["nor-this"] and doctor.missing("test") == doctor.missing() == []
+
+
+def test_everything_that_the_default_installation_brings_is_pinned_with_hashes_to_the_versions_of_the_constraints():
+    lines = (ROOT / "requirements.txt").read_text().replace("\\\n", "").splitlines()
+    pins = [line.split("--hash=") for line in lines if not line.startswith("#")]
+    assert all(hashes and re.fullmatch("(sha256:[0-9a-f]{64} *)+", "".join(hashes)) for _, *hashes in pins)
+    versions = {pin.split(";")[0].strip() for pin, *_ in pins}
+    assert versions <= {line.split(";")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    needed = {canonicalize_name(name) for name, _ in doctor.licences()} - {"rankmamba", "torch"}
+    assert needed <= {canonicalize_name(Requirement(version).name) for version in versions}
+
+
+def test_every_dependency_states_a_licence():
+    assert not [name for name, licence in doctor.licences() if "not stated" in licence]
 
 
 def test_the_citation_names_this_version_and_the_paper():

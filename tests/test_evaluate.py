@@ -12,7 +12,9 @@ from scipy import stats
 from rankmamba.collection import load, sort_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import (
+    BASELINE,
     MEASURES,
+    PRIMARY,
     bootstrap_means,
     compare,
     detectable_difference,
@@ -86,6 +88,20 @@ def test_measures_equal_ir_measures_pytrec_eval_and_the_formulas(scores, judged)
     for query_id, values in evaluator.evaluate(strict).items():
         for trec, measure in trec_names.items():
             assert table.loc[query_id, measure] == pytest.approx(values[trec], abs=1e-9)
+
+
+def test_the_defaults_are_what_the_study_reports():
+    assert (MEASURES, PRIMARY, BASELINE) == (("nDCG@10", "RR@10", "RR@100", "AP@100"), "RR@100", "bm25")
+    values = reciprocal_ranks(60, 22)
+    means = bootstrap_means([values[:, None]], 10_000, seed=0)
+    assert np.array_equal(bootstrap_means([values[:, None]]), means)
+    assert mean_interval(values)[1:] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=1e-12)
+    table = pd.DataFrame({"RR@100": values})
+    assert summarise(table) == summarise(table, level=0.95, seed=0)
+    tables = systems(bm25=values, x=np.roll(values, 1))
+    pd.testing.assert_frame_equal(compare(tables), compare(tables, "bm25", "RR@100", level=0.95, seed=0))
+    assert detectable_difference(values) == detectable_difference(values, 60, alpha=0.05, power=0.8)
+    assert tune_weight(MODEL, FIRST, make_qrels({"a": {"d3": 1}}))[1]["weight"].tolist() == [n / 10 for n in range(11)]
 
 
 def test_rank_decides_whatever_the_scores_and_the_row_order():

@@ -272,12 +272,12 @@ def test_code_in_a_model_folder_is_never_run(model_type, reranker, tmp_path, mon
 
 def resealed(folder: Path, change) -> None:
     """Change the manifest of a store of states as somebody would who knows its checksum."""
-    from rankmamba.state_store import _sealed
+    from rankmamba.state_reader import sealed
 
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["checksum"]
     change(manifest)
-    (folder / "manifest.json").write_text(_sealed(manifest))
+    (folder / "manifest.json").write_text(sealed(manifest))
 
 
 @pytest.mark.parametrize("name", ["../outside.bin", "{outside}", "sub/../../outside.bin"])
@@ -367,7 +367,7 @@ def test_ctrl_c_ends_the_study_within_two_seconds_and_leaves_everything_consiste
     command = [sys.executable, "-c", program, "--scale", "test", "--results", str(results)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (results / "busy").is_file() or not (results / "busy").read_text():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)

@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.inputs import KINDS, MOST_MATCHES, PairTokenizer, token_batches
 from rankmamba.packages import package_folder
+from rankmamba.reranker import Reranker
+from rankmamba.training_groups import TrainingGroups
 
 vocabulary = st.sampled_from(["who", "wrote", "hamlet", "shakespeare", "antidisestablishmentarianism", "1603", "ü", ","])
 words = st.lists(vocabulary, max_size=40)
@@ -31,6 +34,32 @@ def test_an_encoder_pair_is_what_the_tokenizer_itself_makes_of_it(query, documen
     theirs = tokenizer(query, document)
     assert ours.ids.tolist() == theirs["input_ids"]
     assert ours.types.tolist() == theirs["token_type_ids"]
+
+
+@pytest.mark.parametrize("system", ["tiny-bert", "tiny-mamba", "tiny-t5"])
+def test_training_reads_the_same_tokens_of_a_pair_as_scoring(system, monkeypatch):
+    train, read = load("rankmamba/tiny/train"), []
+    reranker = Reranker.from_pretrained(system, max_length=48, max_query_length=16)
+    groups = TrainingGroups(train, train.candidates, reranker.inputs, group_size=4, seed=0, count=3)
+    collate = reranker.inputs.collate
+    monkeypatch.setattr(reranker.inputs, "collate", lambda pairs: read.extend(pairs) or collate(pairs))
+    for place, group in enumerate(groups.groups):
+        read.clear()
+        reranker.predict([(train.queries[group.query_id], train.documents[d]) for d in (group.positive, *group.negatives)])
+        assert {tuple(pair.ids) for pair in groups[place]} == {tuple(pair.ids) for pair in read}
+
+
+def test_a_saved_reranker_cuts_documents_as_it_did_in_training(tmp_path):
+    trained = Reranker.from_pretrained("tiny-mamba", max_length=40, max_query_length=12)
+    trained.save_pretrained(tmp_path / "saved")
+    loaded = Reranker.from_pretrained(tmp_path / "saved").inputs
+    assert loaded.document_limit == trained.inputs.document_limit == 28
+    assert len(loaded.documents(["word " * 99])[0]) == 28 and len(loaded.documents(["word " * 99], limit=60)[0]) == 60
+
+
+@pytest.mark.parametrize("kind, head", [("encoder", []), ("causal", ["document", ":"]), ("encoder-decoder", [])])
+def test_every_document_begins_with_the_templates_words(tokenizer, kind, head):
+    assert tokenizer.convert_ids_to_tokens(PairTokenizer(tokenizer, kind).document_head) == head
 
 
 def test_a_causal_pair_reads_document_then_query_then_end(tokenizer):

@@ -23,12 +23,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rankmamba import embedded, experiment, nq, resumable, sources, state_build, states
+from rankmamba import embedded, experiment, nq, resumable, sources, state_build, states, token_store
+from rankmamba.backbones import load_tokenizer
 from rankmamba.experiment import Experiment
 from rankmamba.files import sha256
+from rankmamba.formats import Documents
+from rankmamba.inputs import PairTokenizer
 from rankmamba.reranker import Reranker
 from rankmamba.results import fingerprint, read_records
 from rankmamba.states import DocumentStates
+from rankmamba.systems import SYSTEMS
 from rankmamba.train import TrainConfig
 
 KILLS = 20
@@ -166,6 +170,30 @@ def test_data_preparation(fresh, tmp_path, monkeypatch):
         assert calls() - before == (0 if had_archive or made else 1)
         assert times == {path: path.stat().st_mtime_ns for path in times}
         assert {path.name for path in (home / "rankmamba").iterdir()} == {p.name for p in (expected / "rankmamba").iterdir()}
+
+
+def test_tokenised_store(fresh, monkeypatch):
+    monkeypatch.setattr(token_store, "SHARD", 8)
+    inputs = PairTokenizer(load_tokenizer(SYSTEMS["tiny-mamba"]), "causal")
+    documents = Documents({f"d{n}": f"document {n} tells of rivers and snow " * (1 + n % 4) for n in range(40)})
+    written = Shared()
+
+    def write_shard(*arguments, _write=token_store._write_shard):
+        written.add()
+        return _write(*arguments)
+
+    monkeypatch.setattr(token_store, "_write_shard", write_shard)
+
+    def build(folder: Path) -> None:
+        token_store.TokenStore.build(documents, inputs, folder)
+
+    expected = fresh()
+    build(expected)
+    for folder in killings(build, fresh, seed=5):
+        finished, before = len(list(folder.glob("0000?/sha256.json"))), written.value
+        assert not forked(lambda folder=folder: build(folder))
+        assert written.value - before == 5 - finished
+        assert without_locks(contents(folder)) == without_locks(contents(expected))
 
 
 # ------------------------------------------------------------------------------------------------------- BM25 and reranking

@@ -5,7 +5,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-
 from transformers import set_seed
 
 from rankmamba.collection import load
@@ -68,6 +67,7 @@ def test_training_with_lora_moves_only_its_maps_and_saves_an_ordinary_folder(tmp
     assert list(after) == list(before)
     moved = {name.split(".")[-2] for name in before if not torch.equal(after[name], before[name])}
     assert moved == {"in_proj", "x_proj", "dt_proj", "out_proj", "score"}
+    assert torch.equal(after["score.bias"], before["score.bias"])  # which no loss over a group sees
     assert result.result()["parameters"] == saved.model.num_parameters()
 
 

@@ -1,32 +1,33 @@
 """MS MARCO documents: the real ids and parsers on a miniature in the original files, tokens on the disk, passages, the plan."""
 
 import gzip
-import json
-import os
 import random
-import subprocess
-import sys
+import shlex
 
 import ir_datasets
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from rankmamba import token_store
+from rankmamba import plan, study, token_store
 from rankmamba.candidates import BM25
 from rankmamba.collection import IrDocuments, load
 from rankmamba.embedded import TINY
 from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
-from rankmamba.inputs import PairTokenizer
+from rankmamba.experiment import Experiment
 from rankmamba.passages import best_of, cut, spread, tokens_needed
+from rankmamba.plan import Run
+from rankmamba.published import beside_ours
 from rankmamba.reranker import Reranker
+from rankmamba.results import read_records
+from rankmamba.systems import SYSTEMS
 from rankmamba.token_store import TokenStore, all_ids, document_tokens
 from rankmamba.train import TrainConfig, train
 
 PARTS = {"train": 6, "dev": 4, "trec-dl-2019": 4, "trec-dl-2020": 4}  # queries of each
 DOCUMENTS = 60
+RUNS = plan.paper_runs()
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,9 @@ def test_a_reranker_trained_on_train_is_measured_on_dev_and_both_years_of_graded
     for part, measure in {"dev": "RR@100", "trec-dl-2019/judged": "nDCG@10", "trec-dl-2020/judged": "nDCG@10"}.items():
         collection = load(f"msmarco-document/{part}")
         values = per_query(reranker.rerank(collection.candidates, collection), collection.qrels, [measure])
-        assert sorted(values.index) == sorted(collection.queries) and values[measure].between(0, 1).all() and values[measure].mean()
+        assert (
+            sorted(values.index) == sorted(collection.queries) and values[measure].between(0, 1).all() and values[measure].mean()
+        )
 
 
 def test_our_own_bm25_makes_candidates_too(msmarco):
@@ -216,3 +219,80 @@ def test_pairs_of_passages_lead_back_to_their_pairs_of_documents():
     query_of, passage_of, per_pair = spread(documents, np.array([0, 1, 0]), np.array([2, 0, 1]))
     assert (query_of.tolist(), passage_of.tolist(), per_pair.tolist()) == ([0, 0, 0, 1, 1, 0], [3, 4, 5, 0, 1, 2], [3, 2, 1])
     assert best_of(np.array([3.0, 9, 1, 4, 5, 2]), per_pair).tolist() == [9, 5, 2]
+
+
+# --------------------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.fixture
+def nothing_fetched(monkeypatch, tmp_path):
+    monkeypatch.setattr(ir_datasets.util, "home_path", lambda: tmp_path)
+    monkeypatch.setattr(plan, "_measure", lambda name, *rest: plan.Rate(training=1e5, scoring=3e5, parameters=14_000_000))
+    return tmp_path
+
+
+def test_the_dry_run_names_every_run_of_the_papers_as_a_command_with_hours_and_gigabytes(nothing_fetched, capsys):
+    assert study.main(["--scale", "paper", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "to fetch: 8.9 GB" in text and f"{nothing_fetched}/msmarco-document/collection.tsv.gz" in text
+    assert "5,872,192 pairs to train on, 528,100 to score" in text  # 734,024 groups of 8; 5,281 queries of 100
+    rows = [line.split(maxsplit=2) for line in text.splitlines() if "python -m" in line]
+    assert [
+        Run(row[2].split("systems=[")[1].split("]")[0], int(row[2].split("max_length=")[1].split()[0])) for row in rows
+    ] == RUNS
+    first = dict(zip(["hours", "gb", "command"], rows[RUNS.index(Run("mamba-130m", 512))], strict=True))
+    by_hand = 512 * 129 / 14 * (5_872_192 / 1e5 + 528_100 / 3e5) / 3600
+    assert float(first["hours"].replace(",", "")) == pytest.approx(by_hand, abs=0.06) and float(first["gb"]) == 1.0
+    parser_sees = shlex.split(first["command"])[3:]
+    settings = study.settle("paper", None, study.parse_parameters(parser_sees[3:6:2]))
+    assert settings["systems"] == ["mamba-130m"] and settings["max_length"] == 512
+
+
+def test_no_run_asks_for_more_positions_than_its_system_has():
+    assert all(run.max_length <= (SYSTEMS[run.system].max_length or run.max_length) for run in RUNS)
+    assert Run("opt-1.3b", 1536) in RUNS and Run("opt-1.3b", 4096) not in RUNS and Run("mamba2-780m", 1536) in RUNS
+
+
+def test_gigabytes_are_not_fetched_without_a_yes(nothing_fetched, capsys):
+    assert study.main(["--scale", "paper", "--results", str(nothing_fetched / "results")]) == 1
+    said = capsys.readouterr().err
+    assert "8,501.8 MB  msmarco-document/docs" in said and "hours on" in said and "--yes" in said
+    assert not (nothing_fetched / "results").exists()
+    plan.announce(study.settle("paper"), yes=True)
+    plan.announce(study.settle("quick"), yes=False)
+
+
+def test_what_is_there_is_not_asked_for(msmarco, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "_measure", lambda name, *rest: plan.Rate(1e5, 3e5, 14_000_000))
+    plan.announce(study.settle("paper"), yes=False)
+    assert "nothing to fetch but the checkpoints" in capsys.readouterr().err
+
+
+def test_a_rate_is_measured_on_a_backbone_of_the_real_width(monkeypatch):
+    monkeypatch.setattr(plan, "MEASURED", 16)
+    monkeypatch.setattr(plan, "MINUTE", 0.0)
+    rate = plan.measure(["mamba-130m"], group_size=2)["mamba-130m"]
+    assert 0 < rate.training < rate.scoring and 7e6 < rate.parameters < 9e6  # two of 24 layers
+
+
+# --------------------------------------------------------------------------------------------------------------- the whole study
+
+
+def test_a_study_at_scale_paper_runs_on_the_miniature_with_both_trec_years_as_its_test(msmarco, tmp_path):
+    settings = study.settle("paper")
+    experiment = Experiment(tmp_path, settings["collection"], "paper", 0, settings["n_dev"], settings["n_test"])
+    experiment.given_first_stage("bm25")
+    config = TrainConfig("tiny-mamba", batch_size=2, group_size=4, epochs=settings["epochs"], max_length=64, max_query_length=16)
+    assert experiment.train(config)["result"]["steps"] == 6  # 6 queries twice
+    experiment.rerank("tiny-mamba", experiment.first_stages()[0], settings["top_k"], show_progress=False, max_passages=2)
+    record = experiment.evaluate("tiny-mamba")
+    assert len(record["result"]["per_query"]["nDCG@10"]) == 8
+    assert "come with msmarco-document" in experiment.evaluate("bm25")["note"]
+    experiment.evaluate("tiny-mamba", mixed_with="bm25")
+    table = beside_ours(read_records(tmp_path))
+    ours = table[table["system"] == "tiny-mamba"]
+    assert set(ours["collection"]) == {
+        f"msmarco-document/{part}" for part in ("dev", "trec-dl-2019/judged", "trec-dl-2020/judged")
+    }
+    assert ours["value"].isna().all() and ours["ours"].between(0, 1).all()
+    assert "mamba-130m" in set(table["system"])

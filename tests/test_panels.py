@@ -1,9 +1,9 @@
 """The panels without a browser: jobs that stop and never die in silence, what is shown of them, and hostile text."""
 
+import dataclasses
 import threading
 import time
 from html.parser import HTMLParser
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankmamba import panels
+from rankmamba import panels, state_study
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.panels.controls import Controls
@@ -245,5 +245,34 @@ def test_the_ranking_panel_answers_a_typed_query_from_every_system(experiment):
     panels.close()
 
 
-def test_stored_states_show_what_a_format_takes():
-    assert SimpleNamespace
+def test_the_states_panel_shows_what_the_record_says_of_the_chosen_format(experiment):
+    experiment.first_stage("bm25", k1=0.9, b=0.4)
+    experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
+    record = state_study.trial(experiment, "tiny-mamba", "bm25", 3, 2, ["float32", "int8"], [32], show_progress=False)
+    panel = panels.StatesPanel([record], 2_000_000)
+    seen = {}
+    for name in panel.format.options:
+        panel.format.value = name
+        seen[name] = panel.cards.value
+        kilobytes = record["result"]["formats"][name]["bytes_per_document"] / 1000
+        assert f"<b>{kilobytes:.1f} kB</b>" in seen[name]
+        assert f"<b>{kilobytes * 2:.1f} GB</b><span>2,000,000 documents</span>" in seen[name]
+    assert len(set(seen.values())) == len(seen) == 3  # int8 of half of the layers, too
+
+
+def test_a_measurement_joins_the_table_and_one_that_does_not_fit_says_so():
+    def measure(system, length, batch, stop, modes):
+        (mode,) = modes
+        found = {"flops": {"inference": 8e9, "training": 24e9}, "out_of_memory": ["training"] if length > 512 else []}
+        numbers = dict(tokens_per_s=1000.0, low=900.0, high=1100.0, latency_ms=50.0, peak_mib=None, share=0.25)
+        return found if mode in found["out_of_memory"] else found | {mode: numbers}
+
+    panel = panels.ProfilePanel(measure, ["nano-mamba", "nano-bert"])
+    for length in (512, 8192):
+        panel.length.value = length
+        panel.controls.begin()
+        wait_for(lambda: not panel.controls.start.disabled)
+    rows = panel.table.value.split("<tr")[2:]
+    assert len(rows) == 4 and panel.controls.error.value == ""
+    assert ["does not fit into memory" in row for row in rows] == [True, False, False, False]
+    assert "900 to 1,100" in rows[1] and "25%" in rows[1] and "<td>50</td>" in rows[1] and "<td>3</td>" in rows[2]

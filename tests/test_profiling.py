@@ -1,6 +1,6 @@
 """What is measured is what is claimed: counted operations, seen memory, parts that add up, crossovers of known curves."""
 
-import subprocess
+import runpy
 import sys
 import threading
 from pathlib import Path
@@ -170,14 +170,13 @@ def test_the_verdict_follows_the_records_against_the_fastest_transformer(rates, 
     assert set(profile_tables.against_transformers(profile_tables.speed_table(made))["rival"]) == {"nano-bert"}
 
 
-def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models(tmp_path):
-    def call(*options):
-        return subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py", *options], capture_output=True, text=True)
-
+def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models(tmp_path, monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))["main"]
     if not torch.cuda.is_available():
-        refused = call("--results", tmp_path)
-        assert refused.returncode == 1 and "expected a CUDA device, found none" in refused.stderr and not list(tmp_path.iterdir())
-    done = call("--tiny", "--results", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "tiny-neox (eager)" in done.stdout and "the claim that Mamba trains slower" in done.stdout
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--results", str(tmp_path)])
+        assert main() == 1 and "expected a CUDA device, found none" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--results", str(tmp_path)])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert "tiny-neox (eager)" in said and "the claim that Mamba trains slower" in said
     assert len(read_records(tmp_path, "profile")) == 10 and (tmp_path / "figures" / "throughput.png").is_file()

@@ -137,10 +137,10 @@ def test_two_starts_at_once_do_not_install_at_once(checkout):
     installed(checkout)
     with open(checkout.folder / "pyproject.toml") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = subprocess.Popen([THIS_PYTHON, "run.py", "test"], cwd=checkout.folder, stdout=subprocess.PIPE, text=True)
+        second = subprocess.Popen([THIS_PYTHON, "run.py", "lab"], cwd=checkout.folder, stdout=subprocess.PIPE, text=True)
         assert second.stdout.readline() == "waiting for another run.py that is installing here ...\n"
         assert checkout.calls() == []
-    assert second.communicate(timeout=20)[0].startswith("[1/1] installing what test needs")
+    assert second.communicate(timeout=20)[0].startswith("[1/1] installing what lab needs")
     assert second.returncode == 7
 
 

@@ -60,23 +60,34 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def start(checkout, folder, text, *arguments):
-    """Start a sweep as a person would, in a process group of its own."""
-    (folder / "s.yaml").write_text(text)
-    return subprocess.Popen(
-        [sys.executable, "-m", "rankmamba.study", "-f", "s.yaml", "--results", "out", *arguments],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(checkout)}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )
+@pytest.fixture
+def start(checkout, tmp_path):
+    """Start a sweep as a person would, in a process group of its own; nothing of it outlives the test."""
+    started = []
+
+    def start(text, *arguments):
+        (tmp_path / "s.yaml").write_text(text)
+        command = [sys.executable, "-m", "rankmamba.study", "-f", "s.yaml", "--results", "out", *arguments]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **streams))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            for below in psutil.Process(process.pid).children(recursive=True):
+                below.kill()
+            process.kill()
 
 
 def finish(process):
     """Wait for a sweep: its exit code, and what it said on stdout and stderr."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -99,20 +110,23 @@ def once(*seeds):
     return sorted((kind, seed) for seed in seeds for kind in ("evaluate", "study"))
 
 
-def test_a_failed_run_is_reported_with_its_reason_and_the_others_stand_in_the_table(checkout, tmp_path):
-    code, out, err = finish(start(checkout, tmp_path, "- {rate: 1e-3, seed: 1}\n- {seed: 13}\n", "--jobs", "2"))
+def test_a_failed_run_is_reported_with_its_reason_and_the_others_stand_in_the_table(start, tmp_path):
+    code, out, err = finish(start("- {rate: 1e-3, seed: 1}\n- {seed: 13}\n", "--jobs", "2"))
     assert code == 1
     assert "error: 1 of 2 runs failed" in err
     assert "seed=13: 01_work.ipynb failed in cell 3: RuntimeError: unlucky" in err
     table = pd.read_csv(tmp_path / "out" / "measures.csv")
     assert table.to_dict("list") == {"rate": [0.001], "seed": [1], "system": ["a"], "RR@100": [1.001]}
-    assert [line.split() for line in out.splitlines()[:2]] == [["rate", "system", "seeds", "RR@100"], ["0.001", "a", "1", "1.001"]]
+    assert [line.split() for line in out.splitlines()[:2]] == [
+        ["rate", "system", "seeds", "RR@100"],
+        ["0.001", "a", "1", "1.001"],
+    ]
 
 
-def test_after_a_sigkill_what_is_finished_is_not_done_again(checkout, tmp_path):
+def test_after_a_sigkill_what_is_finished_is_not_done_again(start, tmp_path):
     text = "[{seed: 1}, {seed: 2}]"
     (tmp_path / "out").mkdir()
-    first = start(checkout, tmp_path, text)
+    first = start(text)
     wait_for(lambda: 1 in begun(tmp_path))
     (tmp_path / "out" / "hold").touch()
     wait_for(lambda: 2 in begun(tmp_path))
@@ -120,19 +134,19 @@ def test_after_a_sigkill_what_is_finished_is_not_done_again(checkout, tmp_path):
     first.communicate()
     assert records(tmp_path) == once(1)
     (tmp_path / "out" / "hold").unlink()
-    code, _, err = finish(start(checkout, tmp_path, text))
+    code, _, err = finish(start(text))
     assert code == 0 and "2 runs, 1 of them finished before" in err
     assert records(tmp_path) == once(1, 2) and begun(tmp_path) == {1: 1, 2: 2}
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("records/*")}
-    assert finish(start(checkout, tmp_path, text))[0] == 0
+    assert finish(start(text))[0] == 0
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("records/*")}
 
 
-def test_a_cluster_of_two_workers_of_which_one_is_killed_leaves_every_record_once(checkout, tmp_path):
+def test_a_cluster_of_two_workers_of_which_one_is_killed_leaves_every_record_once(start, tmp_path):
     pytest.importorskip("submitit", reason="the cluster extra is not installed")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "hold").touch()
-    process = start(checkout, tmp_path, "seed: [1, 2]", "--submitit", "cluster=local")
+    process = start("seed: [1, 2]", "--submitit", "cluster=local")
     wait_for(lambda: set(begun(tmp_path)) == {1, 2})
 
     def working():
@@ -200,7 +214,9 @@ def test_a_wrong_sweep_is_refused_with_its_line(text, says, line, tmp_path):
     assert says in str(error.value) and f"{path}:{line}" in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "[{}]", "seed: []", "[" * 5000, "seed: [" + "9" * 5000 + "]", "\x00", "a: \xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "[{}]", "seed: []", "[" * 5000, "seed: [" + "9" * 5000 + "]", "\x00", "a: \xff"]
+)
 def test_an_empty_or_hostile_sweep_is_one_clear_error(text, tmp_path):
     (tmp_path / "s.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match="s.yaml"):

@@ -63,7 +63,7 @@ class _Axes:
             x, y = self.at(0, value)
             parts.append(f'<path d="M{x:.1f} {y:.1f}h{self.width:.1f}" stroke="currentColor" opacity=".13"/>')
             parts.append(f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end" opacity=".75">{value:g}</text>')
-        for step in _ticks(self.steps, 5):
+        for step in filter(float.is_integer, _ticks(self.steps, 5)):
             x, y = self.at(step, 0)
             parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle" opacity=".75">{step:,.0f}</text>')
         x, y = self.at(self.steps, 0)
@@ -101,4 +101,4 @@ def _ticks(top: float, count: int) -> list[float]:
     """Round numbers from 0 to `top`, about `count` of them."""
     size = 10 ** math.floor(math.log10(top / count))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if top / (size * factor) <= count)
-    return [place * step for place in range(int(top / step + 1e-9) + 1)]
+    return [float(place * step) for place in range(int(top / step + 1e-9) + 1)]

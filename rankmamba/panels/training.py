@@ -84,7 +84,7 @@ class TrainingPanel(Panel):
     def _draw(self, job: Job) -> None:
         if job.ended.is_set():
             self._past = self._runs()
-            self.said.value = "" if job.result is None else _sentence(job.result, found=not self._curve)
+            self.said.value = "" if job.result is None else _sentence(job.result, trained=bool(self._curve))
             self._show_runs(job.result)
             return
         curve = list(self._curve)  # it is growing
@@ -92,25 +92,24 @@ class TrainingPanel(Panel):
             self.said.value = "loading the backbone and the training groups …"
             return
         self.said.value = f"{curve[-1]['tokens'] / curve[-1]['seconds']:,.0f} tokens/s"
-        self._show_curves(Run(self._config.system, curve, True), self._past)
+        self._show_curves(Run(self._config.system, curve, True), self._past, job.total, self._config.group_size)
 
     def _show_runs(self, now: dict | None = None) -> None:
         """Show the curves and the table of all runs; now: the record of the one that has just ended."""
         key = None if now is None else now["created"]
-        self._show_curves(
-            None if now is None else Run(now["system"], now["result"]["curve"], True),
-            [record for record in self._past if record["created"] != key],
-        )
+        run = None if now is None else Run(now["system"], now["result"]["curve"], True)
+        group_size = self.group_size.value if now is None else now["config"]["group_size"]
+        self._show_curves(run, [record for record in self._past if record["created"] != key], 0, group_size)
         self.table.value = runs_table(self._past, key)
 
-    def _show_curves(self, now: Run | None, past: list[dict]) -> None:
+    def _show_curves(self, now: Run | None, past: list[dict], steps: int, group_size: int) -> None:
         earlier = [Run(record["system"], record["result"]["curve"], False) for record in past[-SHOWN_CURVES:]]
-        self.picture.value = learning_curves([*earlier, *([now] if now else [])], self.steps.value, self.group_size.value)
+        self.picture.value = learning_curves([*earlier, *([now] if now else [])], steps, group_size)
 
 
-def _sentence(record: dict, found: bool) -> str:
+def _sentence(record: dict, trained: bool) -> str:
     result = record["result"]
-    if found:
+    if not trained and not result["partial"]:
         return f"These settings were trained before, at {escape(record['created'])}; change one to train again."
     if result["partial"]:
         return f"Stopped after step {result['steps']:,}: kept, and marked partial in its record."
@@ -124,7 +123,6 @@ def runs_table(records: list[dict], now: str | None = None) -> str:
     for record in reversed(records):
         config, result, timing = record["config"], record["result"], record["timing"]
         last = result["curve"][-max(1, len(result["curve"]) // 10) :]
-        loss, accuracy = (np.mean([row[name] for row in last]) if last else np.nan for name in ("loss", "accuracy"))
         cells = [
             f'<i style="background:{look(record["system"]).color}"></i>{escape(record["system"])}',
             f"{config['learning_rate']:.2g}",
@@ -132,8 +130,8 @@ def runs_table(records: list[dict], now: str | None = None) -> str:
             config["max_length"],
             config["seed"],
             f"{result['steps']:,}" + (" (partial)" if result["partial"] else ""),
-            f"{loss:.3f}",
-            f"{accuracy:.0%}",
+            f"{np.mean([row['loss'] for row in last]):.3f}" if last else "",
+            f"{np.mean([row['accuracy'] for row in last]):.0%}" if last else "",
             f"{timing['tokens_per_s']:,.0f}",
             f"{timing['seconds'] / 60:.1f} min" if timing["seconds"] >= 60 else f"{timing['seconds']:.1f} s",
         ]

@@ -1,0 +1,66 @@
+"""How far a training is, and when it saves and stops."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainingArguments
+
+from .checkpoints import PROGRESS
+
+
+class Stopped(Exception):
+    """Asked to stop in the middle of a step: it is given up, the steps before it are kept."""
+
+
+class Progress(TrainerCallback):
+    """How far a training is: its curve and its seconds, restarts included; reports steps, says when to save and when to stop.
+
+    Seconds are of a monotonic clock: a wall clock that jumps changes nothing.
+    """
+
+    # Saving a large model to a slow disk takes minutes: it may take this share of the time at most.
+    SHARE = 0.05
+
+    def __init__(self, on_step: Callable[[dict], None] | None, stop: threading.Event | None, every_s: float, every_steps: int):
+        self.on_step, self.stop, self.every_s, self.every_steps = on_step, stop, every_s, every_steps
+        self.curve: list[dict] = []
+        self.stopped, self.trainer = False, None
+        self._started, self._saved, self._pause = time.perf_counter(), time.perf_counter(), every_s
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def load(self, path: Path) -> None:
+        """Go on from the progress that a checkpoint holds."""
+        progress = json.loads((path / PROGRESS).read_bytes())
+        self.curve = progress["curve"]
+        self._started = time.perf_counter() - progress["seconds"]
+
+    def saved(self, took: float) -> None:
+        """A checkpoint has been written, in `took` seconds."""
+        self._saved, self._pause = time.perf_counter(), max(self.every_s, took / self.SHARE)
+
+    def heed_stop(self, args: TrainingArguments) -> None:
+        """Give up the step if asked to stop. A step takes seconds on a CPU; elsewhere, and with other processes, it is finished."""
+        if self.stop is not None and self.stop.is_set() and args.device.type == "cpu" and args.world_size == 1:
+            self.stopped = True
+            raise Stopped
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loss, accuracy, tokens = self.trainer.measured
+        row = {"step": state.global_step, "loss": loss, "accuracy": accuracy}
+        row["tokens"] = tokens + (self.curve[-1]["tokens"] if self.curve else 0)
+        row["seconds"] = self.seconds
+        self.curve.append(row)
+        if self.on_step is not None and state.is_world_process_zero:
+            self.on_step(row | {"of": state.max_steps})
+        due = time.perf_counter() - self._saved > self._pause or (self.every_steps and state.global_step % self.every_steps == 0)
+        # one process decides for all
+        stop, due = self.trainer.agree(self.stop is not None and self.stop.is_set(), due)
+        if stop:
+            control.should_training_stop = self.stopped = True
+        control.should_save = bool(stop or due)

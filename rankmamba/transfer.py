@@ -1,0 +1,125 @@
+"""A trained system elsewhere: on collections, domains and document lengths that it was not trained on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from .collection import load
+from .embedded import answer_starts
+from .evaluate import PRIMARY, interpolate, mean_interval, per_query
+from .experiment import Experiment
+from .reranker import Reranker
+from .results import environment, fingerprint, new_record, read_records, write_record
+from .tables import measured
+
+STARTS = (0, 128, 256, 512, 1024)  # words of a document before what answers the query
+
+
+def reading(max_length: int, max_passages: int = 1) -> str:
+    """Name how a document is read: its beginning (FirstP, LongP), or the best of several passages (MaxP)."""
+    return f"{max_length} tokens" if max_passages == 1 else f"MaxP, {max_passages} x {max_length} tokens"
+
+
+def transfer(
+    experiment: Experiment,
+    system: str,
+    collection: str,
+    max_length: int,
+    max_passages: int = 1,
+    n_queries: int | None = None,
+    top_k: int = 20,
+    show_progress: bool = True,
+) -> dict:
+    """Rerank the candidates of another collection with a system of the study, as trained, and measure it; returns the record.
+
+    The record's system is "X, 512 tokens" (`reading`); its result holds the measures and, under "first_stage", those of the
+    candidates. The same transfer done before with the same trained model is found again.
+
+    Raises:
+        InputError: the system was not trained, the collection has no candidates, or max_length is beyond the system's positions.
+    """
+    name = f"{system}, {reading(max_length, max_passages)}"
+    config = {"max_length": max_length, "max_passages": max_passages, "n_queries": n_queries, "top_k": top_k}
+    config["trained"] = fingerprint(experiment.trained(system))
+    for record in read_records(experiment.folder, "transfer"):
+        if (record["system"], record["collection"], record["config"]) == (name, collection, config):
+            return record
+    reranker = Reranker.from_pretrained(experiment.model_path(system), max_length=max_length)
+    test = load(collection).sample(n_queries)
+    candidates = test.candidates
+    run = reranker.rerank(candidates, test, top_k, show_progress_bar=show_progress, max_passages=max_passages)
+    result = measured(per_query(interpolate(run, candidates, 1.0), test.qrels))
+    result["first_stage"] = measured(per_query(candidates, test.qrels))
+    timing = {"seconds": reranker.cost.seconds, "pairs_per_s": reranker.cost.pairs / reranker.cost.seconds}
+    record = new_record(
+        "transfer", name, collection, experiment.scale, experiment.seed, config, result, timing, environment() | reranker.setup
+    )
+    write_record(experiment.folder, record)
+    return record
+
+
+def everywhere(
+    experiment: Experiment,
+    systems: Sequence[str],
+    collections: Sequence[str],
+    readings: Sequence[tuple[int, int]],
+    n_queries: int | None,
+    top_k: int,
+) -> dict[str, list[dict]]:
+    """Transfer every system to every collection, read in every way (max_length, max_passages): {collection: its records}."""
+    return {
+        collection: [
+            transfer(experiment, system, collection, max_length, max_passages, n_queries, top_k)
+            for max_length, max_passages in readings
+            for system in systems
+        ]
+        for collection in collections
+    }
+
+
+def tables(transfers: Mapping[str, Sequence[dict]], measure: str = PRIMARY) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield a title and a table for each collection: by domain, and for squad-long also by where the answer starts."""
+    for collection, records in transfers.items():
+        yield f"{collection}, by domain", by_domain(records, measure)
+        if collection.startswith("rankmamba/squad-long/"):
+            starts = answer_starts(collection.removeprefix("rankmamba/").removesuffix("/test"))
+            yield f"{collection}, by the words before the answering paragraph", by_start(records, starts, measure)
+
+
+def values(records: Sequence[dict], measure: str = PRIMARY) -> dict[str, pd.Series]:
+    """{system: value of each query, the mean over seeds} of the transfers to one collection, the first stage's as "bm25"."""
+    found: dict[str, list[pd.Series]] = {}
+    for record in records:
+        found.setdefault("bm25", []).append(pd.Series(record["result"]["first_stage"]["per_query"][measure]))
+        found.setdefault(record["system"], []).append(pd.Series(record["result"]["per_query"][measure]))
+    return {system: pd.concat(series, axis=1).mean(axis=1) for system, series in found.items()}
+
+
+def by_domain(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
+    """Mean and 95% interval by domain, the first word of a query's id: a row each, domain, queries, system, mean, low, high."""
+    return _by(values(records, measure), lambda query_id: query_id.split("-")[0], "domain")
+
+
+def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = PRIMARY) -> pd.DataFrame:
+    """Mean and 95% interval by where the answering paragraph starts: a row each, words before it, queries, system, mean, low, high.
+
+    starts: {query_id: words of the document before it} (`embedded.answer_starts`).
+    """
+    edges = [*STARTS, np.inf]
+    names = [f"{low} to {high - 1:.0f}" for low, high in zip(STARTS, STARTS[1:], strict=False)] + [f"{STARTS[-1]} and more"]
+
+    def group(query_id: str) -> str:
+        return names[int(np.searchsorted(edges, starts[query_id], side="right")) - 1]
+
+    table = _by(values(records, measure), group, "words before it")
+    return table.sort_values("words before it", key=lambda column: column.map(names.index), kind="stable", ignore_index=True)
+
+
+def _by(systems: dict[str, pd.Series], group, title: str) -> pd.DataFrame:
+    rows = []
+    for system, series in systems.items():
+        for name, part in series.groupby(series.index.map(group)):
+            rows.append((name, len(part), system, *mean_interval(part.to_numpy())))
+    table = pd.DataFrame(rows, columns=[title, "queries", "system", "mean", "low", "high"])
+    return table.sort_values(title, kind="stable", ignore_index=True)

@@ -1,0 +1,72 @@
+"""A trained system elsewhere: measured as it is, once, by domain and by where the answer stands."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rankmamba import transfer
+from rankmamba.collection import load
+from rankmamba.errors import InputError
+from rankmamba.evaluate import interpolate, per_query
+from rankmamba.experiment import Experiment
+from rankmamba.reranker import Reranker
+from rankmamba.train import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    experiment = Experiment(tmp_path_factory.mktemp("study"), "rankmamba/tiny", "tiny")
+    experiment.train(TrainConfig("tiny-mamba", 1e-2, batch_size=2, group_size=4, max_steps=2, max_length=64, max_query_length=24))
+    return experiment
+
+
+def test_a_transfer_is_the_trained_model_at_another_length_on_another_collection(experiment):
+    record = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/dev", 96, top_k=5, show_progress=False)
+    dev, reranker = load("rankmamba/tiny/dev"), Reranker.from_pretrained(experiment.model_path("tiny-mamba"), max_length=96)
+    run = interpolate(reranker.rerank(dev.candidates, dev, 5), dev.candidates, 1.0)
+    assert record["result"]["per_query"]["RR@100"] == per_query(run, dev.qrels)["RR@100"].to_dict()
+    assert record["result"]["first_stage"]["per_query"]["RR@100"] == per_query(dev.candidates, dev.qrels)["RR@100"].to_dict()
+    assert (record["system"], record["collection"]) == ("tiny-mamba, 96 tokens", "rankmamba/tiny/dev")
+
+
+def test_a_transfer_is_done_once_and_other_readings_stand_beside_it(experiment, monkeypatch):
+    first = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, 3, top_k=5, show_progress=False)
+    assert first["system"] == "tiny-mamba, MaxP, 3 x 48 tokens"
+    other = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, top_k=5, show_progress=False)
+    assert other["system"] == "tiny-mamba, 48 tokens"
+    monkeypatch.setattr(Reranker, "rerank", lambda *args, **kwargs: pytest.fail("reranked again"))
+    again = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, 3, top_k=5, show_progress=False)
+    assert again["result"] == first["result"]
+    with pytest.raises(InputError, match="tiny-bert"):
+        transfer.transfer(experiment, "tiny-bert", "rankmamba/tiny/test", 48)
+
+
+def record(system, values, seed=0):
+    first = {query_id: 0.5 for query_id in values}
+    return {
+        "system": system,
+        "seed": seed,
+        "result": {"per_query": {"RR@100": values}, "first_stage": {"per_query": {"RR@100": first}}},
+    }
+
+
+RECORDS = [
+    record("a", {"nyt-1": 1.0, "nyt-2": 0.5, "wiki-1": 0.25, "wiki-2": 0.75}),
+    record("a", {"nyt-1": 0.0, "nyt-2": 0.5, "wiki-1": 0.25, "wiki-2": 0.25}, seed=1),
+]
+
+
+def test_domains_are_told_apart_by_the_first_word_of_a_query_id_over_seeds():
+    table = transfer.by_domain(RECORDS).set_index(["domain", "system"])
+    assert table.loc[("nyt", "a"), "mean"] == pytest.approx(0.5) and table.loc[("wiki", "a"), "mean"] == pytest.approx(0.375)
+    assert (table.xs("bm25", level="system")["mean"] == 0.5).all() and (table["queries"] == 2).all()
+    assert ((table["low"] <= table["mean"]) & (table["mean"] <= table["high"])).all()
+
+
+def test_answers_are_binned_by_the_words_before_them_and_every_query_is_in_one_bin():
+    starts = {"nyt-1": 0, "nyt-2": 128, "wiki-1": 127, "wiki-2": 5000}
+    table = transfer.by_start(RECORDS, starts)
+    ours = table[table["system"] == "a"].set_index("words before it")
+    assert list(ours.index) == ["0 to 127", "128 to 255", "1024 and more"] and ours["queries"].tolist() == [2, 1, 1]
+    assert np.allclose(ours["mean"], [(0.5 + 0.25) / 2, 0.5, 0.5])
+    assert isinstance(table, pd.DataFrame)
