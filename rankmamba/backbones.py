@@ -29,7 +29,8 @@ def find(name: str) -> ModelSpec:
         InputError: there is no such system or checkpoint, or it is no language model.
     """
     for spec in SYSTEMS.values():
-        if name in (spec.name, spec.source):
+        # state-spaces publishes its own layout, which is a pickle; the table has the same weights in transformers' format
+        if name in (spec.name, spec.source, f"state-spaces/{spec.name}"):
             return spec
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -103,8 +104,8 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
         if isinstance(spec.source, Path):
             if not is_saved(spec.source):
                 raise InputError(
-                    f"expected the pre-trained {spec.name} in {spec.source}, found none; it is in the repository's data/checkpoints, "
-                    f"or start from random weights with {spec.name}{SCRATCH}"
+                    f"expected the pre-trained {spec.name} in {spec.source}, found none; make it with `python -m rankmamba.study "
+                    f"--scale pretrain` and `python -m rankmamba.pretrained`, or start from random weights with {spec.name}{SCRATCH}"
                 )
             folder, spec = spec.source, None
     model, tokenizer = load_saved(folder, limits) if spec is None else build(spec, **limits)

@@ -1,26 +1,25 @@
 """Before a study at scale paper: what it fetches and where to, each run of the papers as one command, and how long it takes here.
 
-The hours are those of a measured minute: two-layer stand-ins of each family, as wide as the 130m class, are trained and scored on
-this device, and their time per token grows with the parameters. Every document is taken to fill its pair, so the hours are an upper
-bound.
+The hours are those of a measured minute: one published backbone of each family is trained and scored on this device (`profiling`), and
+a token's time is taken to grow with the parameters. Every document is taken to fill its pair, so the hours are an upper bound.
 """
 
 import json
 import shlex
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import InputError
+from .parameters import read_scale
 
 TELL = 1e9  # bytes; a study on more says so and asks
 MINUTE, MEASURED = 60.0, 512  # seconds of measuring, for all families together; tokens of the sequences
 TOKENS_OF_A_DOCUMENT = 1300  # of MS MARCO, about, cut at what a token store keeps
 
-# The runs of arXiv 2403.18276 (FirstP, 512 tokens) and of the documents of arXiv 2412.14354 (LongP): systems, max_length, LongP's
-# further lengths for those that have the positions.
+# Of arXiv 2403.18276 (FirstP, 512 tokens) and the documents of arXiv 2412.14354 (LongP). Their tables were not seen: these are the
+# checkpoints and lengths that their text, their code and readers' notes name, and the other sizes of the same families.
 FIRSTP = 512
 PAPER = (
     "bert-base bert-large roberta-base roberta-large electra-base electra-large deberta-v3-base deberta-v3-large "
@@ -55,7 +54,7 @@ class Run(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """Tokens per second of a stand-in, in training and in scoring, and its parameters."""
+    """Tokens per second of a measured backbone, in training and in scoring, and its parameters outside the embeddings."""
 
     training: float
     scoring: float
@@ -142,9 +141,13 @@ def dry_run(scale: str, settings: dict) -> str:
     """Say what a study at a scale fetches and keeps, and each run of the papers as a command with its hours and GB on this device."""
     from .systems import SYSTEMS
 
+    files = downloads(parts(settings))
+    if not files:
+        minutes = sum(read_scale(scale)["minutes"].values())
+        return f"scale {scale}: about {minutes:.0f} minutes, as its file says; the papers' runs are those of scale paper"
     training, scoring = pairs(settings)
     documents = _count(settings["collection"], "docs")
-    lines = _to_fetch([file for file in downloads(parts(settings)) if not file.there])
+    lines = _to_fetch([file for file in files if not file.there])
     lines += [
         f"to keep beside it: about {2 * TOKENS_OF_A_DOCUMENT * documents / 1e9:.1f} GB of tokens for each vocabulary, and the texts "
         "once more in ir_datasets' own store",
@@ -153,7 +156,7 @@ def dry_run(scale: str, settings: dict) -> str:
     ]
     runs = paper_runs()
     rates = measure(dict.fromkeys(stand_in(run.system) for run in runs), settings["group_size"])
-    lines += [f"measured on {_device()}, tokens/s of two layers, training and scoring:"]
+    lines += [f"measured on {_device()}, tokens/s in training and in scoring:"]
     lines += [f"  {name:<12} {rate.training:>11,.0f} {rate.scoring:>11,.0f}" for name, rate in rates.items()]
     lines += ["", "     hours      GB  command"]
     total = 0.0
@@ -194,43 +197,18 @@ def stand_in(system: str) -> str:
 
 
 def measure(names: Iterable[str], group_size: int) -> dict[str, Rate]:
-    """Train and score two-layer stand-ins with random weights on this device, all of them in about a minute."""
+    """Train and score published backbones with random weights on this device, all of them in about a minute."""
     names = list(names)
     return {name: _measure(name, group_size, MINUTE / len(names)) for name in names}
 
 
 def _measure(name: str, group_size: int, budget: float) -> Rate:
-    import torch
+    from . import profiling
 
-    from .model import RerankerConfig, RerankerModel
-    from .precision import autocast, autocast_dtype
-    from .shapes import configuration
-    from .systems import SYSTEMS
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, _ = autocast_dtype(device)
-    config = RerankerConfig(backbone_config=configuration(name, 2), kind=SYSTEMS[name].kind, system=name)
-    model = RerankerModel(config).to(device)
-    ids = torch.randint(10, 1000, (group_size, MEASURED), device=device)
-
-    def step(train: bool) -> None:
-        with torch.set_grad_enabled(train), autocast(device, dtype):
-            scores = model(input_ids=ids).logits.float().view(1, -1)
-        if train:
-            torch.nn.functional.cross_entropy(scores, scores.new_zeros(1, dtype=torch.long)).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def rate(train: bool) -> float:
-        model.train(train)
-        step(train)  # to warm up
-        started, steps = time.perf_counter(), 0
-        while steps == 0 or time.perf_counter() - started < budget / 4:
-            step(train)
-            steps += 1
-        return steps * ids.numel() / (time.perf_counter() - started)
-
-    return Rate(rate(True), rate(False), model.parameters_outside_embeddings())
+    found = profiling.measure(name, MEASURED, group_size, group_size=group_size, repeats=3, seconds=budget / 4)
+    if found["out_of_memory"]:
+        raise InputError(f"expected memory for a group of {group_size} pairs of {MEASURED} tokens of {name}, got too little")
+    return Rate(found["training"]["tokens_per_s"], found["inference"]["tokens_per_s"], found["parameters"])
 
 
 def _count(name: str, kind: str) -> int:

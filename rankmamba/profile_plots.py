@@ -99,7 +99,7 @@ def parts(table: pd.DataFrame) -> Figure:
             color, hatch = PARTS[part]
             axes.barh(systems, wide[part], left=left, color=color, hatch=hatch, edgecolor="#444444", linewidth=0.8, label=part)
             for place, share in enumerate(wide[part] / wide.sum(axis=1)):
-                if share > 0.12 and not hatch:
+                if share > 0.1 and not hatch:
                     axes.text(left[place] + wide[part].iloc[place] / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=10,
                               color="white" if part in ("scan", "attention") else "black")  # fmt: skip
             left += wide[part].to_numpy()

@@ -10,6 +10,7 @@ import torch
 
 from . import scan
 from .collection import Collection
+from .errors import InputError
 from .precision import autocast_dtype
 from .profile_parts import TextPass, breakdown
 from .profiling import MODES, Subject, measure_together, timed
@@ -57,14 +58,19 @@ def texts(
     collection: Collection,
     n_pairs: int,
     max_length: int,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     group_size: int = 8,
     repeats: int = 3,
 ) -> list[dict]:
     """Measure where the time goes when systems read pairs of a collection's texts, and what batching by length saves.
 
     n_pairs: drawn queries and documents, whole groups of `group_size`. max_length: tokens of a pair. Returns the records.
+
+    Raises:
+        InputError: the pairs are not whole groups.
     """
+    if n_pairs % group_size:
+        raise InputError(f"expected whole groups of {group_size}, got {n_pairs} pairs; change n_pairs or group_size")
     draw = random.Random(0)
     queries, doc_ids = (
         draw.choices(list(collection.queries.values()), k=n_pairs),

@@ -16,6 +16,7 @@ READABLE = [
     ("latency_ms", "ms a query", "{:,.0f}"),
     ("peak_mib", "peak MiB", "{:,.0f}"),
     ("share", "share", "{:.0%}"),
+    ("turns", "turns", "{}"),
 ]
 LEVEL = 0.03  # speeds that differ by less, or whose quartiles overlap, are called level
 
@@ -24,7 +25,7 @@ def speed_table(records: Sequence[dict]) -> pd.DataFrame:
     """A row a system, length, batch and mode. size: the systems it is compared with. scan: whether it has one.
 
     tokens_per_s with its quartiles low and high, pairs_per_s, latency_ms (of a query with 100 documents), peak_mib, share (of the
-    machine's peak), gflops (of one pair), layers and depths; NaN where the memory did not suffice.
+    machine's peak), turns (whose median it is), gflops (of one pair), layers and depths; NaN where the memory did not suffice.
     """
     rows = []
     for record in records:
@@ -37,6 +38,7 @@ def speed_table(records: Sequence[dict]) -> pd.DataFrame:
         for mode in (mode for mode in MODES if mode in record["timing"] or mode in result["out_of_memory"]):
             nothing = dict.fromkeys(("tokens_per_s", "low", "high", "pairs_per_s", "latency_ms", "peak_mib", "share"), np.nan)
             numbers = {name: record["timing"].get(mode, nothing)[name] for name in nothing}
+            numbers["turns"] = len(record["timing"].get(mode, {"seconds": []})["seconds"])
             rows.append(row | {"mode": mode, **numbers, "gflops": result["flops"][mode] / config["batch"] / 1e9})
     return pd.DataFrame(rows)
 

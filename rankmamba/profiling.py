@@ -69,7 +69,7 @@ class Subject:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.system, self.layers, self.depths = system, shapes.depth_of(system), None
         if self.layers is not None and not full_depth and device.type == "cpu":
-            self.depths = (self.layers // 12, self.layers // 6)
+            self.depths = (self.layers // 12, self.layers // 4)
         self.rerankers = [build(system, length, layers, device, dtype) for layers in self.depths or [None]]
         self.parameters = round(self.whole([reranker.model.parameters_outside_embeddings() for reranker in self.rerankers]))
 
@@ -143,8 +143,9 @@ def measure_together(
         for subject in subjects:
             try:
                 if not stop.is_set():
+                    _pass(mode, subject.first, 8, group_size, group_size)()  # what is allocated once is no part of a pass
                     first, memory[subject] = _first(subject, runs[subject])
-                    times[subject] = [first] if first > 3 * seconds else []
+                    times[subject] = [subject.whole(first)] if sum(first) > 3 * seconds else []
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -172,7 +173,7 @@ def _summary(times: list[float], peak_mib: float | None, batch: int, length: int
 
     best_seconds: what the pass would take at the speed of a large matrix product.
     """
-    low, median, high = np.percentile(times, [25, 50, 75])
+    low, median, high = np.percentile(times, [25, 50, 75]).tolist()
     return {
         "seconds": times,
         "tokens_per_s": batch * length / median,
@@ -230,8 +231,8 @@ def gemm_gflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * rows * inner * columns / min(timed(lambda: a @ b, device) for _ in range(5)) / 1e9
 
 
-def _first(subject: Subject, passes: Sequence[Callable[[], None]]) -> tuple[float, float | None]:
-    """Run each network's first pass; return the full system's seconds, and the most memory it holds at a time, in MiB.
+def _first(subject: Subject, passes: Sequence[Callable[[], None]]) -> tuple[list[float], float | None]:
+    """Run each network's first pass; return their seconds, and the most memory the full system holds at a time, in MiB.
 
     The weights are included. None where memory cannot be measured.
     """
@@ -241,7 +242,7 @@ def _first(subject: Subject, passes: Sequence[Callable[[], None]]) -> tuple[floa
     models = [reranker.model for reranker in subject.rerankers]
     weights = [sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**20 for model in models]
     known = None not in added
-    return subject.whole(seconds), subject.whole([sum(parts) for parts in zip(added, weights, strict=True)]) if known else None
+    return seconds, subject.whole([sum(parts) for parts in zip(added, weights, strict=True)]) if known else None
 
 
 def added_mib(run: Callable[[], object], device: torch.device) -> float | None:

@@ -40,7 +40,12 @@ def load_saved(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, Pre
         if set(config.limits) != {"max_length", "max_query_length"} or {type(limit) for limit in config.limits.values()} != {int}:
             raise ValueError(f"max_length and max_query_length expected, {config.limits!r:.80} found")
         model, found = RerankerModel.from_pretrained(
-            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            config=config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):

@@ -118,13 +118,11 @@ def finished(run: Run) -> bool:
 def start_here(jobs: int) -> Callable[[list[str], Path], subprocess.Popen]:
     """Return what starts a study, given its arguments and its log, as a process of this machine with its share of the threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", cores)) // jobs)
+    threads = int(os.environ.get("OMP_NUM_THREADS", str(cores)).split(",")[0])  # the others are of nested regions
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // jobs))}
 
     def start(arguments: list[str], log: Path) -> subprocess.Popen:
-        command, environment = (
-            [sys.executable, "-m", "rankmamba.study", *arguments],
-            os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
+        command = [sys.executable, "-m", "rankmamba.study", *arguments]
         with open(log, "w", encoding="utf-8") as said:
             return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
 
@@ -165,18 +163,19 @@ def reason(run: Run, code: int) -> str:
 
 
 def measures(runs: list[Run]) -> "pd.DataFrame":
-    """The measures of the finished runs: the parameters that vary (as text), system, a column a measure."""
+    """The measures of the finished runs: the parameters that vary (as text), collection, system, a column a measure."""
     import pandas as pd
 
     from .results import read_records
     from .tables import tidy
 
     names = dict.fromkeys(name for run in runs for name in run.given)
-    varied = [name for name in names if len({_text(run.config["parameters"][name]) for run in runs}) > 1]
-    parts = [pd.DataFrame(columns=[*varied, "system"])]
+    varied = [name for name in names if len({_text(run.config["parameters"][name]) for run in runs}) > 1 and name != "collection"]
+    parts = [pd.DataFrame(columns=[*varied, "collection", "system"])]
     for run in filter(finished, runs):
         values = tidy(read_records(run.folder))
-        table = values.pivot(index="system", columns="measure", values="value")[values["measure"].unique()].reset_index()
+        table = values.pivot(index=["collection", "system"], columns="measure", values="value")
+        table = table[values["measure"].unique()].reset_index()
         for place, name in enumerate(varied):
             table.insert(place, name, _text(run.config["parameters"][name]).strip('"'))
         parts.append(table)

@@ -12,6 +12,7 @@ import atexit
 import dataclasses
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -438,10 +439,10 @@ def guided(name: str, arguments: list[str]) -> None:
     """Let atheris, which sees what the code does with an input, look for more; it ends the process."""
     import atheris
 
-    for module in (formats, results, state_reader, sweep, nq, sys.modules["rankmamba.parameters"]):
-        for function in [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]:
-            if callable(function) and not isinstance(function, type):
-                setattr(module, function.__name__, atheris.instrument_func(function))
+    for module in (formats, nq, results, state_reader, sweep, token_store, sys.modules["rankmamba.parameters"]):
+        for function in filter(inspect.isfunction, vars(module).values()):
+            if function.__module__ == module.__name__:
+                atheris.instrument_func(function)
     folder = _folder(name)
     (folder / "corpus").mkdir()
     for place, data in enumerate(seeds(name)):

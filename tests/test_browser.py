@@ -81,6 +81,10 @@ class Sheet:
     def button(self, name: str):
         return self.panel.get_by_role("button", name=name, exact=True)
 
+    def first(self) -> None:
+        """Put the focus on the first widget of the panel."""
+        self.panel.locator("button, input, .noUi-handle").first.focus()
+
     def press(self, *keys: str) -> None:
         for key in keys:
             self.page.keyboard.press(key)
@@ -202,7 +206,7 @@ def test_run_all_shows_every_figure_and_panel_and_no_error_within_thirty_seconds
 
 def train_with(notebook: Sheet, steps: int, seed: int) -> None:
     """Set steps and seed and press Train, by keys alone, from the first widget on."""
-    notebook.panel.get_by_label("backbone").focus()
+    notebook.first()
     notebook.type_into(notebook.panel.get_by_label("steps"), str(steps))
     notebook.type_into(notebook.panel.get_by_label("seed"), str(seed))
     notebook.tab_to(notebook.button("Train"))
@@ -211,7 +215,7 @@ def train_with(notebook: Sheet, steps: int, seed: int) -> None:
 
 def test_a_run_has_the_settings_that_were_made_by_keys_and_by_typing(sheet):
     notebook = sheet("02_train")
-    notebook.panel.get_by_label("backbone").focus()
+    notebook.first()
     before = float(notebook.readout("learning rate").inner_text())
     notebook.tab_to(notebook.slider("learning rate"))
     notebook.press("ArrowLeft", "ArrowLeft")
@@ -228,11 +232,12 @@ def test_a_run_has_the_settings_that_were_made_by_keys_and_by_typing(sheet):
 
 def test_stop_ends_a_training_within_a_second_and_keeps_it_marked_partial(sheet):
     notebook = sheet("02_train")
-    train_with(notebook, steps=50_000, seed=12)
+    train_with(notebook, steps=3_000, seed=12)
     expect(notebook.panel.locator(".rm-status")).to_contain_text("left")  # after some steps it knows what remains
-    notebook.panel.get_by_label("backbone").focus()
-    notebook.press("ArrowDown")  # the kernel hears this while it trains, and sets the steps of the other backbone
-    expect(notebook.panel.get_by_label("steps")).not_to_have_value("50000")
+    notebook.first()
+    notebook.tab_to(notebook.button("tiny-neox"))
+    notebook.press("Enter")  # the kernel hears this while it trains, and sets the steps of the other backbone
+    expect(notebook.panel.get_by_label("steps")).not_to_have_value("3000")
     notebook.tab_to(notebook.button("Stop"))
     pressed = time.monotonic()
     notebook.press("Enter")
@@ -245,7 +250,7 @@ def test_stop_ends_a_training_within_a_second_and_keeps_it_marked_partial(sheet)
 
 def test_a_second_run_all_ends_the_panel_of_the_first_and_shows_one_that_works(sheet):
     notebook = sheet("02_train")
-    train_with(notebook, steps=50_000, seed=13)
+    train_with(notebook, steps=3_000, seed=13)
     expect(notebook.panel.locator(".rm-status")).to_contain_text("left")
     assert notebook.run_all() < within(SECONDS_TO_RUN_ALL)
     expect(notebook.panel).to_have_count(1)
@@ -257,7 +262,7 @@ def test_a_second_run_all_ends_the_panel_of_the_first_and_shows_one_that_works(s
 
 def test_a_typed_query_is_ranked_by_every_system_and_its_text_stays_text(sheet):
     notebook = sheet("03_rerank")
-    notebook.panel.get_by_label("pick").focus()
+    notebook.first()
     typed = "why does the outer bank of a river wear away <img src=x onerror='window.broken = true'>"
     notebook.type_into(notebook.panel.get_by_label("or type"), typed)
     expect(notebook.panel.locator(".rm-document")).to_be_visible()
@@ -272,12 +277,15 @@ def test_a_typed_query_is_ranked_by_every_system_and_its_text_stays_text(sheet):
 
 def test_a_picked_query_shows_judgements_and_another_document_is_read_by_keys(sheet):
     notebook = sheet("03_rerank")
-    notebook.panel.get_by_label("pick").focus()
-    notebook.press("ArrowDown")
-    expect(notebook.panel.locator(".rm-tick").first).to_be_visible()
-    notebook.panel.get_by_label("document").focus()
+    notebook.first()
+    notebook.press("ArrowRight")
+    expect(notebook.panel.locator(".rm-lists section").first).to_contain_text(
+        "relevant"
+    )  # where the first one is, or that none is
+    expect(notebook.panel.locator(".rm-document")).to_be_visible()
     before = notebook.panel.locator(".rm-document").inner_text()
-    notebook.press("ArrowDown")
+    notebook.slider("document").focus()
+    notebook.press("ArrowRight")
     expect(notebook.panel.locator(".rm-document")).not_to_have_text(before)
     assert notebook.complaints == []
 
@@ -294,7 +302,7 @@ def test_the_numbers_of_stored_states_follow_the_sliders(sheet):
 
 def test_a_measurement_made_by_keys_joins_the_table(sheet):
     notebook = sheet("05_profile")
-    notebook.panel.get_by_label("model").focus()
+    notebook.first()
     notebook.tab_to(notebook.slider("length"))
     notebook.press("ArrowRight")
     length = notebook.readout("length").inner_text()

@@ -249,7 +249,7 @@ def test_a_failed_download_is_one_error_that_says_what_to_fetch_and_where_to_put
         load("msmarco-document/dev")
     for part in ("queries of msmarco-document/dev", "All download sources failed", "msmarco-docdev-queries.tsv.gz", "0.1 MB"):
         assert part in str(error.value)
-    assert str(tmp_path / "downloads" / "ac20593d71b9c32ab2633230f9cdf10d") in str(error.value)
+    assert str(tmp_path / "msmarco-document" / "dev" / "queries.tsv.gz") in str(error.value)
 
 
 def test_any_ir_datasets_id_is_a_collection_whose_documents_stay_in_its_store(monkeypatch, tmp_path):

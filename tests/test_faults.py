@@ -318,6 +318,9 @@ def test_a_clock_that_jumps_changes_no_result_and_no_time_taken(trained, tmp_pat
     assert read_records(tmp_path, "rerank") == [later]
 
 
+DECLARED = 'scale: str = ""\nresults: str = ""\ninteractive: bool = False\ncollection: str = "rankmamba/tiny"'
+
+
 @pytest.fixture
 def notebooks(tmp_path, monkeypatch):
     """A folder of notebooks of its own; called with the code of cells, it writes 01_test."""
@@ -328,7 +331,7 @@ def notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "NOTEBOOKS", folder)
 
     def write(*code: str) -> Path:
-        declared = nbformat.v4.new_code_cell('scale: str = ""\nresults: str = ""\ninteractive: bool = False')
+        declared = nbformat.v4.new_code_cell(DECLARED)
         declared.metadata["tags"] = ["parameters"]
         cells = [declared, *map(nbformat.v4.new_code_cell, code)]
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}

@@ -229,10 +229,10 @@ def test_reranking_does_no_finished_query_again(fresh, monkeypatch):
     loaded = Reranker.from_pretrained(study(begun).model_path("tiny-mamba"))
     scored = Shared()
 
-    def rerank_queries(self, candidates, *arguments, _rerank=Reranker.rerank):
+    def rerank_queries(self, candidates, *arguments, _rerank=Reranker.rerank, **options):
         for _ in range(candidates["query_id"].nunique()):
             scored.add()
-        return _rerank(self, candidates, *arguments)
+        return _rerank(self, candidates, *arguments, **options)
 
     monkeypatch.setattr(resumable, "PAIRS", 10)  # two queries a piece
     monkeypatch.setattr(experiment, "Reranker", SimpleNamespace(from_pretrained=lambda folder: loaded))

@@ -121,7 +121,7 @@ def experiment(tmp_path_factory):
 def test_a_panel_trains_beside_the_study_and_marks_what_was_stopped_as_partial(experiment, capsys):
     study = read_records(experiment.folder)
     panel = TrainingPanel({"tiny-bert": TINY, "tiny-neox": TINY}, experiment.trial, experiment.runs)
-    panel.steps.value, panel.seed.value = 5_000, 3
+    panel.steps.value, panel.seed.value = 2_000, 3
     panel.controls.begin()
     wait_for(lambda: panel.controls.job.done >= 3)
     asked = time.monotonic()
@@ -130,7 +130,7 @@ def test_a_panel_trains_beside_the_study_and_marks_what_was_stopped_as_partial(e
     assert time.monotonic() - asked < 3  # 1 s on an idle machine
     assert panel.controls.error.value == "" and "(partial)" in panel.table.value and "marked partial" in panel.said.value
     trial = experiment.runs()[-1]
-    assert trial["result"]["partial"] and trial["config"]["seed"] == 3 and trial["config"]["max_steps"] == 5_000
+    assert trial["result"]["partial"] and trial["config"]["seed"] == 3 and trial["config"]["max_steps"] == 2_000
     assert read_records(experiment.folder) == study
     assert capsys.readouterr() == ("", "")
 

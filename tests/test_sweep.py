@@ -116,11 +116,16 @@ def test_a_failed_run_is_reported_with_its_reason_and_the_others_stand_in_the_ta
     assert "error: 1 of 2 runs failed" in err
     assert "seed=13: 01_work.ipynb failed in cell 3: RuntimeError: unlucky" in err
     table = pd.read_csv(tmp_path / "out" / "measures.csv")
-    assert table.to_dict("list") == {"rate": [0.001], "seed": [1], "system": ["a"], "RR@100": [1.001]}
-    assert [line.split() for line in out.splitlines()[:2]] == [
-        ["rate", "system", "seeds", "RR@100"],
-        ["0.001", "a", "1", "1.001"],
-    ]
+    row = {"rate": 0.001, "seed": 1, "collection": "c/test", "system": "a", "RR@100": 1.001}
+    assert table.to_dict("records") == [row]
+    heading, averaged = (line.split() for line in out.splitlines()[:2])
+    assert dict(zip(heading, averaged, strict=True)) == {
+        "rate": "0.001",
+        "collection": "c/test",
+        "system": "a",
+        "seeds": "1",
+        "RR@100": "1.001",
+    }
 
 
 def test_after_a_sigkill_what_is_finished_is_not_done_again(start, tmp_path):
@@ -257,7 +262,7 @@ def test_a_run_is_finished_only_with_the_same_parameters(tmp_path):
     from rankmamba.study import leave_record
 
     leave_record(run.folder, "tiny", None, run.config["parameters"], 1.0)
-    assert sweep.finished(run)
+    assert sweep.finished(run) and sweep.measures([run]).empty
     path = next((run.folder / "records").iterdir())
     record = json.loads(path.read_text())
     record["config"]["parameters"]["batch_size"] = 64

@@ -22,6 +22,8 @@ CSS = """<style>
 .rm-table th:first-child, .rm-table td:first-child { text-align: left; padding-left: 0; }
 .rm-table tr.rm-now { font-weight: 700; }
 .rm-table i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle; }
+.rankmamba .rm-wide .slider-container { flex: 0 0 190px; }
+.rankmamba .rm-wide .widget-readout { flex: 1 1 auto; max-width: none; text-align: left; overflow: hidden; text-overflow: ellipsis; }
 .rankmamba .widget-html-content { line-height: 1.35; }
 .rankmamba :focus-visible { outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 1px; }
 </style>"""
@@ -118,6 +120,13 @@ class Controls:
             parts.append(f"{tqdm.format_interval(job.remaining)} left")
         self.status.value = " · ".join(parts)
         self.error.value = error_html(job.error, job.traceback) if job.error else ""
+
+
+def choice(options: Sequence[str], description: str) -> widgets.ToggleButtons:
+    """A choice that works by keys: JupyterLab takes the arrow keys and letters from a native list, but not Enter from a button."""
+    return widgets.ToggleButtons(
+        options=list(options), description=description, style={"button_width": "auto", "description_width": "110px"}
+    )
 
 
 def error_html(error: BaseException, traceback: str) -> str:

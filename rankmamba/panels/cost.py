@@ -6,7 +6,7 @@ from html import escape
 import ipywidgets as widgets
 
 from ..style import look
-from .controls import Controls, Panel, table_html
+from .controls import Controls, Panel, choice, table_html
 from .job import Job
 
 LENGTHS, BATCHES = [2**power for power in range(6, 14)], [1, 8, 16, 32, 64]  # training takes whole groups of 8, or of 1
@@ -27,15 +27,15 @@ class ProfilePanel(Panel):
     def __init__(self, measure: Callable[..., dict], systems: Sequence[str], length: int = 512, batch: int = 8):
         self._measure, self._rows = measure, []
         wide = {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="420px")}
-        self.system = widgets.Dropdown(options=list(systems), description="model", **wide)
+        self.system = choice(systems, "model")
         self.length = widgets.SelectionSlider(
             options=sorted({length, *LENGTHS}), value=length, description="length, tokens", **wide
         )
         self.batch = widgets.SelectionSlider(options=sorted({batch, *BATCHES}), value=batch, description="batch, pairs", **wide)
         self.controls = Controls("Measure", self._work, self._draw, unit="mode")
         self.table = widgets.HTML()
-        choice = widgets.HBox([self.system, widgets.VBox([self.length, self.batch])])
-        super().__init__([choice, self.controls.row(), self.controls.error, self.table], [self.controls])
+        sizes = widgets.HBox([self.length, self.batch])
+        super().__init__([self.system, sizes, self.controls.row(), self.controls.error, self.table], [self.controls])
 
     def _work(self, job: Job) -> None:
         chosen = self.system.value, self.length.value, self.batch.value

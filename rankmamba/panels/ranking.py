@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import ipywidgets as widgets
 
 from ..search import FIRST_STAGE, Ranking, Search, query_words
-from .controls import Controls, Panel
+from .controls import Controls, Panel, choice
 from .job import Job
 from .pages import document_html, lists_html
 
@@ -34,7 +34,13 @@ class RankingPanel(Panel):
     def __init__(self, search: Search, queries: Sequence[str], top_k: int = 20):
         self._search, self._answer, self._known, self._offering = search, None, {}, False
         wide, narrow = widgets.Layout(width="540px"), widgets.Layout(width="340px")
-        self.pick = widgets.Dropdown(options=[("…", ""), *((text, text) for text in queries)], description="pick", layout=wide)
+        self.pick = widgets.SelectionSlider(
+            options=[("", ""), *((text, text) for text in queries)],
+            description="pick",
+            continuous_update=False,
+            readout=False,
+            layout=wide,
+        )
         self.query = widgets.Text(description="or type", placeholder="a query, then Enter", continuous_update=False, layout=wide)
         self.top_k = widgets.IntSlider(
             top_k, min=1, max=max(100, top_k), description="candidates", continuous_update=False, layout=narrow
@@ -45,12 +51,15 @@ class RankingPanel(Panel):
             )
             for place, system in enumerate(search.models)
         ]
-        self.document = widgets.Dropdown(description="document", layout=wide)
-        self.judge = widgets.Dropdown(options=list(search.models), description="as read by", layout=narrow)
+        self.document = widgets.SelectionSlider(
+            options=[("", "")], description="document", layout=widgets.Layout(width="900px", max_width="100%")
+        )
+        self.document.add_class("rm-wide")
+        self.judge = choice(search.models, "as read by")
         self.lists, self.text = widgets.HTML(), widgets.HTML()
         self.ranking = Controls("Rank", self._rank, self._draw_lists, unit="document")
         self.reading = Controls("Read", self._read, self._draw_document, unit="sentence")
-        self.below = widgets.VBox([widgets.HBox([self.document, self.judge]), self.reading.error, self.text])
+        self.below = widgets.VBox([self.document, self.judge, self.reading.error, self.text])
         self.below.layout.display = "none"
         self.pick.observe(self._pick, "value")
         for widget in (self.query, self.top_k, *self.systems):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..style import look
 from ..train import TrainConfig
-from .controls import Controls, Panel, table_html
+from .controls import Controls, Panel, choice, table_html
 from .curves import Run, learning_curves
 from .job import Job
 
@@ -33,7 +33,7 @@ class TrainingPanel(Panel):
         self._past, self._curve, self._config = runs(), [], None
         first = next(iter(self._configs.values()))
         wide = {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="420px")}
-        self.system = widgets.Dropdown(options=list(self._configs), description="backbone", **wide)
+        self.system = choice(self._configs, "backbone")
         self.learning_rate = widgets.FloatLogSlider(
             first.learning_rate, min=-6, max=-1, step=0.05, description="learning rate", readout_format=".2g", **wide
         )
@@ -54,9 +54,16 @@ class TrainingPanel(Panel):
         self.picture, self.said, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.said.add_class("rm-note")
         self.system.observe(lambda change: self._start_from(change["new"]), "value")
-        left = widgets.VBox([self.system, self.learning_rate, self.steps])
-        right = widgets.VBox([self.group_size, self.max_length, self.seed])
-        body = [widgets.HBox([left, right]), self.controls.row(), self.controls.error, self.said, self.picture, self.table]
+        left, right = widgets.VBox([self.learning_rate, self.steps]), widgets.VBox([self.group_size, self.seed])
+        body = [
+            self.system,
+            widgets.HBox([left, right, self.max_length]),
+            self.controls.row(),
+            self.controls.error,
+            self.said,
+            self.picture,
+            self.table,
+        ]
         super().__init__(body, [self.controls])
         self._show_runs()
 
