@@ -197,7 +197,7 @@ def _arguments(
         weight_decay=config.weight_decay,
         optim=OPTIMIZER,
         bf16=reranker.dtype == torch.bfloat16,
-        gradient_checkpointing=config.gradient_checkpointing or None,  # its newer name is unknown before transformers 5.23
+        gradient_checkpointing=config.gradient_checkpointing or None,  # every transformers 5 knows this name
         torch_compile=config.compile,
         seed=config.seed,
         use_cpu=reranker.device.type == "cpu",

@@ -81,11 +81,12 @@ def test_a_document_of_fifty_thousand_words_can_be_found():
 def test_parameters_out_of_range_are_refused(k1, b):
     with pytest.raises(InputError, match="k1 >= 0 and b from 0 to 1"):
         BM25.build({"a": "cat"}, k1, b)
+    assert len(BM25.build({"a": "cat", "b": "dog"}, k1=0, b=0).search({"q": "cat"})) == 1
 
 
 def test_the_defaults_are_anserinis_and_a_hundred_results():
-    documents = {f"d{n:03}": "cat " * (1 + 59 * n % 150) + "dog" for n in range(150)}
-    whole = BM25.build(documents, 0.9, 0.4).search({"q": "cat"}, 150)
+    documents = {f"d{n:03}": "cat " * (1 + 59 * n % 400) + "dog" for n in range(400)}
+    whole = BM25.build(documents, 0.9, 0.4).search({"q": "cat"}, 400)
     pd.testing.assert_frame_equal(BM25.build(documents).search({"q": "cat"}), whole.head(100))
     assert set(GRID) == {(k1, b) for k1 in (0.6, 0.9, 1.2, 1.6, 2.0) for b in (0.2, 0.4, 0.6, 0.8)} and len(GRID) == 20
 

@@ -247,6 +247,8 @@ def test_systems_on_different_queries_are_not_compared():
     tables = systems(bm25=[0.1, 0.2, 0.3], x=[0.1, 0.2])
     with pytest.raises(InputError, match="same queries, got 'q2' in one only"):
         compare(tables)
+    with pytest.raises(InputError, match="got 'another order' in one only"):
+        compare({"bm25": tables["bm25"], "x": tables["bm25"].iloc[::-1]})
     with pytest.raises(InputError, match="baseline among the systems x"):
         compare({"x": tables["x"]})
     with pytest.raises(InputError, match="among RR@100, got 'AP@100'"):

@@ -22,6 +22,8 @@ CSS = """<style>
 .rm-table th:first-child, .rm-table td:first-child { text-align: left; padding-left: 0; }
 .rm-table tr.rm-now { font-weight: 700; }
 .rm-table i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle; }
+.rankmamba .widget-toggle-buttons { flex-direction: row; align-items: center; }
+.rankmamba .widget-toggle-buttons > .widget-label { text-align: right; margin-right: 8px; }
 .rankmamba .rm-wide .slider-container { flex: 0 0 190px; }
 .rankmamba .rm-wide .widget-readout { flex: 1 1 auto; max-width: none; text-align: left; overflow: hidden; text-overflow: ellipsis; }
 .rankmamba .widget-html-content { line-height: 1.35; }
