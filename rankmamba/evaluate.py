@@ -32,8 +32,8 @@ def parse_measure(name: str) -> ir_measures.Measure:
         measure = ir_measures.parse_measure(name)
         measure.validate_params()
         return measure
-    except (ValueError, NameError, TypeError, KeyError, AssertionError) as error:
-        raise InputError(f"expected a measure such as {', '.join(MEASURES)}, got {name!r} (ir_measures: {error})") from error
+    except (ValueError, NameError, TypeError, KeyError, AssertionError, RecursionError, MemoryError) as error:
+        raise InputError(f"expected a measure such as {', '.join(MEASURES)}, got {name!r:.80} (ir_measures: {error})") from error
 
 
 def per_query(run: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[str] = MEASURES) -> pd.DataFrame:

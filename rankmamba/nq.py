@@ -54,7 +54,7 @@ def read_examples(archive: Path) -> list[Example]:
     try:
         with tarfile.open(archive, "r|gz") as tar:
             task = next((json.load(tar.extractfile(member)) for member in tar if member.name == MEMBER), None)
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RecursionError, AttributeError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, TypeError, RecursionError, AttributeError) as error:
         raise InputError(
             f"expected a readable archive with {MEMBER}, got {error} ({archive}); delete it and start again"
         ) from error

@@ -19,7 +19,21 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+import threading  # noqa: E402
+
 from hypothesis import settings  # noqa: E402
+from tqdm.std import tqdm  # noqa: E402
+
+# tqdm's own lock is shared by forks: one that is killed while it holds it would block every other, this process too
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread that could hold it at the moment of a fork
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no defect
 settings.load_profile("no deadline")
+
+FORKING = ("test_kill.py", "test_resume.py", "test_distributed.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that fork come first: a lock that another thread of the parent holds at that moment would be held for ever in the fork."""
+    items.sort(key=lambda item: item.path.name not in FORKING)

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import conftest  # noqa: F401  the environment of every test, before torch is imported
 import torch
+from tqdm.std import tqdm
 
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
@@ -64,8 +66,6 @@ class Soak:
         experiment.first_stage("bm25", 0.9, 0.4)
 
     def train(self) -> None:
-        import threading
-
         system, experiment = self.some()
         stop, last = threading.Event(), self.random.choice([1, 3, 6, 1000])
         experiment.train(self.config(system, experiment), on_step=lambda row: row["step"] >= last and stop.set(), stop=stop)
@@ -132,6 +132,7 @@ class Soak:
         """Run an operation in a fork and kill it after a random time."""
         process = os.fork()
         if process == 0:
+            tqdm.set_lock(threading.RLock())  # its own is shared by forks, and one that is killed would keep it for all
             with contextlib.suppress(BaseException):
                 operation()
             os._exit(0)

@@ -15,6 +15,7 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm.std import tqdm
 
 from rankmamba import embedded, experiment, nq, resumable, sources, state_build, states, token_store
 from rankmamba.backbones import load_tokenizer
@@ -61,6 +63,8 @@ def forked(work, before_operation: int | None = None, after_seconds: float | Non
         status = 1
         try:
             torch.set_num_threads(1)  # no thread of the parent lives in a fork
+            signal.alarm(120)  # a fork that waits for ever fails
+            tqdm.set_lock(threading.RLock())  # its own is shared by forks, and one that is killed would keep it for all
             counter = operations or Shared()
 
             def on_event(event: str, _):

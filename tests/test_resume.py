@@ -43,6 +43,7 @@ def begin(work, operation: int | None = None) -> int:
         status = 1
         try:
             torch.set_num_threads(1)  # no thread of the parent lives in a fork
+            signal.alarm(120)  # a fork that waits for ever fails
             signal.signal(signal.SIGINT, signal.default_int_handler)
             count = iter(range(1, sys.maxsize))
 

@@ -356,3 +356,14 @@ def test_cuda_calls_fit_and_continue_a_prefix_rightly(cuda):
     check("causal_conv1d", "cuda", conv, 1e-6, 2e-6, return_final_state=True, activation="silu")
     norm = {"y": tensors["u"], "z": tensors["z"], "weight": torch.randn(8)}
     check("gated_rms_norm", "cuda", norm, 1e-6, 4e-6, epsilon=1e-5, groups=2)
+
+
+def test_a_forced_kernel_holds_inside_the_block_and_not_behind_it_even_after_an_error():
+    tensor = torch.zeros(1)
+    chosen = dispatch.implementation(tensor)
+    with pytest.raises(KeyError, match="outside"):
+        with scan.forced("portable"):
+            assert dispatch.implementation(tensor) is portable
+            raise KeyError("outside")
+    assert dispatch.implementation(tensor) is chosen
+    assert scan.kernel().name == scan.kernel("cpu").name
