@@ -46,7 +46,7 @@ def on_processes(count: int, work) -> None:
             status = 1
             try:
                 torch.set_num_threads(1)  # no thread of the parent lives in a fork
-            signal.alarm(120)  # a fork that waits for ever fails
+                signal.alarm(120)  # a fork that waits for ever fails
                 where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in where.items()}, OMP_NUM_THREADS="1")
                 PartialState._reset_state()
