@@ -21,6 +21,7 @@ os.environ.update(
 
 import threading  # noqa: E402
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from tqdm.std import tqdm  # noqa: E402
 
@@ -37,3 +38,14 @@ FORKING = ("test_kill.py", "test_resume.py", "test_distributed.py")
 def pytest_collection_modifyitems(items):
     """Tests that fork come first: a lock that another thread of the parent holds at that moment would be held for ever in the fork."""
     items.sort(key=lambda item: item.path.name not in FORKING)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch as the forks of a test run it: with another number of threads sums are rounded in another order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -37,6 +37,7 @@ from rankmamba.states import DocumentStates
 from rankmamba.systems import SYSTEMS
 from rankmamba.train import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KILLS = 20
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "tempfile.mkdtemp", "shutil.rmtree"}
 

@@ -31,6 +31,7 @@ from rankmamba.results import fingerprint, read_records
 from rankmamba.train import TrainConfig, train
 from rankmamba.trainer import LCETrainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(batch_size=2, group_size=4, max_length=64, max_query_length=16, learning_rate=5e-3, epochs=100)
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 KILLS = 20
