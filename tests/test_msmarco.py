@@ -279,17 +279,15 @@ def test_a_rate_is_measured_on_a_backbone_of_the_real_width(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- the whole study
 
 
-def test_a_study_at_scale_paper_runs_on_the_miniature_with_both_trec_years_as_its_test(msmarco, tmp_path):
-    settings = study.settle("paper")
-    experiment = Experiment(tmp_path, settings["collection"], "paper", 0, settings["n_dev"], settings["n_test"])
-    experiment.given_first_stage("bm25")
-    config = TrainConfig("tiny-mamba", batch_size=2, group_size=4, epochs=settings["epochs"], max_length=64, max_query_length=16)
-    assert experiment.train(config)["result"]["steps"] == 6  # 6 queries twice
-    experiment.rerank("tiny-mamba", experiment.first_stages()[0], settings["top_k"], show_progress=False, max_passages=2)
-    record = experiment.evaluate("tiny-mamba")
-    assert len(record["result"]["per_query"]["nDCG@10"]) == 8
-    assert "come with msmarco-document" in experiment.evaluate("bm25")["note"]
-    experiment.evaluate("tiny-mamba", mixed_with="bm25")
+def test_a_study_at_scale_paper_runs_its_notebooks_on_the_miniature_with_both_trec_years_as_its_test(msmarco, tmp_path):
+    small = {"systems": ["tiny-mamba"], "batch_size": 2, "group_size": 4, "max_length": 64, "max_query_length": 16}
+    study.run("paper", "01,02,03,04,07", small, tmp_path)
+    experiment = Experiment(tmp_path, "msmarco-document", "paper", 0, 5193, 88)
+    assert experiment.trained("tiny-mamba")["result"]["steps"] == 6  # 6 queries twice
+    records = {record["system"]: record for record in read_records(tmp_path, "evaluate")}
+    assert set(records) == {"bm25", "tiny-mamba", "tiny-mamba + bm25"}
+    assert len(records["tiny-mamba"]["result"]["per_query"]["nDCG@10"]) == 8
+    assert "come with msmarco-document" in records["bm25"]["note"]
     table = beside_ours(read_records(tmp_path))
     ours = table[table["system"] == "tiny-mamba"]
     assert set(ours["collection"]) == {
@@ -297,3 +295,4 @@ def test_a_study_at_scale_paper_runs_on_the_miniature_with_both_trec_years_as_it
     }
     assert ours["value"].isna().all() and ours["ours"].between(0, 1).all()
     assert "mamba-130m" in set(table["system"])
+    assert "mamba-130m" in (tmp_path / "report.html").read_text(encoding="utf-8")
