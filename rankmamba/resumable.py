@@ -15,7 +15,7 @@ from .collection import Collection, sort_run
 from .files import refusals
 from .reranker import Cost, Reranker
 
-PAIRS = 256  # (query, document) pairs of a piece: seconds of work, and enough to batch texts of like length
+PAIRS = 1000  # (query, document) pairs of a piece: seconds of work, and enough to batch texts of like length
 
 
 class Journal:
