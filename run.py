@@ -74,12 +74,15 @@ def python_problem():
     if not oldest <= sys.version_info[:2] <= newest:
         names = [f"python3.{minor}" for minor in range(newest[1], oldest[1] - 1, -1)]
         other = next((name for name in names if works(name, "-V")), None)
-        return (f"rankmamba needs Python 3.{oldest[1]} to 3.{newest[1]}, this is Python {platform.python_version()}: "
-                + (f"this machine has {other}, start run.py with that" if other else "install one and start run.py with it"))
+        return f"rankmamba needs Python 3.{oldest[1]} to 3.{newest[1]}, this is Python {platform.python_version()}: " + (
+            f"this machine has {other}, start run.py with that" if other else "install one and start run.py with it"
+        )
     missing = next((name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None), None)
     if missing:
-        return (f"this Python lacks its module {missing}: run `sudo apt-get install python3.{sys.version_info[1]}-venv` "
-                "(where there is no apt-get: install Python again, completely), then start again")
+        return (
+            f"this Python lacks its module {missing}: run `sudo apt-get install python3.{sys.version_info[1]}-venv` "
+            "(where there is no apt-get: install Python again, completely), then start again"
+        )
     return None
 
 
@@ -88,8 +91,10 @@ def disk_problem(needed_gb):
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb >= needed_gb:
         return None
-    return (f"the installation needs about {needed_gb:g} GB, the disk of {ROOT} has {free_gb:.1f} GB free: "
-            "make room or move this folder to a larger disk, then start again")
+    return (
+        f"the installation needs about {needed_gb:g} GB, the disk of {ROOT} has {free_gb:.1f} GB free: "
+        "make room or move this folder to a larger disk, then start again"
+    )
 
 
 def has_nvidia():

@@ -32,7 +32,9 @@ def pairwise(values: Mapping[str, Tables], measure: str = PRIMARY) -> pd.DataFra
             first, second = second, first
             row |= {"difference": -row["difference"], "low": -row["high"], "high": -row["low"], "effect": -row["effect"]}
         spread = _mean_over_seeds(values[first], measure) - _mean_over_seeds(values[second], measure)
-        rows.append(row | {"system": first, "other": second, "detectable": detectable_difference(spread, alpha=0.05 / len(pairs))})
+        rows.append(
+            row | {"system": first, "other": second, "detectable": detectable_difference(spread, alpha=0.05 / len(pairs))}
+        )
     table = pd.DataFrame(rows, columns=["system", "other", "difference", "low", "high", "effect", "p", "detectable"])
     table.insert(6, "p_holm", holm(table.pop("p")))
     return table.sort_values("difference", ascending=False, kind="stable", ignore_index=True)
@@ -59,7 +61,8 @@ def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
         ("no difference is shown", open_),
     ):
         listed = ", ".join(
-            f"{row.system} over {row.other} ({row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}])" for row in rows.itertuples()
+            f"{row.system} over {row.other} ({row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}])"
+            for row in rows.itertuples()
         )
         lines.append(f"- {title} in {len(rows)}" + (f": {listed}." if len(rows) else "."))
     lines.append(

@@ -64,7 +64,9 @@ def installed(checkout, *extras):
     checkout.calls()
 
 
-def test_a_first_start_installs_torch_then_what_has_hashes_then_the_project_and_the_extra_and_a_second_one_nothing(checkout, capsys):
+def test_a_first_start_installs_torch_then_what_has_hashes_then_the_project_and_the_extra_and_a_second_one_nothing(
+    checkout, capsys
+):
     assert checkout.run.main(["test", "-k", "one thing"]) == 7
     assert checkout.calls() == [
         f"-m venv {checkout.folder}/.venv",
@@ -85,7 +87,9 @@ def test_the_command_gets_its_arguments_a_passive_openmp_and_the_venv_first_on_i
     assert (checkout.folder / "seen").read_text().split() == ["passive", f"{checkout.folder}/.venv/bin"]
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "requirements.txt", "constraints.txt", "setup.py", "rankmamba/scan/csrc/scan.cpp"])
+@pytest.mark.parametrize(
+    "name", ["pyproject.toml", "requirements.txt", "constraints.txt", "setup.py", "rankmamba/scan/csrc/scan.cpp"]
+)
 def test_a_changed_requirement_or_native_source_installs_again_and_keeps_the_extras(checkout, name):
     installed(checkout, "lab")
     path = checkout.folder / name
@@ -214,7 +218,11 @@ def test_ctrl_c_ends_the_command_and_run_py_at_once_with_130(checkout):
     installed(checkout)
     running = subprocess.Popen(
         [THIS_PYTHON, "run.py", "study", "sleep"],
-        cwd=checkout.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=checkout.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background it is ignored
     )
     assert running.stdout.readline() == "started\n"
