@@ -7,6 +7,7 @@ of the training, and a model card made from the records.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def card(name: str, record: dict, measured: dict[str, dict], backbone) -> str:
         seed=config["seed"],
         first=sum(curve[:window]) / window,
         last=sum(curve[-window:]) / window,
-        guessing=float(torch.log(torch.tensor(float(config["group_size"])))),
+        guessing=math.log(config["group_size"]),
         window=window,
         measured=rows,
         version=record["version"],

