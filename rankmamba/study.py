@@ -18,6 +18,8 @@ from .files import alone, refusals, write_text
 from .parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parameters, read_scale, settle
 
 REPORT = "07_report"
+# the final table has eleven columns, which have to fit the window and the page
+WIDE = "#notebook-container { width: auto; max-width: 1300px } .rendered_html table { font-size: 10px }"
 
 
 def run(scale: str, only: str | None = None, overrides: dict | None = None, folder: Path | None = None) -> Path:
@@ -107,7 +109,7 @@ def export_report(executed: Path, target: Path) -> None:
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = ""
     body, _ = exporter.from_filename(str(executed))
-    write_text(target, body)
+    write_text(target, body.replace("</head>", f"<style>{WIDE}</style></head>", 1))
 
 
 def clock(seconds: float) -> str:
