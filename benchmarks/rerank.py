@@ -43,7 +43,7 @@ def main() -> None:
     reranker = Reranker.from_pretrained("minilm-l6", dtype=torch.float32, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         reranker.save_pretrained(folder)
-        encoder = CrossEncoder(folder, device="cpu", max_length=512, activation_fn=torch.nn.Identity())
+        encoder = CrossEncoder(folder, device="cpu", trust_remote_code=True)
     # its own models compute the whole last layer, which ours, loaded by it, would not
     encoder.model._last_layer.only = lambda positions: nullcontext()
     print(f"MiniLM-L6, float32, CPU, {options.threads} thread(s), {len(pairs)} pairs, median of {options.repeats}")

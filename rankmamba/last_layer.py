@@ -1,15 +1,18 @@
 """The last layer computes only what the head reads.
 
 A reranker uses one token of the last layer's output. Everything in that layer that works token by token (projections of the
-queries, the feed-forward network, a mixer's output projection) is therefore computed for that token alone; the scores stay the
-same, and a sixth of a six-layer encoder's work goes away.
+queries, the feed-forward network, a mixer's output projection), and the attention of the other tokens, is therefore left out; the
+scores stay the same, and a sixth of a six-layer encoder's work goes away.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # For each type of backbone: its list of layers, and the linear maps in a layer whose output at other tokens is read by nobody.
 BERT = ("encoder.layer", ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"))
@@ -25,17 +28,26 @@ TOKENWISE = {
     "falcon_mamba": ("layers", ("mixer.out_proj",)),
     "nemotron_h": ("layers", ("mixer.out_proj",)),
 }
+ATTENTION = {
+    "bert": "attention.self",
+    "roberta": "attention.self",
+    "electra": "attention.self",
+    "gpt_neox": "attention",
+    "opt": "self_attn",
+}
+POOLED = "rankmamba_pooled_sdpa"  # Hugging Face finds an implementation of attention by its name
 
 
 class LastLayer:
-    """Makes the token-wise maps of a backbone's last layer skip every token but the pooled one, inside `only(positions)`.
+    """Makes the token-wise maps and the attention (PyTorch's SDPA) of a backbone's last layer skip every token but the pooled one,
+    inside `only(positions)`.
 
     Outside of it, with a backbone that is not in `TOKENWISE`, or while layers are recomputed for gradient checkpointing (when the
     positions of an earlier batch would be wrong), the backbone computes everything.
     """
 
     def __init__(self, backbone: nn.Module):
-        self._positions, self._layer = None, None
+        self._positions, self._layer, self._attention = None, None, None
         if backbone.config.model_type not in TOKENWISE:
             return
         layers, names = TOKENWISE[backbone.config.model_type]
@@ -45,16 +57,25 @@ class LastLayer:
             if name in modules:  # a hybrid's last layer may be of another kind
                 modules[name].register_forward_pre_hook(self._take)
                 modules[name].register_forward_hook(self._put_back)
+        self._attention = modules.get(ATTENTION.get(backbone.config.model_type))
+        if self._attention is not None:
+            self._pooled_config = copy.copy(self._attention.config)
+            self._pooled_config._attn_implementation = POOLED
 
     @contextmanager
     def only(self, positions: torch.Tensor) -> Iterator[None]:
         """positions: int64 (B,), the token of each sequence whose output is needed."""
+        attention, config = self._attention, getattr(self._attention, "config", None)
         if not getattr(self._layer, "gradient_checkpointing", False):
             self._positions = positions
+            if config is not None and config._attn_implementation == "sdpa":
+                attention.config, attention.pooled_positions = self._pooled_config, positions
         try:
             yield
         finally:
             self._positions = None
+            if config is not None:
+                attention.config = config
 
     def _take(self, module: nn.Module, inputs: tuple[torch.Tensor]):
         if self._positions is None:
@@ -75,3 +96,27 @@ class LastLayer:
         """The place of each pooled token among all tokens."""
         tokens, batch = hidden.shape[:-1].numel(), len(self._positions)
         return torch.arange(batch, device=hidden.device) * (tokens // batch) + self._positions
+
+
+def pooled_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """SDPA for the token `module.pooled_positions` (B,) of each sequence; at all others the output is 0.
+
+    query: (B, heads, L, head size). key, value: the same with K >= L tokens, where the last L are those of the query.
+    attention_mask: None or (B or 1, 1, L, K). Returns (B, L, heads, head size).
+    """
+    batch, heads, length, size = query.shape
+    keys = key.shape[2]
+    positions = module.pooled_positions.view(-1, 1, 1, 1)
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(batch, -1, length, -1)
+        attention_mask = attention_mask.gather(2, positions.expand(-1, attention_mask.shape[1], 1, keys))
+    elif module.is_causal:
+        attention_mask = torch.arange(keys, device=query.device) <= positions + keys - length
+    pooled = query.gather(2, positions.expand(-1, heads, 1, size))
+    output, _ = sdpa_attention_forward(module, pooled, key, value, attention_mask, **kwargs)
+    return output.new_zeros(batch, length, heads, size).scatter(1, positions.expand(-1, 1, heads, size), output), None
+
+
+AttentionInterface.register(POOLED, pooled_attention)

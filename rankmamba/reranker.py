@@ -28,6 +28,9 @@ from .token_store import document_tokens
 if TYPE_CHECKING:
     from .states import DocumentStates
 
+# Tokens of a batch when scoring. Larger ones fall out of a CPU's cache; a GPU wants them large.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
 _log = logging.getLogger(__name__)
 
 
@@ -93,6 +96,11 @@ class Reranker:
         return {"precision": self.precision, "attention": self.attention} | kernel
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch where nothing else is said."""
+        return BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+
+    @property
     def model_card_data(self):
         """What sentence-transformers' evaluators want of a model (`cross_encoder.NoModelCard`)."""
         from .cross_encoder import NoModelCard
@@ -109,12 +117,12 @@ class Reranker:
             write_files(temporary)
 
     def predict(
-        self, pairs: Sequence[tuple[str, str]], batch_tokens: int = 2048, show_progress_bar: bool = False, **cross_encoder
+        self, pairs: Sequence[tuple[str, str]], batch_tokens: int | None = None, show_progress_bar: bool = False, **cross_encoder
     ) -> np.ndarray:
         """Score [(query, document)]: float32 (n,), raw logits, in the order given.
 
-        batch_tokens: tokens in one batch after padding; it changes speed and memory, not the scores. cross_encoder: what else
-        sentence-transformers' evaluators pass (`cross_encoder.check_arguments`).
+        batch_tokens: tokens in one batch after padding, default `BATCH_TOKENS`; it changes speed and memory, not the scores.
+        cross_encoder: what else sentence-transformers' evaluators pass (`cross_encoder.check_arguments`).
         """
         if cross_encoder:
             from .cross_encoder import check_arguments
@@ -144,7 +152,7 @@ class Reranker:
         candidates: pd.DataFrame,
         collection: Collection,
         top_k: int = 100,
-        batch_tokens: int = 2048,
+        batch_tokens: int | None = None,
         show_progress_bar: bool = False,
         states: "DocumentStates | None" = None,
         max_passages: int = 1,
@@ -205,7 +213,7 @@ class Reranker:
         query_lengths = np.array([len(ids) for ids in queries], dtype=int)
         document_lengths = np.array([len(ids) for ids in documents], dtype=int)
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
-        batches = list(token_batches(lengths, batch_tokens))
+        batches = list(token_batches(lengths, batch_tokens or self.batch_tokens))
         if share:
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0

@@ -1,9 +1,14 @@
-"""Any query on the documents of a study: BM25's candidates, what each trained reranker says of them, and why."""
+"""Any query on the documents of a study: BM25's candidates, what each trained reranker says of them, and why.
+
+A causal reranker whose states of all documents are stored answers from them; the others read the documents.
+"""
 
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,30 +17,44 @@ import pandas as pd
 
 from .candidates import BM25, words
 from .collection import Collection
+from .files import sha256
 from .reranker import Reranker
+from .state_reader import MANIFEST
+from .states import DocumentStates
+from .systems import SYSTEMS
 
 FIRST_STAGE = "bm25"
 STEP = 16  # documents that are scored between two looks at whether to stop
+STORED = "float16"  # half of float32's bytes, and the rankings of full scoring but for near ties
 
 
 class Ranking(NamedTuple):
-    """What one system made of a query: documents best first, their scores (BM25's, or raw logits), the seconds it took."""
+    """What one system made of a query: documents best first, their scores (BM25's, or raw logits), the seconds it took, and whether
+    it read stored states in place of the documents."""
 
     doc_ids: list[str]
     scores: list[float]
     seconds: float
+    from_states: bool = False
+
+
+class Stopped(Exception):
+    """A storing of states was asked to stop."""
 
 
 class Search:
     """Rank a collection's documents for one query after another, by BM25 and by rerankers that are loaded when they are first asked.
 
-    models: {system: folder of its trained reranker}. Calls from several threads come one after the other.
+    models: {system: folder of its trained reranker}. stores: the folder with the stored states, one folder a system, made by `store`.
+    Calls from several threads come one after the other.
     """
 
-    def __init__(self, collection: Collection, models: Mapping[str, str | Path]):
-        self.collection, self.models = collection, dict(models)
+    def __init__(self, collection: Collection, models: Mapping[str, str | Path], stores: str | Path):
+        self.collection, self.models, self.stores = collection, dict(models), Path(stores)
         self._index: BM25 | None = None
         self._rerankers: dict[str, Reranker] = {}
+        self._states: dict[str, DocumentStates] = {}
+        self._stores: dict[str, Path] = {}
         self._lock = threading.RLock()
 
     def candidates(self, query: str, top_k: int) -> Ranking:
@@ -56,6 +75,13 @@ class Search:
         stop: threading.Event | None = None,
     ) -> Ranking | None:
         """Those documents in the order of a reranker; None if `stop` was set on the way. on_scored(count): documents just scored."""
+        if (states := self.states(system)) is not None:
+            started = time.perf_counter()
+            with self._lock:
+                ranked = states.rank(query, doc_ids)
+            on_scored(len(doc_ids))
+            scores = [row["score"] for row in ranked]
+            return Ranking([row["doc_id"] for row in ranked], scores, time.perf_counter() - started, from_states=True)
         reranker, texts, scores = self.reranker(system), self.texts(doc_ids), {}
         started = time.perf_counter()
         longest_first = sorted(doc_ids, key=lambda doc_id: -len(texts[doc_id]))  # a step's documents are of like length
@@ -76,6 +102,48 @@ class Search:
             if system not in self._rerankers:
                 self._rerankers[system] = Reranker.from_pretrained(self.models[system])
             return self._rerankers[system]
+
+    def store(self, system: str, on_stored: Callable[[int], None], stop: threading.Event) -> None:
+        """Compute and keep the states of all documents for a causal system; one that was stopped goes on where it was.
+
+        on_stored(count): documents just done.
+
+        Raises:
+            InputError: the system has no states, the disk is full, the states there are of another model.
+        """
+
+        def look_up(count: int) -> None:
+            on_stored(count)
+            if stop.is_set():
+                raise Stopped
+
+        folder = self._store(system)
+        for other in self.stores.glob(f"{system}-*"):
+            if other != folder:  # of a model that has been trained anew since
+                shutil.rmtree(other)
+        with suppress(Stopped):
+            self._states[system] = DocumentStates.build(self.reranker(system), self.collection, folder, STORED, on_stored=look_up)
+
+    def states(self, system: str) -> DocumentStates | None:
+        """A system's stored states; None where not all documents have one."""
+        with self._lock:
+            if system not in self._states and self._stored(system):
+                self._states[system] = DocumentStates.open(self._store(system), self.reranker(system))
+            return self._states.get(system)
+
+    def storable(self) -> list[str]:
+        """The systems whose documents can have a state, and have none yet."""
+        return [system for system in self.models if SYSTEMS[system].has_states and not self._stored(system)]
+
+    def _stored(self, system: str) -> bool:
+        return (self._store(system) / MANIFEST).is_file()
+
+    def _store(self, system: str) -> Path:
+        """The folder of a system's states, another one for other weights."""
+        if system not in self._stores:
+            weights = sha256(Path(self.models[system]) / "model.safetensors")
+            self._stores[system] = self.stores / f"{system}-{weights[:12]}"
+        return self._stores[system]
 
     def texts(self, doc_ids: Sequence[str]) -> dict[str, str]:
         """The texts of documents, {doc_id: text}."""

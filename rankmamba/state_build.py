@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def blocks(reranker: Reranker, documents: Documents, writer: Writer, bar) -> Iterator[list[tuple[str, Pair, str]]]:
+def blocks(
+    reranker: Reranker, documents: Documents, writer: Writer, count: Callable[[int], None]
+) -> Iterator[list[tuple[str, Pair, str]]]:
     """Yield what is to be stored between two commits: [(doc_id, document half, digest of all documents so far)]."""
     waiting: list[tuple[str, str, str]] = []
     block: list[tuple[str, Pair, str]] = []
@@ -53,7 +55,7 @@ def blocks(reranker: Reranker, documents: Documents, writer: Writer, bar) -> Ite
     for place, item in enumerate(_then(documents.pairs(), last)):
         if item is not last:
             if writer.has(*item, place):
-                bar.update(1)
+                count(1)
                 continue
             waiting.append((*item, writer.digest.hexdigest()))
         if len(waiting) < 64 and item is not last:
@@ -77,7 +79,9 @@ def _then(items: Iterator, last) -> Iterator:
 
 
 @torch.inference_mode()
-def store_block(kind: Recurrent | Attention, reranker: Reranker, writer: Writer, block, batch_tokens: int, bar) -> None:
+def store_block(
+    kind: Recurrent | Attention, reranker: Reranker, writer: Writer, block, batch_tokens: int, count: Callable[[int], None]
+) -> None:
     """Compute and store the states of one block."""
     doc_ids, pairs, digests = zip(*block, strict=True)
     dtype, profile = writer.header["dtype"], None
@@ -97,7 +101,7 @@ def store_block(kind: Recurrent | Attention, reranker: Reranker, writer: Writer,
                 states = kind.read(ids, mask)
             waiting += zip(batch, states, strict=True)
             computed += len(batch)
-            bar.update(len(batch))
+            count(len(batch))
             if profile is None and with_profile:
                 if len(waiting) < SAMPLE and computed < len(pairs):
                     continue

@@ -6,7 +6,7 @@ give the scores of full scoring; smaller formats round the states, never the com
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,14 +59,16 @@ class DocumentStates:
         folder: str | Path,
         dtype: str = "float32",
         layers: Sequence[int] | None = None,
-        batch_tokens: int = 2048,
+        batch_tokens: int | None = None,
         show_progress_bar: bool = False,
+        on_stored: Callable[[int], None] = lambda count: None,
     ) -> "DocumentStates":
         """Compute the state of every document and store it in `folder`; a build that was stopped goes on where it was.
 
         dtype: float32 (the scores of full scoring), bfloat16, float16, int8 or int4 (with scales). layers: keep only
         these layers' states (Mamba; not exact: the others start from the mean state of some documents). batch_tokens: documents'
-        tokens computed together.
+        tokens computed together, default `reranker.BATCH_TOKENS`. on_stored(count): documents just done; what it raises ends the
+        build, which can be taken up again.
 
         Raises:
             InputError: the backbone is not causal, the folder holds other states or has another builder, the disk is full, ...
@@ -76,7 +78,7 @@ class DocumentStates:
         documents = documents.documents if isinstance(documents, Collection) else documents
         documents = documents if isinstance(documents, Documents) else Documents(documents)
         kind = kind_of(reranker, layers)
-        folder = Path(folder)
+        folder, batch_tokens = Path(folder), batch_tokens or reranker.batch_tokens
         header = identity(reranker) | {"dtype": dtype, "layers": kind.kept, "batch_tokens": batch_tokens}
         with building(folder):
             writer = Writer(folder, header)
@@ -84,8 +86,13 @@ class DocumentStates:
             with tqdm(
                 total=len(documents), unit="doc", desc=f"states ({dtype})", mininterval=1, disable=not show_progress_bar
             ) as bar:
-                for block in blocks(reranker, documents, writer, bar):
-                    store_block(kind, reranker, writer, block, batch_tokens, bar)
+
+                def count(done: int) -> None:
+                    bar.update(done)
+                    on_stored(done)
+
+                for block in blocks(reranker, documents, writer, count):
+                    store_block(kind, reranker, writer, block, batch_tokens, count)
             writer.finish(writer.digest.hexdigest())
         return cls.open(folder, reranker)
 

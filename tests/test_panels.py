@@ -183,7 +183,7 @@ def test_sentences_end_where_a_reader_ends_them():
 
 
 def test_occlusion_is_the_difference_that_a_sentence_makes(experiment):
-    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")})
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")}, experiment.folder / "states")
     query = next(iter(search.collection.queries.values()))
     first = search.candidates(query, 10)
     ranking = search.rerank("tiny-bert", query, first.doc_ids)
@@ -198,7 +198,7 @@ def test_occlusion_is_the_difference_that_a_sentence_makes(experiment):
 
 
 def test_only_what_stands_before_the_cut_counts_as_read(experiment):
-    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")})
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")}, experiment.folder / "states")
     limit = search.reranker("tiny-bert").inputs.document_limit
     search.texts = lambda doc_ids: {"long": "Ten. " * limit}
     table = search.occlusion("tiny-bert", "a query", "long")
@@ -206,7 +206,7 @@ def test_only_what_stands_before_the_cut_counts_as_read(experiment):
 
 
 def test_a_stopped_ranking_gives_nothing_and_says_so(experiment):
-    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")})
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")}, experiment.folder / "states")
     stop = threading.Event()
     stop.set()
     assert search.rerank("tiny-bert", "a query", list(experiment.split("test").documents), stop=stop) is None
@@ -234,7 +234,7 @@ def test_the_table_of_runs_has_their_settings_newest_first(experiment):
 
 
 def test_the_ranking_panel_answers_a_typed_query_from_every_system(experiment):
-    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")})
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")}, experiment.folder / "states")
     panel = panels.RankingPanel(search, list(search.collection.queries.values()), top_k=10)
     panel.query.value = f"the metal of a planet {HOSTILE}"
     wait_for(lambda: panel.text.value)
@@ -242,6 +242,47 @@ def test_the_ranking_panel_answers_a_typed_query_from_every_system(experiment):
     assert "<img" not in panel.lists.value and panel.document.value in dict(panel.document.options).values()
     panel.query.value = "zzzz qqqq"
     wait_for(lambda: "No document has a word" in panel.lists.value)
+    panels.close()
+
+
+def test_stored_states_answer_a_query_with_the_scores_of_reading_and_are_made_anew_for_other_weights(experiment, tmp_path):
+    experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
+    models = {name: experiment.model_path(name) for name in ("tiny-bert", "tiny-mamba")}
+    search = Search(experiment.split("test"), models, tmp_path / "states")
+    assert search.storable() == ["tiny-mamba"]
+    doc_ids = search.candidates("a river", 10).doc_ids
+    read, stop = search.rerank("tiny-mamba", "a river", doc_ids), threading.Event()
+    counts = []
+
+    def stop_soon(count):
+        counts.append(count)
+        stop.set()
+
+    search.store("tiny-mamba", stop_soon, stop)
+    assert search.states("tiny-mamba") is None and search.storable()  # stopped: not yet there
+    search.store("tiny-mamba", counts.append, threading.Event())
+    ranking = search.rerank("tiny-mamba", "a river", doc_ids)
+    assert ranking.from_states and not read.from_states and search.storable() == []
+    assert ranking.doc_ids == read.doc_ids and np.allclose(ranking.scores, read.scores, atol=1e-2)
+
+    experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=3))
+    anew = Search(experiment.split("test"), models, tmp_path / "states")
+    assert anew.storable() == ["tiny-mamba"]
+    anew.store("tiny-mamba", counts.append, threading.Event())
+    assert len(list((tmp_path / "states").iterdir())) == 1
+    assert anew.rerank("tiny-mamba", "a river", doc_ids).scores != ranking.scores
+
+
+def test_the_ranking_panel_stores_states_and_then_answers_from_them(experiment, tmp_path):
+    experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
+    search = Search(experiment.split("test"), {"tiny-mamba": experiment.model_path("tiny-mamba")}, tmp_path / "states")
+    panel = panels.RankingPanel(search, [], top_k=10)
+    panel.query.value = "the metal of a planet"
+    wait_for(lambda: panel.text.value)
+    assert "from states" not in panel.lists.value and panel.stored.layout.display == ""
+    panel.storing.start.click()
+    wait_for(lambda: "from states" in panel.lists.value)
+    assert panel.stored.layout.display == "none"
     panels.close()
 
 

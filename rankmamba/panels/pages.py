@@ -63,7 +63,7 @@ def lists_html(
 
 def _column(system, ranking, texts, judged, words, shown, read, before, names) -> str:
     places = [place for place, doc_id in enumerate(ranking.doc_ids, 1) if judged.get(doc_id, 0) > 0]
-    said = f"{len(ranking.doc_ids)} documents, {1000 * ranking.seconds:,.0f} ms"
+    said = f"{len(ranking.doc_ids)} documents, {1000 * ranking.seconds:,.0f} ms" + " from states" * ranking.from_states
     if judged:
         said += f"<br>first relevant: {places[0]}" if places else "<br>no relevant document"
     digits = _digits(np.ptp(ranking.scores[:shown]) if ranking.scores else 1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import ipywidgets as widgets
 
+from ..errors import InputError
 from ..search import FIRST_STAGE, Ranking, Search, query_words
 from .controls import Controls, Panel, choice
 from .job import Job
@@ -28,7 +29,7 @@ class RankingPanel(Panel):
     """Rank the documents of a collection for any query, by BM25 and by rerankers, side by side.
 
     queries: to pick from; any other one can be typed. top_k: candidates that the rerankers put in order. A list shows as soon as
-    its system is done.
+    its system is done. Causal systems can store the states of all documents and then answer from them.
     """
 
     def __init__(self, search: Search, queries: Sequence[str], top_k: int = 20):
@@ -59,6 +60,8 @@ class RankingPanel(Panel):
         self.lists, self.text = widgets.HTML(), widgets.HTML()
         self.ranking = Controls("Rank", self._rank, self._draw_lists, unit="document")
         self.reading = Controls("Read", self._read, self._draw_document, unit="sentence")
+        self.storing = Controls("Store states", self._store, self._draw_stored, unit="document")
+        self.stored = widgets.VBox([self.storing.row(), self.storing.error])
         self.below = widgets.VBox([self.document, self.judge, self.reading.error, self.text])
         self.below.layout.display = "none"
         self.pick.observe(self._pick, "value")
@@ -68,7 +71,10 @@ class RankingPanel(Panel):
             widget.observe(self._open, "value")
         systems = widgets.HBox([widgets.Label("rerank with", layout=widgets.Layout(margin="0 10px 0 16px")), *self.systems])
         asking = [self.pick, widgets.HBox([self.query, self.top_k]), systems, self.ranking.row()]
-        super().__init__([*asking, self.ranking.error, self.lists, self.below], [self.ranking, self.reading])
+        super().__init__(
+            [*asking, self.ranking.error, self.stored, self.lists, self.below], [self.ranking, self.reading, self.storing]
+        )
+        self._offer_storing()
 
     def _pick(self, change) -> None:
         if change["new"]:
@@ -80,7 +86,7 @@ class RankingPanel(Panel):
 
     def _rank(self, job: Job) -> Answer:
         query, top_k = self.query.value.strip(), self.top_k.value
-        systems = [box.description for box in self.systems if box.value]
+        systems = self._ticked()
         answer = self._answer = Answer(query, query_words(query), self._search.judgements(query))
         first = self._search.candidates(query, top_k)
         answer.texts |= self._search.texts(first.doc_ids)
@@ -102,6 +108,37 @@ class RankingPanel(Panel):
                 self._known[key] = ranking
             answer.lists[system] = self._known[key]
         return answer
+
+    def _ticked(self) -> list[str]:
+        return [box.description for box in self.systems if box.value]
+
+    def _store(self, job: Job) -> None:
+        """Store the states of all documents for the ticked systems that have states."""
+        systems = [system for system in self._search.storable() if system in self._ticked()]
+        done, total = 0, len(systems) * len(self._search.collection.documents)
+        if not systems:
+            raise InputError(f"expected a ticked system among {', '.join(self._search.storable())}, got none; tick one")
+
+        def on_stored(count: int) -> None:
+            nonlocal done
+            done += count
+            job.report(done, total)
+
+        for system in systems:
+            self._search.store(system, on_stored, job.stop)
+            if job.stop.is_set():
+                return
+            self._known = {key: ranking for key, ranking in self._known.items() if key[0] != system}
+
+    def _draw_stored(self, job: Job) -> None:
+        if job.ended.is_set():
+            self._offer_storing()
+            if job.state == "finished":
+                self._ask(None)
+
+    def _offer_storing(self) -> None:
+        """Offer to store states as long as there is a system that has some and lacks them."""
+        self.stored.layout.display = "" if self._search.storable() else "none"
 
     def _draw_lists(self, job: Job) -> None:
         answer = self._answer
