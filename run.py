@@ -42,7 +42,7 @@ EXTRA = {"study": None, "lab": "lab", "test": "test"}
 MODULE = {
     "study": ["rankmamba.study"],
     "lab": ["jupyterlab", f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks"],
-    "test": ["pytest", "-q"],
+    "test": ["pytest", "-q", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"],
 }
 
 
