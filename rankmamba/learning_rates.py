@@ -1,0 +1,96 @@
+"""The learning rate of every system, chosen on dev by the same search for each: `python -m rankmamba.learning_rates --scale quick`.
+
+Every system of the scale is trained with every rate, else by the scale's own recipe, and ranks the dev queries; no test query is
+touched. A search that was stopped goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .backbones import find
+from .errors import InputError
+from .evaluate import PRIMARY, mean_interval, per_query
+from .experiment import Experiment, progress
+from .parameters import ROOT, parse_parameters, settle
+from .reranker import Reranker
+from .results import environment, new_record, read_records, write_record
+from .train import TrainConfig
+
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+
+
+def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
+    """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
+    settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
+    for record in read_records(experiment.folder, "learning_rate") if experiment.folder.is_dir() else []:
+        if (record["system"], record["config"]) == (config.system, settings):
+            return record
+    with progress(f"{config.system}, {config.learning_rate:g}") as on_step:
+        experiment.train(config, on_step)
+    dev, reranker = experiment.split("dev"), Reranker.from_pretrained(experiment.model_path(config.system))
+    run = reranker.rerank(dev.candidates, dev, top_k, show_progress_bar=True)
+    values = per_query(run, dev.qrels, [PRIMARY])[PRIMARY]
+    result = {"measure": PRIMARY, "mean": float(values.mean()), "per_query": values.to_dict()}
+    ran = environment() | reranker.setup
+    record = new_record(
+        "learning_rate",
+        config.system,
+        dev.name,
+        experiment.scale,
+        config.seed,
+        settings,
+        result,
+        {"seconds": reranker.cost.seconds},
+        ran,
+    )
+    write_record(experiment.folder, record)
+    return record
+
+
+def table(records: Sequence[dict]) -> pd.DataFrame:
+    """A row a system and a rate: the mean on dev with its 95% interval, and whether it is the system's best."""
+    rows = []
+    for record in records:
+        values = np.array(list(record["result"]["per_query"].values()))
+        rows.append((record["system"], record["config"]["learning_rate"], *mean_interval(values)))
+    found = pd.DataFrame(rows, columns=["system", "learning rate", PRIMARY, "low", "high"])
+    found["best"] = found[PRIMARY] == found.groupby("system")[PRIMARY].transform("max")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rankmamba.learning_rates", description=__doc__.split("\n")[0])
+    parser.add_argument("--scale", default="quick", help="whose systems and recipe (default: quick)")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="override a parameter")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="default: %(default)s")
+    parser.add_argument("--results", type=Path, help="where everything goes (default: results/<scale>)")
+    options = parser.parse_args(arguments)
+    try:
+        given = settle(options.scale, None, parse_parameters(options.parameters))
+        folder = (options.results or ROOT / "results" / options.scale) / "learning_rates"
+        recipe = {
+            name: given[name]
+            for name in ("batch_size", "group_size", "epochs", "warmup", "seed", "max_length", "max_query_length")
+        }
+        records = []
+        for rate in options.rates:
+            experiment = Experiment(folder / f"{rate:g}", given["collection"], options.scale, given["seed"], n_dev=given["n_dev"])
+            for system in given["systems"]:
+                steps = given["max_steps"].get(system, given["max_steps"]["default"])
+                config = TrainConfig(system, learning_rate=rate, max_steps=steps, lora_r=find(system).lora_r, **recipe)
+                records.append(tried(experiment, config, given["top_k"]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(records).sort_values(["system", "learning rate"]).to_string(index=False, float_format="{:.5g}".format))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
