@@ -259,6 +259,17 @@ def test_a_second_run_all_ends_the_panel_of_the_first_and_shows_one_that_works(s
     assert notebook.complaints == []
 
 
+def test_after_a_restart_of_the_kernel_the_panel_is_there_again_and_works(sheet):
+    notebook = sheet("02_train")
+    notebook.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    notebook.page.evaluate(KERNEL_IS_READY)
+    assert notebook.run_all() < within(SECONDS_TO_RUN_ALL)
+    expect(notebook.panel).to_have_count(1)
+    train_with(notebook, steps=3, seed=14)
+    expect(notebook.panel.locator("tr.rm-now td").nth(4)).to_have_text("14")
+    assert notebook.complaints == []
+
+
 def test_a_typed_query_is_ranked_by_every_system_and_its_text_stays_text(sheet):
     notebook = sheet("03_rerank")
     notebook.first()
@@ -271,6 +282,16 @@ def test_a_typed_query_is_ranked_by_every_system_and_its_text_stays_text(sheet):
     expect(lists.first.locator("mark").first).to_be_visible()
     expect(notebook.panel.locator(".rm-document sup").first).to_have_text(re.compile(r"[+-]\d\.\d\d"))
     assert notebook.page.evaluate("() => window.broken") is None and notebook.panel.locator("img").count() == 0
+    assert notebook.complaints == []
+
+
+def test_states_stored_by_keys_answer_the_next_query(sheet):
+    notebook = sheet("03_rerank")
+    notebook.first()
+    notebook.tab_to(notebook.button("Store states"))
+    notebook.press("Enter")
+    expect(notebook.panel.locator(".rm-lists")).to_contain_text("from states")
+    expect(notebook.button("Store states")).to_be_hidden()
     assert notebook.complaints == []
 
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import socket
 import threading
-import traceback
 from pathlib import Path
 
 import accelerate.state
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
+from forks import fork
 
 from rankmamba.collection import load, write_run
 from rankmamba.errors import InputError
@@ -39,24 +38,17 @@ def on_processes(count: int, work) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(count):
-        process = os.fork()
-        if process == 0:
-            status = 1
-            try:
-                torch.set_num_threads(1)  # no thread of the parent lives in a fork
-                signal.alarm(120)  # a fork that waits for ever fails
-                where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ.update({name: str(value) for name, value in where.items()}, OMP_NUM_THREADS="1")
-                PartialState._reset_state()
-                work()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        processes.append(process)
+
+    def ranked(rank: int):
+        def joined() -> None:
+            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in where.items()}, OMP_NUM_THREADS="1")
+            PartialState._reset_state()
+            work()
+
+        return joined
+
+    processes = [fork(ranked(rank)) for rank in range(count)]
     statuses = [os.waitpid(process, 0)[1] for process in processes]
     assert not any(statuses), "it failed; what it said is above"
 

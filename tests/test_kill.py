@@ -13,17 +13,14 @@ import random
 import shutil
 import signal
 import struct
-import sys
 import tarfile
-import threading
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tqdm.std import tqdm
+from forks import fork
 
 from rankmamba import embedded, experiment, nq, resumable, sources, state_build, states, token_store
 from rankmamba.backbones import load_tokenizer
@@ -59,26 +56,13 @@ class Shared:
 
 def forked(work, before_operation: int | None = None, after_seconds: float | None = None, operations: Shared | None = None):
     """Run `work` in a fork and kill it at that moment, if it is not over; whether it was killed. operations: count them there."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)  # no thread of the parent lives in a fork
-            signal.alarm(120)  # a fork that waits for ever fails
-            tqdm.set_lock(threading.RLock())  # its own is shared by forks, and one that is killed would keep it for all
-            counter = operations or Shared()
+    counter = operations or Shared()
 
-            def on_event(event: str, _):
-                if event in OPERATIONS and counter.add() == before_operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def on_operation(event: str, _) -> None:
+        if event in OPERATIONS and counter.add() == before_operation:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-            sys.addaudithook(on_event)
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+    process = fork(work, on_operation)
     if after_seconds is not None:
         time.sleep(after_seconds)
         os.kill(process, signal.SIGKILL)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forks import fork
 
 from rankmamba import experiment, reranker, trainer
 from rankmamba.collection import Collection, load, sort_run
@@ -39,29 +39,13 @@ KILLS = 20
 
 def begin(work, operation: int | None = None) -> int:
     """Run `work` in a fork of this process, which has everything imported; kill it just before the file operation of this number."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)  # no thread of the parent lives in a fork
-            signal.alarm(120)  # a fork that waits for ever fails
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            count = iter(range(1, sys.maxsize))
+    count = iter(range(1, sys.maxsize))
 
-            def on_event(event: str, arguments) -> None:
-                if event in OPERATIONS and "checkpoints" in str(arguments[0]) and next(count) == operation:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def on_operation(event: str, arguments) -> None:
+        if event in OPERATIONS and "checkpoints" in str(arguments[0]) and next(count) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-            sys.addaudithook(on_event)
-            work()
-            status = 0
-        except KeyboardInterrupt:
-            status = 130
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return process
+    return fork(work, on_operation)
 
 
 def end(process: int) -> int:
