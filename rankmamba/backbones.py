@@ -10,12 +10,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from .embedded.sources import say
 from .errors import InputError
 from .inputs import KINDS
 from .model import RerankerConfig, RerankerModel
 from .packages import package_folder, unpacked
 from .saved import is_saved, load_saved
-from .sources import say
 from .systems import FAMILIES, FLASH, SCRATCH, SDPA, SYSTEMS, Family, ModelSpec, Packed
 
 # Their first position is the one behind the padding token's id, so they have fewer than their configuration says.

@@ -224,7 +224,7 @@ def weight_curves(tables: Mapping[str, pd.DataFrame], measure: str = PRIMARY) ->
 def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
     """What a format changes in a measure, with its 95% interval, against its bytes; a line a system.
 
-    table: the stored formats of `state_study.format_table`.
+    table: the stored formats of `states.study.format_table`.
     """
     figure, axes = _figure(xlabel="bytes a document", ylabel=f"{measure} minus full scoring's")
     axes.axhline(0, color="#444444", linewidth=1)
@@ -247,7 +247,7 @@ def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
 
 @_styled
 def state_speed_up(table: pd.DataFrame) -> Figure:
-    """How many times as fast as full scoring a query is from states in memory, by length of document. table: `state_study.length_table`."""
+    """How many times as fast as full scoring a query is from states in memory, by length of document. table: `states.study.length_table`."""
     figure, axes = _figure(xlabel="tokens of the document", ylabel="full scoring / from states")
     ends = {}
     for system, part in table.groupby("system", sort=False):

@@ -19,8 +19,8 @@ from .candidates import BM25, words
 from .collection import Collection
 from .files import sha256
 from .reranker import Reranker
-from .state_reader import MANIFEST
 from .states import DocumentStates
+from .states.reader import MANIFEST
 from .systems import SYSTEMS
 
 FIRST_STAGE = "bm25"

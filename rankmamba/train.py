@@ -23,17 +23,17 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from .checkpoints import Checkpoints
 from .collection import Collection, load, read_run
-from .distil import teacher_scores
 from .errors import InputError
-from .lora import add_lora, merge_lora
-from .progress import Progress, Stopped
 from .reranker import Reranker
 from .results import environment, new_record, write_record
-from .train_config import TrainConfig, read_config
-from .trainer import LCETrainer
-from .training_groups import TrainingGroups
+from .training.checkpoints import Checkpoints
+from .training.config import TrainConfig, read_config
+from .training.distil import teacher_scores
+from .training.groups import TrainingGroups
+from .training.lora import add_lora, merge_lora
+from .training.progress import Progress, Stopped
+from .training.trainer import LCETrainer
 
 OPTIMIZER = "adamw_torch_fused"  # one kernel for all weights, on a CPU too
 _log = logging.getLogger(__name__)

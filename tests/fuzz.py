@@ -33,12 +33,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import ir_measures  # noqa: E402
 
-from rankmamba import formats, nq, results, state_reader, state_store, sweep, tables, token_store  # noqa: E402
+from rankmamba import formats, results, sweep, tables, token_store  # noqa: E402
+from rankmamba.embedded import nq
 from rankmamba.errors import InputError  # noqa: E402
 from rankmamba.evaluate import parse_measure  # noqa: E402
 from rankmamba.parameters import load_yaml, parse_parameters  # noqa: E402
 from rankmamba.resumable import Journal  # noqa: E402
-from rankmamba.train_config import read_config  # noqa: E402
+from rankmamba.states import reader as state_reader
+from rankmamba.states import store as state_store
+from rankmamba.training.config import read_config  # noqa: E402
 
 HANG = 10  # seconds that no input may take
 

@@ -39,7 +39,7 @@ TESTS = {
     "inputs": ["test_inputs.py", "test_reranker.py"],
     "candidates": ["test_candidates.py"],
     "evaluate": ["test_evaluate.py"],
-    "states": ["test_states.py"],
+    "states/__init__": ["test_states.py"],
 }
 EXAMPLES = 20  # of a hypothesis test at most: more of them would kill more mutants, at several times the cost
 SWAPS = {

@@ -19,11 +19,11 @@ from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.inputs import KINDS
 from rankmamba.last_layer import TOKENWISE
-from rankmamba.lora import add_lora
 from rankmamba.nano import NANO
 from rankmamba.reranker import Reranker
 from rankmamba.systems import FAMILIES, SYSTEMS
 from rankmamba.train import TrainConfig, train
+from rankmamba.training.lora import add_lora
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXTS = ["short", "a longer text about rivers and bridges " * 3, "snow on the mountain", "a book " * 30]

@@ -272,7 +272,7 @@ def test_code_in_a_model_folder_is_never_run(model_type, reranker, tmp_path, mon
 
 def resealed(folder: Path, change) -> None:
     """Change the manifest of a store of states as somebody would who knows its checksum."""
-    from rankmamba.state_reader import sealed
+    from rankmamba.states.reader import sealed
 
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["checksum"]

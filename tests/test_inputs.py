@@ -11,7 +11,7 @@ from rankmamba.errors import InputError
 from rankmamba.inputs import KINDS, MOST_MATCHES, PairTokenizer, token_batches
 from rankmamba.packages import package_folder
 from rankmamba.reranker import Reranker
-from rankmamba.training_groups import TrainingGroups
+from rankmamba.training.groups import TrainingGroups
 
 vocabulary = st.sampled_from(["who", "wrote", "hamlet", "shakespeare", "antidisestablishmentarianism", "1603", "ü", ","])
 words = st.lists(vocabulary, max_size=40)

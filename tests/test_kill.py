@@ -22,8 +22,9 @@ import pytest
 import torch
 from forks import fork
 
-from rankmamba import embedded, experiment, nq, resumable, sources, state_build, states, token_store
+from rankmamba import embedded, experiment, resumable, states, token_store
 from rankmamba.backbones import load_tokenizer
+from rankmamba.embedded import nq, sources
 from rankmamba.experiment import Experiment
 from rankmamba.files import sha256
 from rankmamba.formats import Documents
@@ -31,6 +32,7 @@ from rankmamba.inputs import PairTokenizer
 from rankmamba.reranker import Reranker
 from rankmamba.results import fingerprint, read_records
 from rankmamba.states import DocumentStates
+from rankmamba.states import build as state_build
 from rankmamba.systems import SYSTEMS
 from rankmamba.train import TrainConfig
 

@@ -9,10 +9,10 @@ from transformers import set_seed
 
 from rankmamba.collection import load
 from rankmamba.files import sha256
-from rankmamba.lora import add_lora, merge_lora
 from rankmamba.reranker import Reranker
 from rankmamba.systems import SYSTEMS
 from rankmamba.train import TrainConfig, train
+from rankmamba.training.lora import add_lora, merge_lora
 
 TINY = sorted(name for name in SYSTEMS if name.startswith("tiny-"))
 SMALL = dict(batch_size=2, group_size=4, max_length=64, max_query_length=16)

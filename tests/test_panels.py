@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankmamba import panels, state_study
+from rankmamba import panels
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.panels.controls import Controls
@@ -22,6 +22,7 @@ from rankmamba.panels.pages import document_html, lists_html
 from rankmamba.panels.training import TrainingPanel, runs_table
 from rankmamba.results import read_records
 from rankmamba.search import Ranking, Search, query_words, sentences
+from rankmamba.states import study as state_study
 from rankmamba.style import look
 from rankmamba.train import TrainConfig
 

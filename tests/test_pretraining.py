@@ -8,8 +8,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from rankmamba import embedded, nq, pretrained, sources, squad, wiki
+from rankmamba import embedded, pretrained
 from rankmamba.collection import load
+from rankmamba.embedded import nq, sources, squad, wiki
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import sha256

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from rankmamba import profile_study, profile_tables, profiling, scan
+from rankmamba import profiling, scan
 from rankmamba.errors import InputError
-from rankmamba.flops import forward_flops
 from rankmamba.inputs import token_batches
-from rankmamba.profile_parts import TextPass, breakdown, fixed_batches, padded_tokens
 from rankmamba.profiling import MODES, Subject, build, measure
+from rankmamba.profiling import study as profile_study
+from rankmamba.profiling import tables as profile_tables
+from rankmamba.profiling.flops import forward_flops
+from rankmamba.profiling.parts import TextPass, breakdown, fixed_batches, padded_tokens
 from rankmamba.results import fingerprint, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +71,7 @@ def test_depth_is_worked_out_from_two_depths():
 def test_the_parts_of_a_pass_add_up_to_its_time_and_name_what_the_system_is_made_of(system, mode, monkeypatch):
     run = TextPass(mode, build(system, 96), [(f"who was {i}", "a river " * (1 + 3 * i)) for i in range(8)], 256, group_size=4)
     run()
-    monkeypatch.setattr("rankmamba.profile_parts.timed", lambda *_: 2.0)
+    monkeypatch.setattr("rankmamba.profiling.parts.timed", lambda *_: 2.0)
     parts = breakdown(run)
     assert sum(parts.values()) == pytest.approx(2.0)
     own = {"tiny-bert": {"attention"}, "tiny-mamba": {"scan", "convolution"}, "tiny-mamba2": {"scan", "convolution"}}[system]

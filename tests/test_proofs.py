@@ -9,8 +9,8 @@ import torch
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.losses import MultipleNegativesRankingLoss
 
-from rankmamba.losses import lce_loss
 from rankmamba.reranker import Reranker
+from rankmamba.training.losses import lce_loss
 
 TESTS = Path(__file__).parent
 

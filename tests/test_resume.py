@@ -20,7 +20,7 @@ import pytest
 import torch
 from forks import fork
 
-from rankmamba import experiment, reranker, trainer
+from rankmamba import experiment, reranker
 from rankmamba.collection import Collection, load, sort_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
@@ -29,7 +29,8 @@ from rankmamba.model import RerankerModel
 from rankmamba.reranker import Reranker
 from rankmamba.results import fingerprint, read_records
 from rankmamba.train import TrainConfig, train
-from rankmamba.trainer import LCETrainer
+from rankmamba.training import trainer
+from rankmamba.training.trainer import LCETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(batch_size=2, group_size=4, max_length=64, max_query_length=16, learning_rate=5e-3, epochs=100)

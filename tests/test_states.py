@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import FalconMambaConfig, GPT2Config, LlamaConfig, OPTConfig
 
-from rankmamba import state_build
 from rankmamba import states as states_module
 from rankmamba.backbones import SYSTEMS, load_tokenizer
 from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
-from rankmamba.state_formats import ids_bytes, record_bytes
 from rankmamba.states import DocumentStates
+from rankmamba.states import build as state_build
+from rankmamba.states.formats import ids_bytes, record_bytes
 
 OTHERS = {
     "falcon": lambda: FalconMambaConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=2, pad_token_id=0),

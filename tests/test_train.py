@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from rankmamba.collection import load
-from rankmamba.losses import accuracy, distil_loss, lce_loss
-from rankmamba.progress import Progress
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig, train
-from rankmamba.trainer import LCETrainer, like_length
+from rankmamba.training.losses import accuracy, distil_loss, lce_loss
+from rankmamba.training.progress import Progress
+from rankmamba.training.trainer import LCETrainer, like_length
 
 TINY = dict(epochs=100, batch_size=2, group_size=4, max_length=64, max_query_length=16, learning_rate=5e-3)
 

@@ -5,7 +5,7 @@ from html import escape
 import ipywidgets as widgets
 from matplotlib.ticker import EngFormatter
 
-from ..state_study import FULL, format_table, outlook
+from ..states.study import FULL, format_table, outlook
 from ..style import look
 from .controls import Panel
 
@@ -19,7 +19,7 @@ BYTES = EngFormatter("B", places=1)
 
 
 class StatesPanel(Panel):
-    """What the states of a collection take, from the records of `state_study.trial`. documents: in the collection to begin with."""
+    """What the states of a collection take, from the records of `states.study.trial`. documents: in the collection to begin with."""
 
     def __init__(self, records: list[dict], documents: int):
         self._records, self._formats = records, format_table(records)

@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685) through peft: small trained updates beside frozen weights, for backbones above 700 M parameters."""
 
-from .backbones import infer_family
-from .errors import InputError
-from .model import RerankerModel
-from .systems import FAMILIES
+from ..backbones import infer_family
+from ..errors import InputError
+from ..model import RerankerModel
+from ..systems import FAMILIES
 
 DROPOUT = 0.1  # as in the original RankMamba
 # The decoder of an encoder-decoder takes one step, and attention over one token depends on neither its query nor its key.

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .errors import InputError
+from ..errors import InputError
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4}

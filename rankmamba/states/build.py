@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from .collection import Documents
-from .inputs import Pair, token_batches
-from .precision import autocast
-from .reranker import Reranker
-from .state_formats import FLOATS, encode, encode_ids
-from .state_kinds import Attention, Recurrent
-from .state_store import Writer
+from ..collection import Documents
+from ..inputs import Pair, token_batches
+from ..precision import autocast
+from ..reranker import Reranker
+from .formats import FLOATS, encode, encode_ids
+from .kinds import Attention, Recurrent
+from .store import Writer
 
 BLOCK = 256, 1 << 16  # documents and tokens between two commits of a build
 SAMPLE = 16  # documents that the profile of int8 and int4 is made from

@@ -1,4 +1,4 @@
-"""The measurements of notebook 05: each is made once and kept as a record; `profile_tables` says what they mean."""
+"""The measurements of notebook 05: each is made once and kept as a record; `profiling.tables` says what they mean."""
 
 import random
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import scan
-from .collection import Collection
-from .errors import InputError
-from .precision import autocast_dtype
-from .profile_parts import TextPass, breakdown
-from .profiling import MODES, Subject, measure_together, timed
-from .results import environment, new_record, read_records, write_record
+from .. import scan
+from ..collection import Collection
+from ..errors import InputError
+from ..precision import autocast_dtype
+from ..results import environment, new_record, read_records, write_record
+from . import MODES, Subject, measure_together, timed
+from .parts import TextPass, breakdown
 from .shapes import depth_of
 
 TOKENS = "random tokens"  # ends the collection of a record of speed

@@ -1,4 +1,4 @@
-"""Writing a store of document states (`state_reader` says what is in it), by a writer that may be killed at any moment."""
+"""Writing a store of document states (`states.reader` says what is in it), by a writer that may be killed at any moment."""
 
 import hashlib
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from . import __version__
-from .errors import InputError
-from .files import refusals, sha256, write_text
-from .state_formats import Profile, ids_bytes, record_bytes
-from .state_reader import (
+from .. import __version__
+from ..errors import InputError
+from ..files import refusals, sha256, write_text
+from .formats import Profile, ids_bytes, record_bytes
+from .reader import (
     IDS,
     LOOKUP,
     MANIFEST,

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import scan
-from .backbones import SYSTEMS
-from .collection import Collection
-from .errors import InputError
-from .evaluate import mean_interval, per_query
-from .experiment import Experiment
-from .reranker import Reranker
-from .results import environment, fingerprint, new_record, read_records, write_record
-from .states import DocumentStates
+from .. import scan
+from ..backbones import SYSTEMS
+from ..collection import Collection
+from ..errors import InputError
+from ..evaluate import mean_interval, per_query
+from ..experiment import Experiment
+from ..reranker import Reranker
+from ..results import environment, fingerprint, new_record, read_records, write_record
+from . import DocumentStates
 
 FULL = "full scoring"
 

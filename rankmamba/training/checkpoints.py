@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from .files import sha256
+from ..files import sha256
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _log = logging.getLogger(__name__)

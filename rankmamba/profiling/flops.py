@@ -18,8 +18,8 @@ three times the forward pass (arXiv 2204.02311, appendix B): what a kernel compu
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import scan
-from .model import RerankerModel
+from .. import scan
+from ..model import RerankerModel
 
 
 def forward_flops(model: RerankerModel, length: int) -> int:

@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import backbones, shapes
-from .errors import InputError
+from .. import backbones
+from ..errors import InputError
+from ..memory import free_memory, out_of_memory
+from ..precision import autocast
+from ..reranker import Reranker
+from ..systems import MINILM, SCRATCH, SYSTEMS
+from ..training.losses import lce_loss
+from . import shapes
 from .flops import forward_flops
-from .losses import lce_loss
-from .memory import free_memory, out_of_memory
-from .precision import autocast
-from .reranker import Reranker
-from .systems import MINILM, SCRATCH, SYSTEMS
 
 MODES = ("training", "inference")
 CANDIDATES = 100  # documents of a query, for its latency

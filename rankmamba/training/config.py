@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import InputError
-from .parameters import read_yaml
+from ..errors import InputError
+from ..parameters import read_yaml
 
 
 @dataclass

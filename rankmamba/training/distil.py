@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from .collection import Collection
-from .files import replacing
-from .reranker import Reranker
-from .training_groups import TrainingGroups
+from ..collection import Collection
+from ..files import replacing
+from ..reranker import Reranker
+from .groups import TrainingGroups
 
 
 def teacher_scores(teacher: str, groups: TrainingGroups, collection: Collection, folder: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from .errors import InputError
+from ..errors import InputError
 from .sources import Source, say
 
 SOURCE = Source(

@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..errors import InputError
+from ..memory import free_memory, out_of_memory
+from ..reranker import Reranker
 from .checkpoints import Checkpoints
-from .errors import InputError
+from .groups import TrainingGroups
 from .losses import accuracy, distil_loss, lce_loss
-from .memory import free_memory, out_of_memory
 from .progress import Progress
-from .reranker import Reranker
-from .training_groups import TrainingGroups
 
 _log = logging.getLogger(__name__)
 

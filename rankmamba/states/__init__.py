@@ -15,18 +15,18 @@ import pandas as pd
 import torch
 from tqdm.std import tqdm
 
-from .collection import Collection, Documents, check_run, sort_run
-from .errors import InputError
-from .files import replacing
-from .inputs import Pair
-from .model import pooled_positions
-from .precision import autocast
-from .reranker import Cost, Reranker, _unique
-from .state_build import BLOCK, SAMPLE, blocks, identity, store_block
-from .state_formats import DTYPES, FLOATS, Parts, decode, encode, encode_ids, record_bytes
-from .state_kinds import kind_of
-from .state_reader import Reader, compare_headers
-from .state_store import Writer, building
+from ..collection import Collection, Documents, check_run, sort_run
+from ..errors import InputError
+from ..files import replacing
+from ..inputs import Pair
+from ..model import pooled_positions
+from ..precision import autocast
+from ..reranker import Cost, Reranker, _unique
+from .build import BLOCK, SAMPLE, blocks, identity, store_block
+from .formats import DTYPES, FLOATS, Parts, decode, encode, encode_ids, record_bytes
+from .kinds import kind_of
+from .reader import Reader, compare_headers
+from .store import Writer, building
 
 
 class DocumentStates:

@@ -5,10 +5,10 @@ import hashlib
 import numpy as np
 import pandas as pd
 
-from .candidates import lce_groups
-from .collection import Collection
-from .inputs import Pair, PairTokenizer
-from .token_store import all_ids, document_tokens
+from ..candidates import lce_groups
+from ..collection import Collection
+from ..inputs import Pair, PairTokenizer
+from ..token_store import all_ids, document_tokens
 
 
 class TrainingGroups:

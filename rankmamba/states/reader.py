@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import InputError
-from .files import sha256
-from .state_formats import DTYPES, Profile, ids_bytes, record_bytes
+from ..errors import InputError
+from ..files import sha256
+from .formats import DTYPES, Profile, ids_bytes, record_bytes
 
 TABLE = np.dtype(
     [("offset", "<u8"), ("id_offset", "<u8"), ("id_bytes", "<u4"), ("tokens", "<u4"), ("crc", "<u4"), ("zero", "<u4")]

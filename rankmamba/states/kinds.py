@@ -7,11 +7,11 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .errors import InputError
-from .mixers import MambaState
-from .reranker import Reranker
-from .state_formats import Parts, Profile
-from .systems import FAMILIES
+from ..errors import InputError
+from ..mixers import MambaState
+from ..reranker import Reranker
+from ..systems import FAMILIES
+from .formats import Parts, Profile
 
 
 def kind_of(reranker: Reranker, layers: Sequence[int] | None = None) -> "Recurrent | Attention":

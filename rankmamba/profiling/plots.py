@@ -6,10 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
-from .plots import Chart, _end_labels, _marker, _styled
-from .profile_parts import OTHER
-from .profile_tables import against_transformers, one_batch, rounded
-from .style import look
+from ..plots import Chart, _end_labels, _marker, _styled
+from ..style import look
+from .parts import OTHER
+from .tables import against_transformers, one_batch, rounded
 
 # From what is particular to a family to what all have: colour, hatch. They differ in grey too.
 PARTS = {
@@ -28,7 +28,7 @@ PARTS = {
 def throughput(table: pd.DataFrame) -> Figure:
     """Tokens/s against length, a row of panels a size, training left and inference right; pale bars: quartiles.
 
-    A dotted line marks where a Mamba overtakes the fastest Transformer of its size. table: `profile_tables.speed_table`.
+    A dotted line marks where a Mamba overtakes the fastest Transformer of its size. table: `profiling.tables.speed_table`.
     """
     meetings = against_transformers(table).dropna(subset="overtakes").drop_duplicates(["size", "mode", "system"])
 
@@ -51,7 +51,7 @@ def throughput(table: pd.DataFrame) -> Figure:
 
 @_styled
 def memory(table: pd.DataFrame) -> Figure:
-    """Peak memory of a pass against length, panels as in `throughput`. table: `profile_tables.speed_table`."""
+    """Peak memory of a pass against length, panels as in `throughput`. table: `profiling.tables.speed_table`."""
     return _panels(table, lambda axes, part: _lines(axes, part, "peak_mib"), "peak memory (MiB)")
 
 
@@ -89,7 +89,7 @@ def _lines(axes: Axes, part: pd.DataFrame, column: str) -> None:
 
 @_styled
 def parts(table: pd.DataFrame) -> Figure:
-    """Where the microseconds of a token go, a bar a system, training left and inference right. table: `profile_tables.parts_table`."""
+    """Where the microseconds of a token go, a bar a system, training left and inference right. table: `profiling.tables.parts_table`."""
     modes, systems = list(dict.fromkeys(table["mode"])), list(dict.fromkeys(table["system"]))
     figure = Chart(figsize=(1.6 + 4.6 * len(modes), 1.9 + 0.6 * len(systems)), layout="constrained")
     for mode, axes in zip(modes, figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], strict=True):
@@ -118,7 +118,7 @@ def parts(table: pd.DataFrame) -> Figure:
 def padding(table: pd.DataFrame) -> Figure:
     """Real and padding tokens computed for the same pairs, fixed batches against batches by length, with what both reach in pairs/s.
 
-    table: `profile_tables.padding_table`.
+    table: `profiling.tables.padding_table`.
     """
     systems, ways = list(dict.fromkeys(table["system"])), list(dict.fromkeys(table["batches"]))
     figure = Chart(figsize=(8.5, 1.2 + 0.75 * len(systems)), layout="constrained")

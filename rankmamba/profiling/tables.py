@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .profile_study import TOKENS
-from .profiling import MODES
+from . import MODES
 from .shapes import size_of
+from .study import TOKENS
 
 READABLE = [
     ("gflops", "GFLOP a pair", "{:,.3g}"),
@@ -135,7 +135,7 @@ def _span(ratios: pd.Series) -> str:
 
 
 def parts_table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system, mode and part: microseconds of it a real token (`profile_parts.breakdown`)."""
+    """A row a system, mode and part: microseconds of it a real token (`profiling.parts.breakdown`)."""
     rows = [
         {"system": record["system"], "mode": mode, "part": part, "us": 1e6 * seconds / record["result"]["tokens"]}
         for record in records

@@ -8,11 +8,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .inputs import token_batches
-from .losses import lce_loss
-from .precision import autocast
-from .profiling import timed
-from .reranker import Reranker
+from ..inputs import token_batches
+from ..precision import autocast
+from ..reranker import Reranker
+from ..training.losses import lce_loss
+from . import timed
 
 # Part: how its events' names begin or what they contain. The first event on the way down from the outermost call decides, so what a
 # scan calls is the scan's. "rankmamba::" are our own labels; a backward pass is named after what it is the backward of.

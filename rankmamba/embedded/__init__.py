@@ -34,11 +34,10 @@ from ir_datasets.formats import (
 )
 from ir_datasets.indices import Docstore
 
-from . import nq, squad, wiki
-from .candidates import BM25, K1, B
-from .errors import InputError
-from .files import replacing, sha256, write_text
-from .formats import (
+from ..candidates import BM25, K1, B
+from ..errors import InputError
+from ..files import replacing, sha256, write_text
+from ..formats import (
     QRELS_COLUMNS,
     Documents,
     JsonlDocuments,
@@ -51,9 +50,10 @@ from .formats import (
     write_queries,
     write_run,
 )
+from . import nq, squad, wiki
 from .sources import fetch, say
 
-TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 SPLITS = ("train", "dev", "test")
 NQ_VERSION = "1"  # of what `nq.prepare` makes: another number, another folder
 WIKI_VERSION, SQUAD_VERSION = "1", "1"

@@ -1,0 +1,1 @@
+"""What a training is made of: its settings, groups, losses, trainer and checkpoints. `rankmamba.train` puts them together."""
