@@ -18,6 +18,7 @@ def fork(work: Callable[[], object], on_operation: Callable[[str, tuple], None] 
     """
     process = os.fork()
     if process:
+        os.setpgid(process, process)  # a group, so that what it has started can be killed with it
         return process
     status = 1
     try:

@@ -62,12 +62,12 @@ def forked(work, before_operation: int | None = None, after_seconds: float | Non
 
     def on_operation(event: str, _) -> None:
         if event in OPERATIONS and counter.add() == before_operation:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)
 
     process = fork(work, on_operation)
     if after_seconds is not None:
         time.sleep(after_seconds)
-        os.kill(process, signal.SIGKILL)
+        os.killpg(process, signal.SIGKILL)
     status = os.waitpid(process, 0)[1]
     assert status in (0, signal.SIGKILL), "it failed; what it said is above"
     return status == signal.SIGKILL

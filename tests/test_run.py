@@ -19,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 THIS_PYTHON = sys.executable
+PYTEST = "-m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile"
 FAKE_PYTHON = """#!/bin/sh
 cd {folder}
 echo "$@" >> calls
@@ -72,11 +73,11 @@ def test_a_first_start_installs_torch_then_what_has_hashes_then_the_project_and_
         f"-m venv {checkout.folder}/.venv",
         *PROJECT,
         "rankmamba[test]",
-        "-m pytest -q -k one thing",
+        f"{PYTEST} -k one thing",
     ]
     assert "[5/5] installing what test needs" in capsys.readouterr().out
     assert checkout.run.main(["test"]) == 7
-    assert checkout.calls() == ["-m pytest -q"]
+    assert checkout.calls() == [PYTEST]
 
 
 def test_the_command_gets_its_arguments_a_passive_openmp_and_the_venv_first_on_its_path(checkout, monkeypatch):
@@ -112,7 +113,7 @@ def test_where_there_is_a_browser_the_tests_bring_what_drives_it(checkout, monke
     installed(checkout, "test")
     monkeypatch.setattr(checkout.run, "has_chromium", lambda: True)
     assert checkout.run.main(["test"]) == 7
-    assert checkout.calls() == ["rankmamba[e2e,test]", "-m pytest -q"]
+    assert checkout.calls() == ["rankmamba[e2e,test]", PYTEST]
 
 
 @pytest.mark.parametrize("damage", ["killed while installing", "no Python in it any more", "half a stamp"])
