@@ -28,8 +28,8 @@ from .token_store import document_tokens
 if TYPE_CHECKING:
     from .states import DocumentStates
 
-# Tokens of a batch when scoring. Larger ones fall out of a CPU's cache; a GPU wants them large.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Tokens of a batch when scoring: for each thread of a CPU what stays in its cache, many for anything else.
+TOKENS_PER_THREAD, TOKENS_ON_A_GPU = 1024, 16384
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Reranker:
     @property
     def batch_tokens(self) -> int:
         """Tokens of a batch where nothing else is said."""
-        return BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        return TOKENS_PER_THREAD * torch.get_num_threads() if self.device.type == "cpu" else TOKENS_ON_A_GPU
 
     @property
     def model_card_data(self):
@@ -121,7 +121,7 @@ class Reranker:
     ) -> np.ndarray:
         """Score [(query, document)]: float32 (n,), raw logits, in the order given.
 
-        batch_tokens: tokens in one batch after padding, default `BATCH_TOKENS`; it changes speed and memory, not the scores.
+        batch_tokens: tokens in one batch after padding, default `self.batch_tokens`; it changes speed and memory, not the scores.
         cross_encoder: what else sentence-transformers' evaluators pass (`cross_encoder.check_arguments`).
         """
         if cross_encoder:

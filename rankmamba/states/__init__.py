@@ -59,7 +59,7 @@ class DocumentStates:
         folder: str | Path,
         dtype: str = "float32",
         layers: Sequence[int] | None = None,
-        batch_tokens: int | None = None,
+        batch_tokens: int = 2048,
         show_progress_bar: bool = False,
         on_stored: Callable[[int], None] = lambda count: None,
     ) -> "DocumentStates":
@@ -67,7 +67,7 @@ class DocumentStates:
 
         dtype: float32 (the scores of full scoring), bfloat16, float16, int8 or int4 (with scales). layers: keep only
         these layers' states (Mamba; not exact: the others start from the mean state of some documents). batch_tokens: documents'
-        tokens computed together, default `reranker.BATCH_TOKENS`. on_stored(count): documents just done; what it raises ends the
+        tokens computed together. on_stored(count): documents just done; what it raises ends the
         build, which can be taken up again.
 
         Raises:
@@ -78,7 +78,7 @@ class DocumentStates:
         documents = documents.documents if isinstance(documents, Collection) else documents
         documents = documents if isinstance(documents, Documents) else Documents(documents)
         kind = kind_of(reranker, layers)
-        folder, batch_tokens = Path(folder), batch_tokens or reranker.batch_tokens
+        folder = Path(folder)
         header = identity(reranker) | {"dtype": dtype, "layers": kind.kept, "batch_tokens": batch_tokens}
         with building(folder):
             writer = Writer(folder, header)
