@@ -247,7 +247,10 @@ def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
 
 @_styled
 def state_speed_up(table: pd.DataFrame) -> Figure:
-    """How many times as fast as full scoring a query is from states in memory, by length of document. table: `states.study.length_table`."""
+    """How many times as fast as full scoring a query is from states in memory, by length of document.
+
+    table: `states.study.length_table`.
+    """
     figure, axes = _figure(xlabel="tokens of the document", ylabel="full scoring / from states")
     ends = {}
     for system, part in table.groupby("system", sort=False):

@@ -216,7 +216,8 @@ def test_an_archive_that_cannot_be_had_is_explained_and_leaves_nothing(archive, 
     assert [path.name for path in home.iterdir()] == [".nq.lock"]
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no archive inside" * 100)])
+@pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no archive inside" * 100)],
+                         ids=["empty", "no archive", "an archive of something else"])  # fmt: skip
 def test_an_archive_without_the_task_is_explained(tmp_path, content):
     (tmp_path / nq.SOURCE.file).write_bytes(content)
     with pytest.raises(InputError, match="delete it and start again"):
