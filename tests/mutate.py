@@ -175,7 +175,8 @@ def run(name: str, sample: int, seed: int) -> tuple[int, int]:
         node, what, _ = every[number]
         if passes(path, mutant(tree, number), TESTS[name], limit):
             survivors += 1
-            print(f"  survived: {name}.py:{node.lineno} {what}:  {lines[node.lineno - 1].strip()}", flush=True)
+            line = (node.target if isinstance(node, ast.comprehension) else node).lineno
+            print(f"  survived: {name}.py:{line} {what}:  {lines[line - 1].strip()}", flush=True)
     killed = len(numbers) - survivors
     print(f"{name}: {killed} of {len(numbers)} killed ({killed / len(numbers):.0%}); {len(every)} mutants in all", flush=True)
     return killed, len(numbers)

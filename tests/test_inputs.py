@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rankmamba.collection import load
 from rankmamba.errors import InputError
@@ -120,3 +121,49 @@ def test_a_mark_tells_how_often_a_query_token_is_in_the_document_and_changes_not
     expected = np.zeros(len(ours), dtype=int)
     expected[start : start + len(own)] = [min(MOST_MATCHES, body.count(token)) for token in own]
     assert marks.tolist() == expected.tolist()
+
+
+def byte_tokenizer(begins: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes with a token for the beginning that it puts there itself, or only has."""
+    words = {"<s>": 0, "</s>": 1} | {symbol: 2 + place for place, symbol in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    made = Tokenizer(models.BPE(vocab=words, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if begins:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_causal_pair_begins_as_the_tokenizer_begins_a_text(begins):
+    tokenizer = byte_tokenizer(begins)
+    inputs = PairTokenizer(tokenizer, "causal", 64, 20)
+    ids = pair(inputs, "q", "d").ids.tolist()
+    assert ids[: len(inputs.before)] == tokenizer("Document: d")["input_ids"][: len(inputs.before)] and (ids[0] == 0) is begins
+    assert ids[-1] == 1 and ids.count(1) == 1 and ids.count(0) == begins
+    assert inputs.query_limit == 20 - begins - 1 and inputs.pad_id == 1
+
+
+def test_what_is_not_said_is_512_tokens_of_which_50_are_the_querys(tokenizer):
+    inputs = PairTokenizer(tokenizer, "encoder")
+    assert (inputs.max_length, inputs.document_limit, inputs.query_limit, inputs.marked) == (512, 462, 47, False)
+
+
+def test_the_vocabularys_digest_sees_one_other_word_and_no_truncation():
+    def digest(tokenizer):
+        return PairTokenizer(tokenizer, "causal").vocabulary_digest
+
+    class Slow:  # transformers' own tokenizers in Python have no more than this
+        is_fast, bos_token_id, eos_token_id, pad_token_id, model_input_names = False, None, 1, 0, []
+
+        def __init__(self, *words):
+            self.words = {word: place for place, word in enumerate(words)}
+
+        def get_vocab(self):
+            return self.words
+
+        all_special_tokens = ("<pad>", "</s>")
+
+    fast, same, other = byte_tokenizer(False), byte_tokenizer(False), byte_tokenizer(True)
+    same("a long text", truncation=True, max_length=3)
+    assert digest(fast) == digest(same) != digest(other)
+    assert digest(Slow("a", "b")) == digest(Slow("a", "b")) != digest(Slow("a", "c"))

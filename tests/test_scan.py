@@ -291,8 +291,41 @@ def test_falling_back_is_said_once_with_reason_and_remedy(fresh_choice, monkeypa
     with caplog.at_level(logging.WARNING):
         kernels = [scan.kernel("cpu") for _ in range(3)]
         scan.selective_scan(**mamba(1, 2, 3, 4))
-    assert kernels[0].name == "portable" and "no compiled library" in kernels[0].reason and "g++" in kernels[0].reason
-    assert len(caplog.records) == 1 and kernels[0].reason in caplog.text
+    assert kernels[0] == dispatch.Kernel(
+        "portable",
+        "the native kernel is not there (ImportError: no compiled library); install a C++ compiler "
+        "(Debian: apt-get install g++), then pip install --no-build-isolation --editable .",
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the scan runs in plain PyTorch, several times slower: {kernels[0].reason}"
+    ]
+
+
+def test_every_device_gets_its_own_kernel_and_a_device_without_one_the_portable(fresh_choice, monkeypatch, caplog):
+    native, cuda = types.SimpleNamespace(description=lambda: "native for AVX2"), object()
+    monkeypatch.setattr(dispatch, "_native", lambda: native)
+    monkeypatch.setattr(dispatch, "_cuda", lambda: cuda)
+    assert scan.kernel("cpu") == dispatch.Kernel("native", "native for AVX2")
+    assert scan.kernel("cuda:1") == dispatch.Kernel("cuda", "mamba-ssm and causal-conv1d import")
+    assert dispatch.implementation(torch.zeros(1)) is native and dispatch._choose("cuda")[1] is cuda
+    assert not caplog.records
+    assert scan.kernel("meta") == dispatch.Kernel("portable", "there is no kernel for meta")
+    assert dispatch.implementation(torch.zeros(1, device="meta")) is portable
+    with scan.forced("cuda"):
+        assert dispatch.implementation(torch.zeros(1)) is cuda and dispatch.implementation(torch.zeros(1).double()) is portable
+
+
+def test_cuda_packages_that_do_not_import_are_named_with_the_remedy(fresh_choice, monkeypatch):
+    def broken():
+        raise OSError("undefined symbol: _ZN3c10\nand a long rest")
+
+    monkeypatch.setattr(dispatch, "_cuda", broken)
+    assert scan.kernel("cuda") == dispatch.Kernel(
+        "portable",
+        "mamba-ssm or causal-conv1d does not import (OSError: undefined symbol: _ZN3c10); "
+        "pip install --no-build-isolation '.[gpu]' beside the torch that is in use",
+    )
+    assert dispatch._choose("cuda")[1] is portable
 
 
 def test_a_cpu_never_imports_a_cuda_package(tmp_path):
@@ -356,6 +389,7 @@ def test_cuda_calls_fit_and_continue_a_prefix_rightly(cuda):
     check("causal_conv1d", "cuda", conv, 1e-6, 2e-6, return_final_state=True, activation="silu")
     norm = {"y": tensors["u"], "z": tensors["z"], "weight": torch.randn(8)}
     check("gated_rms_norm", "cuda", norm, 1e-6, 4e-6, epsilon=1e-5, groups=2)
+    assert dispatch._cuda() is sys.modules["rankmamba.scan.cuda"]
 
 
 def test_a_forced_kernel_holds_inside_the_block_and_not_behind_it_even_after_an_error():
