@@ -41,16 +41,16 @@ DOCUMENTS = {
 QUERIES = {"q1": "which river", "q2": "a mountain in winter", "long": "who wrote the old books about trains and snow " * 9}
 
 
-def make(family: str, seed: int = 0, **limits) -> Reranker:
+def make(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **limits) -> Reranker:
     """A tiny random reranker that is lively (scores differ widely) and remembers long (a Mamba's state hardly decays)."""
     torch.manual_seed(seed)
     limits = {"max_length": 80, "max_query_length": 24} | limits
     if family in OTHERS:
         tokenizer = load_tokenizer(SYSTEMS["tiny-mamba"])
         config = RerankerConfig(backbone_config=OTHERS[family](), kind="causal", limits=limits, pad_token_id=0)
-        built = Reranker(RerankerModel(config), tokenizer, dtype=torch.float32)
+        built = Reranker(RerankerModel(config), tokenizer, dtype=dtype)
     else:
-        built = Reranker.from_pretrained(f"tiny-{family}", dtype=torch.float32, **limits)
+        built = Reranker.from_pretrained(f"tiny-{family}", dtype=dtype, **limits)
     for name, parameter in built.model.named_parameters():
         if name.endswith("A_log"):
             parameter.data.fill_(math.log(0.02))
@@ -94,6 +94,15 @@ def test_float32_states_give_the_scores_and_the_order_of_full_scoring(reranker, 
         assert [row["doc_id"] for row in held.rank(query, top_k=3)] == order[:3]
         assert np.ptp(expected) > 0.01
     assert states.rank("which river", []) == []
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "neox"])
+def test_bf16_states_give_the_scores_of_bf16_full_scoring_to_its_precision(family, tmp_path):
+    exact, rounded = make(family), make(family, dtype=torch.bfloat16)
+    states = DocumentStates.build(rounded, DOCUMENTS, tmp_path / "states")
+    for query in QUERIES.values():
+        of_full, of_states = (np.abs(scores - full(exact, query)) for scores in (full(rounded, query), from_states(states, query)))
+        assert of_states.max() <= 2 * of_full.max() + 0.01
 
 
 def test_reranking_a_run_from_states_is_reranking_it(reranker, tmp_path):
@@ -149,10 +158,13 @@ def test_a_smaller_format_costs_more_of_the_score_and_less_room(family, tmp_path
     assert sizes["int8"] < 0.28 * sizes["float32"] and sizes["int4"] < 0.15 * sizes["float32"]
 
 
+@pytest.mark.parametrize("computes_in", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "neox"])
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_converting_stores_what_building_in_that_format_does(dtype, mamba, tmp_path):
-    exact = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "exact")
-    built = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "built", dtype)
+def test_converting_stores_what_building_in_that_format_does(dtype, family, computes_in, tmp_path):
+    reranker = make(family, dtype=computes_in)
+    exact = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "exact")
+    built = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "built", dtype)
     converted = exact.convert(tmp_path / "converted", dtype)
     assert len(converted) == len(built) and converted.nbytes == built.nbytes
     assert np.allclose(from_states(converted, "which river"), from_states(built, "which river"), rtol=0, atol=1e-6)

@@ -167,8 +167,7 @@ class DocumentStates:
         kind = kind_of(self.reranker, layers)
 
         def read(row: int) -> tuple[Parts, np.ndarray | None]:
-            room = self._kind.room([int(table["tokens"][row])])
-            parts = self._kind.parts_of(room, 0)
+            parts = [torch.empty(shape) for shape in self._kind.shapes(int(table["tokens"][row]))]
             record, ids = self._reader.record(row, sum(part.numel() for part in parts))
             decode(self.dtype, record, parts)
             return parts, ids
