@@ -18,8 +18,24 @@ from .files import alone, refusals, write_text
 from .parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parameters, read_scale, settle
 
 REPORT = "07_report"
-# the final table has eleven columns, which have to fit the window and the page
-WIDE = "#notebook-container { width: auto; max-width: 1300px } .rendered_html table { font-size: 10px }"
+# The final table has eleven columns, which have to fit the window and the page; on paper nothing scrolls.
+STYLE = """
+#notebook-container { width: auto; max-width: 1300px }
+.rendered_html table { font-size: 10px }
+@media print {
+  @page { size: A4; margin: 12mm }
+  body, .rendered_html { font-size: 10pt }
+  #notebook-container { width: 100%; padding: 0; box-shadow: none }
+  div.cell, div.output, div.output_area, div.output_wrapper { display: block; break-inside: auto; padding: 0 }
+  div.output_subarea { max-width: 100%; overflow: visible }
+  .rendered_html table { font-size: 6.5pt; width: 100%; table-layout: auto }
+  .rendered_html th, .rendered_html td { padding: 1pt 2pt; white-space: normal; max-width: none }
+  .rendered_html tr, .rendered_html img, .rendered_html svg { break-inside: avoid }
+  .rendered_html h1, .rendered_html h2 { break-after: avoid; break-inside: avoid; margin-top: 8pt }
+  .rendered_html pre, pre { font-size: 7pt; white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere }
+  .rendered_html img, .rendered_html svg { max-height: 95mm; width: auto }
+}
+"""
 
 
 def run(scale: str, only: str | None = None, overrides: dict | None = None, folder: Path | None = None) -> Path:
@@ -109,7 +125,7 @@ def export_report(executed: Path, target: Path) -> None:
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = ""
     body, _ = exporter.from_filename(str(executed))
-    write_text(target, body.replace("</head>", f"<style>{WIDE}</style></head>", 1))
+    write_text(target, body.replace("</head>", f"<style>{STYLE}</style></head>", 1))
 
 
 def clock(seconds: float) -> str:
