@@ -1,0 +1,41 @@
+"""The search for a learning rate: on dev only, the same for every system, nothing done twice."""
+
+import json
+
+import pytest
+
+from rankmamba import learning_rates
+from rankmamba.collection import load
+from rankmamba.evaluate import PRIMARY, per_query
+from rankmamba.reranker import Reranker
+
+
+def search(folder, capsys, *more) -> str:
+    code = learning_rates.main(["--scale", "tiny", "-p", "systems=[tiny-mamba, tiny-bert]", "--results", str(folder), *more])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out
+
+
+@pytest.fixture
+def records(tmp_path):
+    return lambda: {path: path.read_bytes() for path in tmp_path.rglob("records/learning_rate*.json")}
+
+
+def test_every_system_is_tried_with_every_rate_on_dev_and_a_second_search_does_nothing_again(tmp_path, capsys, records):
+    printed = search(tmp_path, capsys, "--rates", "0.001", "0.01")
+    found = {(r["system"], r["config"]["learning_rate"]): r for r in map(json.loads, records().values())}
+    assert set(found) == {(system, rate) for system in ("tiny-mamba", "tiny-bert") for rate in (0.001, 0.01)}
+    dev = load("rankmamba/tiny/dev")
+    assert all(set(r["result"]["per_query"]) == set(dev.queries) and r["collection"].endswith("/dev") for r in found.values())
+    (folder,) = (tmp_path / "learning_rates" / "0.01").glob("models/tiny-mamba-*")
+    run = Reranker.from_pretrained(folder).rerank(dev.candidates, dev, top_k=10)
+    mean = float(per_query(run, dev.qrels, [PRIMARY])[PRIMARY].mean())
+    assert found["tiny-mamba", 0.01]["result"]["mean"] == pytest.approx(mean)
+    before = records()
+    assert search(tmp_path, capsys, "--rates", "0.001", "0.01") == printed and records() == before
+
+
+def test_a_system_that_does_not_exist_is_one_sentence(tmp_path, capsys):
+    assert learning_rates.main(["--scale", "tiny", "-p", "systems=[nano-nothing]", "--results", str(tmp_path)]) == 1
+    assert "nano-nothing" in capsys.readouterr().err
