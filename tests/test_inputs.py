@@ -125,7 +125,9 @@ def test_a_mark_tells_how_often_a_query_token_is_in_the_document_and_changes_not
 
 def byte_tokenizer(begins: bool) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes with a token for the beginning that it puts there itself, or only has."""
-    words = {"<s>": 0, "</s>": 1} | {symbol: 2 + place for place, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = {"<s>": 0, "</s>": 1} | {
+        symbol: 2 + place for place, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     made = Tokenizer(models.BPE(vocab=words, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if begins:

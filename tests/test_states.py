@@ -101,7 +101,9 @@ def test_bf16_states_give_the_scores_of_bf16_full_scoring_to_its_precision(famil
     exact, rounded = make(family), make(family, dtype=torch.bfloat16)
     states = DocumentStates.build(rounded, DOCUMENTS, tmp_path / "states")
     for query in QUERIES.values():
-        of_full, of_states = (np.abs(scores - full(exact, query)) for scores in (full(rounded, query), from_states(states, query)))
+        of_full, of_states = (
+            np.abs(scores - full(exact, query)) for scores in (full(rounded, query), from_states(states, query))
+        )
         assert of_states.max() <= 2 * of_full.max() + 0.01
 
 
