@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
+    parser.add_argument("--systems", nargs="+", default=["mamba-130m", "pythia-160m"], choices=["mamba-130m", "pythia-160m"])
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stored", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -184,7 +185,7 @@ def main() -> int:
     header = f"{'system':12}{'length':>7}{'full':>9}{'build':>9}{'in memory':>11}{'':>8}{'first read':>12}"
     print(header + "".join(f"{'read ' + dtype:>15}" for dtype in dtypes) + "   MB a document")
     results: dict[tuple[str, int], dict] = {}
-    for system in ("mamba-130m",) if options.check else ("mamba-130m", "pythia-160m"):
+    for system in ["mamba-130m"] if options.check else options.systems:
         model = model_of(system)
         for length in [512, 8192] if options.check else options.lengths:
             reranker = reranker_of(model, length, precision)
