@@ -19,7 +19,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import ir_datasets
 import pandas as pd
 from ir_datasets.formats import (
@@ -36,7 +35,7 @@ from ir_datasets.indices import Docstore
 
 from ..candidates import BM25, K1, B
 from ..errors import InputError
-from ..files import replacing, sha256, write_text
+from ..files import alone, replacing, sha256, write_text
 from ..formats import (
     QRELS_COLUMNS,
     Documents,
@@ -76,13 +75,7 @@ def prepared(name: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.parent / f".{slug}.lock")
-    try:
-        lock.acquire(timeout=0.1)
-    except filelock.Timeout:
-        say(f"another process is preparing rankmamba/{name}; waiting for it")
-        lock.acquire()
-    try:
+    with alone(folder.parent / f".{slug}.lock", f"another process is preparing rankmamba/{name}; waiting for it"):
         if not folder.is_dir():
             for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -91,8 +84,6 @@ def prepared(name: str) -> Path:
                 temporary.mkdir()
                 make(temporary)
             say(f"rankmamba/{name} is ready in {folder} ({time.perf_counter() - started:.0f} s)")
-    finally:
-        lock.release()
     return folder
 
 
