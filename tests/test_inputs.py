@@ -132,7 +132,7 @@ def byte_tokenizer(begins: bool) -> PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if begins:
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -151,8 +151,10 @@ def test_what_is_not_said_is_512_tokens_of_which_50_are_the_querys(tokenizer):
 
 
 def test_the_vocabularys_digest_sees_one_other_word_and_no_truncation():
-    def digest(tokenizer):
-        return PairTokenizer(tokenizer, "causal").vocabulary_digest
+    def digest(tokenizer, used=lambda inputs: None):
+        inputs = PairTokenizer(tokenizer, "causal")
+        used(inputs)
+        return inputs.vocabulary_digest
 
     class Slow:  # transformers' own tokenizers in Python have no more than this
         is_fast, bos_token_id, eos_token_id, pad_token_id, model_input_names = False, None, 1, 0, []
@@ -165,7 +167,8 @@ def test_the_vocabularys_digest_sees_one_other_word_and_no_truncation():
 
         all_special_tokens = ("<pad>", "</s>")
 
-    fast, same, other = byte_tokenizer(False), byte_tokenizer(False), byte_tokenizer(True)
-    same("a long text", truncation=True, max_length=3)
-    assert digest(fast) == digest(same) != digest(other)
+    fast = digest(byte_tokenizer(False))
+    assert digest(byte_tokenizer(False), lambda inputs: inputs.queries(["a long text"])) == fast  # which sets the truncation
+    assert digest(byte_tokenizer(False), lambda inputs: inputs.tokenizer(["a", "b"], padding=True)) == fast
+    assert digest(byte_tokenizer(True)) != fast
     assert digest(Slow("a", "b")) == digest(Slow("a", "b")) != digest(Slow("a", "c"))
