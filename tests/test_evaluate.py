@@ -227,6 +227,7 @@ def test_compare_agrees_with_scipy_and_counts_wins_ties_and_losses():
 def test_holm_on_a_known_case():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([0.6, 0.9, 0.7]) == pytest.approx([1.0, 1.0, 1.0])
 
 
 def test_the_interval_of_a_difference_is_paired():
