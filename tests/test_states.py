@@ -183,6 +183,9 @@ def test_keeping_some_layers_is_smaller_and_keeping_all_is_exact(mamba, tmp_path
     assert np.abs(from_states(everything, "which river") - expected).max() <= 1e-5
     last = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "last", layers=[1])
     assert states_bytes(last) == states_bytes(everything) / 2
+    converted = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "exact").convert(tmp_path / "converted", "float32", layers=[1])
+    assert converted.nbytes == last.nbytes
+    assert np.allclose(from_states(converted, "which river"), from_states(last, "which river"), rtol=0, atol=1e-6)
     with pytest.raises(InputError, match="all layers"):
         last.convert(tmp_path / "again", "int8")
     assert 1e-3 < np.abs(from_states(last, "which river") - expected).max() < np.ptp(expected)
