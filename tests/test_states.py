@@ -1,5 +1,6 @@
 """Document states: the scores of full scoring, stores that survive kills and notice damage."""
 
+import itertools
 import math
 import resource
 from pathlib import Path
@@ -273,6 +274,19 @@ def test_a_truncated_and_an_altered_file_are_found(name, mamba, tmp_path):
         assert len(states.rank("which river", ["empty"])) == 1
         with pytest.raises(InputError, match="as it was written"):
             states.verify()
+
+
+def test_a_batch_of_keys_and_values_is_as_large_as_its_bytes_allow_and_no_larger(tmp_path, monkeypatch):
+    states, batches = DocumentStates.build(make("neox"), DOCUMENTS, tmp_path / "states"), []
+    room, a_token = states._kind.room, 4 * states._kind.numbers(1)
+    states.batch_bytes = 100 * a_token
+    monkeypatch.setattr(states._kind, "room", lambda lengths: batches.append([int(n) for n in lengths]) or room(lengths))
+    states.rank("which river", list(DOCUMENTS))
+    assert sum(map(len, batches)) == len(DOCUMENTS) > len(batches) > 1
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(batch) * a_token <= states.batch_bytes
+    for batch, following in itertools.pairwise(batches):
+        assert (len(batch) + 1) * following[0] * a_token > states.batch_bytes
 
 
 def test_a_second_builder_is_refused(mamba, tmp_path):
