@@ -30,6 +30,7 @@ group_size: 4
 max_length: 64
 max_query_length: 16
 learning_rate: 1e-3
+bf16: false
 """
 
 
@@ -129,7 +130,15 @@ FSDP = {
 
 def test_weights_that_are_sharded_learn_the_same_and_go_on_from_a_checkpoint(tmp_path, monkeypatch):
     config = TrainConfig(
-        "tiny-mamba", epochs=10, max_steps=4, batch_size=4, group_size=4, max_length=64, max_query_length=16, learning_rate=1e-3
+        "tiny-mamba",
+        epochs=10,
+        max_steps=4,
+        batch_size=4,
+        group_size=4,
+        max_length=64,
+        max_query_length=16,
+        learning_rate=1e-3,
+        bf16=False,
     )
     collection = load("rankmamba/tiny/train")
 

@@ -273,7 +273,7 @@ def with_little_memory(folder: Path) -> None:
     said, texts = [], long_texts()
     for log in (trainer._log, reranker._log):
         log.addFilter(lambda record: said.append(record.getMessage()))
-    config = small("tiny-mamba", max_steps=1, batch_size=8, group_size=8, max_length=512)
+    config = small("tiny-mamba", max_steps=1, batch_size=8, group_size=8, max_length=512, bf16=False)
     whole = train(config, texts, folder / "whole")
     pairs = [(query, document) for query in texts.queries.values() for _, document in texts.documents.pairs()]
     scores = whole.reranker.predict(pairs, batch_tokens=100_000)
