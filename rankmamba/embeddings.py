@@ -39,4 +39,6 @@ class FixedWordEmbedding(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         rows = len(self.table)
-        return self.projection(nn.functional.embedding(input_ids % rows, self.table)) + self.matches(input_ids // rows)
+        words = nn.functional.embedding(input_ids % rows, self.table)
+        # FSDP computes with weights in bfloat16, and knows nothing of the table
+        return self.projection(words.to(self.projection.weight.dtype)) + self.matches(input_ids // rows)
