@@ -3,6 +3,7 @@
 import itertools
 import math
 import resource
+import time
 from pathlib import Path
 
 import filelock
@@ -287,6 +288,42 @@ def test_a_batch_of_keys_and_values_is_as_large_as_its_bytes_allow_and_no_larger
         assert len(batch) == 1 or len(batch) * max(batch) * a_token <= states.batch_bytes
     for batch, following in itertools.pairwise(batches):
         assert (len(batch) + 1) * following[0] * a_token > states.batch_bytes
+
+
+def test_a_batch_of_states_of_fixed_size_is_as_large_as_its_bytes_and_its_number_allow(mamba, tmp_path, monkeypatch):
+    states, batches = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "states"), []
+    room = states._kind.room
+    monkeypatch.setattr(states._kind, "room", lambda lengths: batches.append(len(lengths)) or room(lengths))
+    states.batch_bytes = 5 * 4 * states._kind.numbers(1)
+    states.rank("which river", list(DOCUMENTS))
+    states.batch_size = 4
+    states.rank("which river", list(DOCUMENTS))
+    assert batches == [5, 5, 2, 4, 4, 4]
+
+
+def test_the_cost_of_scoring_counts_pairs_query_tokens_padding_and_seconds(mamba, tmp_path):
+    states, test = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "states"), load("rankmamba/tiny/test")
+    started = time.perf_counter()
+    states.rank("which river", list(DOCUMENTS))
+    (query,) = mamba.inputs.queries(["which river"])
+    tokens = len(DOCUMENTS) * (len(query) + 1)  # with the end of the sequence
+    assert (states.cost.pairs, states.cost.tokens, states.cost.padded_tokens) == (len(DOCUMENTS), tokens, tokens)
+    assert 0 < states.cost.seconds <= time.perf_counter() - started
+    ours = DocumentStates.build(mamba, test, tmp_path / "ours")
+    ours.batch_size = 1000
+    ours.rerank(test.candidates, test, top_k=5)
+    lengths = [
+        len(query) + 1 for query in mamba.inputs.queries([test.queries[q] for q in test.candidates.query("rank <= 5").query_id])
+    ]
+    assert (ours.cost.tokens, ours.cost.padded_tokens) == (sum(lengths), len(lengths) * max(lengths))
+
+
+@pytest.mark.parametrize("family", ["mamba", "neox"])
+def test_room_for_all_states_of_fixed_size_is_asked_for_before_the_first(family, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(states_module.Writer, "need", lambda writer, size: asked.append(size))
+    states = DocumentStates.build(make(family), DOCUMENTS, tmp_path / "states", "int8")
+    assert asked == [len(DOCUMENTS) * record_bytes("int8", states._kind.numbers(1)) if family == "mamba" else 0]
 
 
 def test_a_second_builder_is_refused(mamba, tmp_path):
