@@ -41,6 +41,7 @@ SHAPES = {
     ),
     "nano-mamba": nano_mamba,
 }  # fmt: skip
+RIVALS = ("mamba-130m", "pythia-160m")
 # length: (documents that full scoring is timed on, documents in the store, candidates whose keys and values fit into 4 GB)
 LENGTHS = {128: (32, 100, 100), 512: (12, 100, 100), 2048: (3, 3, 24), 8192: (1, 1, 6)}
 
@@ -133,7 +134,7 @@ def measure(reranker: Reranker, length: int, dtypes: list[str], repeats: int, fo
 def in_turns_with_rival(folder: Path, length: int, precision: torch.dtype, repeats: int) -> dict[str, float]:
     """Seconds for 100 candidates from memory, of Mamba's states and of Pythia's keys and values, which take turns."""
     held = {}
-    for shape in ("mamba-130m", "pythia-160m"):
+    for shape in RIVALS:
         texts = documents(length, LENGTHS[length][0])
         states = DocumentStates.build(reranker_of(model_of(shape), length, precision), texts, folder / shape)
         states.batch_size, states.batch_bytes = CANDIDATES, 8 << 30
@@ -171,7 +172,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
-    parser.add_argument("--systems", nargs="+", default=["mamba-130m", "pythia-160m"], choices=["mamba-130m", "pythia-160m"])
+    parser.add_argument("--systems", nargs="+", default=RIVALS, choices=RIVALS)
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--stored", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

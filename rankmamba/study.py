@@ -19,7 +19,7 @@ from .parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parameters, 
 
 REPORT = "07_report"
 # The final table has eleven columns, which have to fit the window and the page; on paper nothing scrolls.
-STYLE = """
+REPORT_STYLE = """
 #notebook-container { width: auto; max-width: 1300px }
 .rendered_html table { font-size: 10px }
 @media print {
@@ -32,7 +32,7 @@ STYLE = """
   .rendered_html th, .rendered_html td { padding: 1pt 2pt; white-space: normal; max-width: none }
   .rendered_html tr, .rendered_html img, .rendered_html svg { break-inside: avoid }
   .rendered_html h1, .rendered_html h2 { break-after: avoid; break-inside: avoid; margin-top: 8pt }
-  .rendered_html pre, pre { font-size: 7pt; white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere }
+  pre { font-size: 7pt; white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere }
   .rendered_html img, .rendered_html svg { max-height: 95mm; width: auto }
 }
 """
@@ -125,7 +125,7 @@ def export_report(executed: Path, target: Path) -> None:
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = ""
     body, _ = exporter.from_filename(str(executed))
-    write_text(target, body.replace("</head>", f"<style>{STYLE}</style></head>", 1))
+    write_text(target, body.replace("</head>", f"<style>{REPORT_STYLE}</style></head>", 1))
 
 
 def clock(seconds: float) -> str:
