@@ -1,8 +1,8 @@
 """Document states: what a causal backbone knows after a document, stored, so that a query costs only its own tokens.
 
 In the causal template the document comes first, so nothing up to the query depends on the query. A Mamba keeps two tensors of
-fixed size, whatever the length of the document; attention keeps keys and values of every token (the KV cache). float32 states
-give the scores of full scoring; smaller formats round the states, never the computation.
+fixed size, whatever the length of the document; attention keeps keys and values of every token (the KV cache). Where the model
+computes in float32, float32 states give the scores of full scoring; smaller formats round the states, never the computation.
 """
 
 import time
