@@ -1,7 +1,9 @@
-"""The learning rate of every system, chosen on dev by the same search for each: `python -m rankmamba.learning_rates --scale quick`.
+"""The learning rate of every system, by the same search for each: `python -m rankmamba.learning_rates --scale quick`.
 
 Every system of the scale is trained with every rate, else by the scale's own recipe, and ranks the dev queries; no test query is
-touched. A search that was stopped goes on where it was.
+touched. The best rate is the one with the lowest loss over the last quarter of the steps: in the first pass over the training queries each
+step's groups are new to the model, all rates see the same ones, and thousands of documents tell rates apart that a few hundred dev
+queries cannot. A search that was stopped goes on where it was.
 """
 
 import argparse
@@ -26,17 +28,18 @@ RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
 def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
-    """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
+    """Train with one rate, and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
     settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
     for record in read_records(experiment.folder, "learning_rate") if experiment.folder.is_dir() else []:
         if (record["system"], record["config"]) == (config.system, settings):
             return record
     with progress(f"{config.system}, {config.learning_rate:g}") as on_step:
-        experiment.train(config, on_step)
+        losses = [row["loss"] for row in experiment.train(config, on_step)["result"]["curve"]]
     dev, reranker = experiment.split("dev"), Reranker.from_pretrained(experiment.model_path(config.system))
     run = reranker.rerank(dev.candidates, dev, top_k, show_progress_bar=True)
     values = per_query(run, dev.qrels, [PRIMARY])[PRIMARY]
-    result = {"measure": PRIMARY, "mean": float(values.mean()), "per_query": values.to_dict()}
+    loss = float(np.mean(losses[-max(1, len(losses) // 4) :]))
+    result = {"loss": loss, "measure": PRIMARY, "mean": float(values.mean()), "per_query": values.to_dict()}
     ran = environment() | reranker.setup
     record = new_record(
         "learning_rate",
@@ -54,13 +57,13 @@ def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
 
 
 def table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system and a rate: the mean on dev with its 95% interval, and whether it is the system's best."""
+    """A row a system and a rate: the loss at the end, the mean on dev with its 95% interval, and whether it is the system's best."""
     rows = []
     for record in records:
         values = np.array(list(record["result"]["per_query"].values()))
-        rows.append((record["system"], record["config"]["learning_rate"], *mean_interval(values)))
-    found = pd.DataFrame(rows, columns=["system", "learning rate", PRIMARY, "low", "high"])
-    found["best"] = found[PRIMARY] == found.groupby("system")[PRIMARY].transform("max")
+        rows.append((record["system"], record["config"]["learning_rate"], record["result"]["loss"], *mean_interval(values)))
+    found = pd.DataFrame(rows, columns=["system", "learning rate", "loss", PRIMARY, "low", "high"])
+    found["best"] = found["loss"] == found.groupby("system")["loss"].transform("min")
     return found
 
 

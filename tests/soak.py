@@ -88,7 +88,8 @@ class Soak:
     def states(self) -> None:
         system, experiment = self.random.choice(SYSTEMS[:3]), self.experiment(0)
         experiment.train(self.config(system, experiment))
-        reranker = Reranker.from_pretrained(experiment.model_path(system))
+        # in bfloat16 scores from states are close to those in full, not the same
+        reranker = Reranker.from_pretrained(experiment.model_path(system), dtype=torch.float32)
         test, dtype = experiment.split("test"), self.random.choice(["float32", "int8"])
         folder = self.folder / "states" / f"{system}-{dtype}"
         states = DocumentStates.build(reranker, test, folder, dtype)

@@ -1,5 +1,10 @@
 // Chooses the widest build of the kernels this processor runs, and deals their work to threads.
 #include <stdlib.h>
+#if defined(HAVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <thread>
 #include <vector>
@@ -14,6 +19,9 @@ extern const Kernels rankmamba_kernels_avx2;
 #ifdef HAVE_AVX512
 extern const Kernels rankmamba_kernels_avx512;
 #endif
+#ifdef HAVE_AMX
+extern const Kernels rankmamba_kernels_amx;
+#endif
 }
 
 namespace {
@@ -23,14 +31,29 @@ struct Build {
     const Kernels *kernels;
 };
 
+#ifdef HAVE_AMX
+// Whether the processor has matrix tiles for bfloat16, and Linux lets this process use them (it asks, since their state is large).
+bool may_use_tiles() {
+    constexpr unsigned BF16 = 1u << 22, TILES = 1u << 24;
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILES)) != (BF16 | TILES)) return false;
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+#endif
+
 Build choose() {
 #if defined(HAVE_AVX2) || defined(HAVE_AVX512)
     __builtin_cpu_init();
 #endif
 #ifdef HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
+#ifdef HAVE_AMX
+        if (__builtin_cpu_supports("avx512bf16") && may_use_tiles()) return {"amx", &rankmamba_kernels_amx};
+#endif
         return {"avx512", &rankmamba_kernels_avx512};
+    }
 #endif
 #ifdef HAVE_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", &rankmamba_kernels_avx2};
@@ -91,10 +114,9 @@ ENTRY(scan_forward, Scan)
 ENTRY(scan_backward, Scan)
 ENTRY(conv_forward, Conv)
 ENTRY(conv_backward, Conv)
-ENTRY(ssd_forward, Ssd)
+ENTRY(ssd_forward, SsdForward)
 ENTRY(ssd_backward, Ssd)
 ENTRY(weigh, Weigh)
-ENTRY(pass_forward, Pass)
 ENTRY(pass_backward, Pass)
 ENTRY(norm_forward, Norm)
 ENTRY(norm_backward, Norm)

@@ -43,18 +43,28 @@ struct Conv {
     float *dweight, *dbias;  // (B, K, E), (B, E): to be summed over B
 };
 
-// Mamba-2's scan inside chunks, arXiv 2405.21060, section 6. Rows of H P channels.
+// Mamba-2's scan, arXiv 2405.21060, section 6, in chunks of Q tokens.
+struct SsdForward {
+    int64_t batch, length, heads, width, groups, n, chunk;  // B, L, H, P, G, N, Q
+    Rows x, B, C, y;       // (B, L, H P), (B, L, G N) twice, (B, L, H P)
+    const float *delta;    // (B, L, H)
+    const float *A2, *D;   // (H): A log2(e); (H) or null
+    const float *initial;  // (B, H, P, N) or null
+    float *final;          // (B, H, P, N) or null
+    void *before;          // the state before each chunk that reads one, (chunks, B, G, N, H/G P) in the format of x, or null
+};
+
+// Its backward inside the chunks. Rows of H P channels.
 struct Ssd {
     int64_t batch, length, heads, width, groups, chunk, chunks;  // B, L, H, P, G, Q
     int64_t carried_from, dxw_until;                             // the chunks that have `carried`; and `dxw`: those before
-    Rows x, y;                                                   // (B, L, H P)
+    Rows x;                                                      // (B, L, H P)
     Rows carried;         // (chunks with it, B, Q, H P): the batch is chunk-major, "row" counts within the chunk
     const float *scores;  // (chunks, B, G, Q, Q)
     // (B, chunks, Q, H): the running sum of delta A log2(e) in each chunk, as the sum of two floats
     const float *log_high, *log_low;
     const float *delta;  // (B, chunks, Q, H)
     const float *D;      // (H) or null
-    // backward only
     Rows dy, dxw, dx;              // dxw like carried
     float *dscores, *da, *ddelta;  // like scores, log_high (for the natural logarithm), delta
     float *dD;                     // (chunks, B, H), to be summed
@@ -69,20 +79,18 @@ struct Weigh {
     int64_t factor_batch_stride;
 };
 
-// From chunk to chunk, in place: `states` comes with what each chunk adds to the state and leaves with the state after it, from
-// first to last; in the backward, with the gradient of the state before each chunk as far as it read it, and leaves with all of
-// that gradient, from last to first.
+// Back from chunk to chunk, in place: `dstates` comes with the gradient of the state before each chunk as far as it read it, and
+// leaves with all of that gradient.
 struct Pass {
     int64_t batch, groups, n, heads, width, chunks;  // B, G, N, H, P
-    void *states;                                    // (chunks, B, G, N, H/G P)
+    void *dstates;                                   // (chunks, B, G, N, H/G P)
+    const void *before;                              // the state before each chunk, likewise
     int64_t bfloat16;
     const float *kept;  // what a chunk leaves of the state before it: [b kept_batch_stride + chunk kept_chunk_stride + h]
     int64_t kept_batch_stride, kept_chunk_stride;
-    const float *initial;  // the state before the first chunk, or the gradient of that after the last; (B, G, N, H/G P) or null
-    float *final;          // the state after the last, or the gradient of that before the first; likewise or null
-    // backward only
-    const void *before;  // the state before each chunk, like states
-    float *dlog;         // (parts, B, chunks, H): the gradient of the logarithm of kept, to be summed over the parts of N
+    const float *dfinal;  // (B, G, N, H/G P) or null
+    float *dinitial;      // likewise or null
+    float *dlog;          // (parts, B, chunks, H): the gradient of the logarithm of kept, to be summed over the parts of N
 };
 
 // y silu(z), then divided by its root mean square over each of `groups` parts of a row, times weight (E).
@@ -109,8 +117,9 @@ struct Kernels {
     int width, block, tile;  // lanes, channels per block, tokens per tile
     Kernel<Scan> scan_forward, scan_backward;
     Kernel<Conv> conv_forward, conv_backward;
-    Kernel<Ssd> ssd_forward, ssd_backward;
+    Kernel<SsdForward> ssd_forward;
+    Kernel<Ssd> ssd_backward;
     Kernel<Weigh> weigh;
-    Kernel<Pass> pass_forward, pass_backward;
+    Kernel<Pass> pass_backward;
     Kernel<Norm> norm_forward, norm_backward;
 };

@@ -41,10 +41,16 @@ Conv = _structure(
     ("dy dx dinitial", Rows),
     ("dweight dbias", c_void_p),
 )
+SsdForward = _structure(
+    "SsdForward",
+    ("batch length heads width groups n chunk", c_int64),
+    ("x B C y", Rows),
+    ("delta A2 D initial final before", c_void_p),
+)
 Ssd = _structure(
     "Ssd",
     ("batch length heads width groups chunk chunks carried_from dxw_until", c_int64),
-    ("x y carried", Rows),
+    ("x carried", Rows),
     ("scores log_high log_low delta D", c_void_p),
     ("dy dxw dx", Rows),
     ("dscores da ddelta dD", c_void_p),
@@ -59,11 +65,11 @@ Weigh = _structure(
 Pass = _structure(
     "Pass",
     ("batch groups n heads width chunks", c_int64),
-    ("states", c_void_p),
+    ("dstates before", c_void_p),
     ("bfloat16", c_int64),
     ("kept", c_void_p),
     ("kept_batch_stride kept_chunk_stride", c_int64),
-    ("initial final before dlog", c_void_p),
+    ("dfinal dinitial dlog", c_void_p),
 )
 Norm = _structure(
     "Norm",
@@ -79,10 +85,9 @@ _KERNELS = {
     "scan_backward": Scan,
     "conv_forward": Conv,
     "conv_backward": Conv,
-    "ssd_forward": Ssd,
+    "ssd_forward": SsdForward,
     "ssd_backward": Ssd,
     "weigh": Weigh,
-    "pass_forward": Pass,
     "pass_backward": Pass,
     "norm_forward": Norm,
     "norm_backward": Norm,

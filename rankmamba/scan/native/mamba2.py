@@ -1,7 +1,8 @@
-"""Mamba-2's scan and norm: matrix products by torch, everything between them by the native kernels (arXiv 2405.21060, section 6).
+"""Mamba-2's scan and norm on the native kernels (arXiv 2405.21060, section 6).
 
-The sequence is cut into c chunks of Q tokens. The S = H / G heads of a group share B and C: so what a chunk adds to the state is
-one product (N, Q) (Q, S P), and what it reads from it one product (Q, N) (N, S P), with the state as (N, S P).
+The sequence is cut into c chunks of Q tokens. The forward pass is one kernel. In the backward pass the large products are torch's: the
+S = H / G heads of a group share B and C, so what a chunk adds to the state is one product (N, Q) (Q, S P), and what it reads from it one
+product (Q, N) (N, S P), with the state as (N, S P).
 """
 
 import math
@@ -12,11 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import Norm, Pass, Ssd, Weigh, as_plain, as_rows, call, pointer, rows, tracked, workers
+from .library import Norm, Pass, Ssd, SsdForward, Weigh, as_plain, as_rows, call, pointer, rows, tracked, workers
 
-PART = 8  # state indices, as in ssd.h
+PART = 8  # state indices, as in ssd_backward.h
 NORM_ROWS = 32  # tokens, as in gated_norm.h
-CHUNK = 64  # tokens at most; work inside a chunk grows with Q, work on the states between chunks with 1/Q
+CHUNK = 64  # tokens; work inside a chunk grows with Q, work on the states between chunks with 1/Q
 
 
 def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):
@@ -27,16 +28,33 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     if tracked(tensors):
         y, final_state = _SsdScan.apply(*tensors, return_final_state)
     else:
-        y, final_state = _Chunks(*tensors, return_final_state).forward()
+        y, final_state, _ = _ssd_forward(*tensors, return_final_state)
     return (y, final_state) if return_final_state else y
+
+
+def _ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=False):
+    """Return y (B, L, H, P); the final state (B, H, P, N), if wanted; and the states before the chunks that read one, if wanted."""
+    batch, length, heads, width = x.shape
+    groups, n = B.shape[2:]
+    x, B, C = _rows(x), _rows(B.to(x.dtype)), _rows(C.to(x.dtype))
+    delta, A2, D, initial = as_plain(delta), as_plain(A) * math.log2(math.e), as_plain(D), as_plain(initial_state)
+    size = min(CHUNK, length)
+    reading = -(-length // size) - (initial is None)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    final = torch.empty(batch, heads, width, n) if want_final else None
+    before = torch.empty(reading, batch, groups, n, heads // groups * width, dtype=x.dtype) if want_before else None
+    arguments = SsdForward(batch, length, heads, width, groups, n, size, rows(x), rows(B), rows(C), rows(y))
+    for name, tensor in {"delta": delta, "A2": A2, "D": D, "initial": initial, "final": final, "before": before}.items():
+        setattr(arguments, name, pointer(tensor))
+    call("ssd_forward", arguments, workers(x.numel() * (size + 2 * n)))
+    return y.unflatten(2, (heads, width)), final, before
 
 
 class _SsdScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, A, B, C, D, initial_state, want_final):
-        chunks = _Chunks(x, delta, A, B, C, D, initial_state, want_final)
-        y, final_state = chunks.forward()
-        ctx.save_for_backward(x, delta, A, B, C, D, initial_state, chunks.before, chunks.carried)
+        y, final_state, before = _ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=True)
+        ctx.save_for_backward(x, delta, A, B, C, D, initial_state, before)
         ctx.want_final = want_final
         ctx.set_materialize_grads(False)
         return y, final_state
@@ -44,36 +62,34 @@ class _SsdScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dfinal):
-        *tensors, before, carried = ctx.saved_tensors
+        *inputs, before = ctx.saved_tensors
         if dy is None and dfinal is None:
             return (None,) * 8
-        return *_ssd_backward(*tensors, ctx.want_final, before, carried, dy, dfinal), None
+        return *_ssd_backward(inputs, ctx.want_final, before, dy, dfinal), None
 
 
 @without_autocast
-def _ssd_backward(x, delta, A, B, C, D, initial_state, want_final, before, carried, dy, dfinal):
-    inputs = (x, delta, A, B, C, D, initial_state)
-    chunks = _Chunks(*inputs, want_final)
-    chunks.before, chunks.carried = before, carried
-    gradients = chunks.backward(torch.zeros_like(x) if dy is None else dy, dfinal)
+def _ssd_backward(inputs, want_final, before, dy, dfinal):
+    chunks = _Chunks(*inputs, want_final, before)
+    gradients = chunks.backward(torch.zeros_like(inputs[0]) if dy is None else dy, dfinal)
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))
 
 
 class _Chunks:
-    """One call, cut into chunks. Large tensors have the chunk first: leaving out the first or the last chunk is then a slice.
+    """One call's backward pass, cut into chunks. Large tensors have the chunk first: leaving out the first or the last is a slice.
 
     before: the state before each chunk that reads one, (c', B, G, N, S P). carried: what the chunk reads from it, (c' B, Q, H P).
     """
 
-    def __init__(self, x, delta, A, B, C, D, initial_state, want_final):
+    def __init__(self, x, delta, A, B, C, D, initial_state, want_final, before):
         self.batch, self.length, self.heads, self.width = x.shape
         self.groups, self.n = B.shape[2:]
         self.shared = self.heads // self.groups
-        self.count = -(-self.length // CHUNK)
-        self.size = -(-self.length // self.count)  # equal chunks leave little of the last one empty
+        self.size = min(CHUNK, self.length)
+        self.count = -(-self.length // self.size)
         self.reads_from = 0 if initial_state is not None else 1  # the first chunk that reads a state
         self.adds_until = self.count if want_final else self.count - 1  # chunks beyond need not add to it
-        self.x = self._rows(x)
+        self.x = _rows(x)
         self.work = self.x.dtype  # the large products run in this; states and decays are float32
         self.A, self.D, self.initial_state = A.detach().float(), as_plain(D), initial_state
         self.B, self.C = self._cut(B), self._cut(C)  # (c, B, G, Q, N)
@@ -87,31 +103,12 @@ class _Chunks:
             torch.exp2(log[:, :, -1:] - log).float() * self.delta
         )  # weight of each token in the state after the chunk
         self.scores = self.C.float() @ self.B.float().mT  # (c, B, G, Q, Q)
-        self.before = self.carried = None
-
-    def forward(self):
-        """Return y (B, L, H, P) and the final state (B, H, P, N), if wanted."""
-        initial = None if self.initial_state is None else self._inside(self.initial_state)
-        given = 0 if initial is None else 1
-        states = torch.empty(given + self.adds_until, *self._state_shape, dtype=self.work)
-        if given:
-            states[0] = initial
-        added = states[given:]
-        torch.matmul(self.B[: self.adds_until].mT, self._weigh(self.x, self.until_end, 0, self.adds_until), out=added)
-        final = torch.empty(self._state_shape) if self.adds_until == self.count else None
-        self._pass("pass_forward", added, 0, initial, final)
-        if self.reads_from < self.count:
-            self.before = states[: self.count - self.reads_from]
-            self.carried = self._flat(self.C[self.reads_from :] @ self.before)
-        y = torch.empty(self.x.shape, dtype=self.work)
-        arguments = self._arguments()
-        arguments.y = rows(y)
-        call("ssd_forward", arguments, workers(self.x.numel() * self.size))
-        return y.unflatten(2, (self.heads, self.width)), None if final is None else self._outside(final)
+        self.before = before
+        self.carried = self._flat(self.C[self.reads_from :] @ before) if len(before) else None
 
     def backward(self, dy, dfinal):
         """Return the gradients of x, delta, A, B, C, D and the initial state."""
-        dy = self._rows(dy)
+        dy = _rows(dy)
         reading, adding = slice(self.reads_from, None), slice(None, self.adds_until)
         dB, dC = torch.zeros(self.B.shape), torch.zeros(self.C.shape)
         dlog = torch.zeros(self.batch, self.count, self.size, self.heads)  # of the running sums of delta A
@@ -125,7 +122,7 @@ class _Chunks:
             read = self._weigh(dy, self.since_start, self.reads_from, self.count)
             dC[reading] = read @ self.before.mT
             torch.matmul(self.C[reading].mT, read, out=dstates[:count])
-            dlog[:, reading, -1] = self._pass("pass_backward", dstates[:count], self.reads_from, dfinal, dinitial)
+            dlog[:, reading, -1] = self._pass(dstates[:count], dfinal, dinitial)
         dadded = dstates[1 - self.reads_from :][adding]
         dB[adding] = self._weigh(self.x, self.until_end, 0, self.adds_until) @ dadded.mT
         dxw = self._flat(self.B[adding] @ dadded)
@@ -157,26 +154,18 @@ class _Chunks:
     def _outside(self, state):
         return state.unflatten(3, (self.shared, self.width)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
-    def _pass(self, kernel, states, start, initial, final):
-        """Run a state through the chunks from `start` on, in `states`; backward, return the gradient of log kept, (B, c, H)."""
-        kept = self.since_start[:, start:, -1]
-        arguments = Pass(self.batch, self.groups, self.n, self.heads, self.width, len(states), pointer(states))
+    def _pass(self, dstates, dfinal, dinitial):
+        """Run the gradient of the state back through the chunks that read one; return that of log kept, (B, c', H)."""
+        kept = self.since_start[:, self.reads_from :, -1]
+        dlog = torch.empty(-(-self.n // PART), self.batch, len(dstates), self.heads)
+        arguments = Pass(
+            self.batch, self.groups, self.n, self.heads, self.width, len(dstates), pointer(dstates), pointer(self.before)
+        )
         arguments.bfloat16 = self.work == torch.bfloat16
         arguments.kept, arguments.kept_batch_stride, arguments.kept_chunk_stride = pointer(kept), kept.stride(0), kept.stride(1)
-        arguments.initial, arguments.final = pointer(initial), pointer(final)
-        dlog = None
-        if kernel == "pass_backward":
-            dlog = torch.empty(-(-self.n // PART), self.batch, len(states), self.heads)
-            arguments.before, arguments.dlog = pointer(self.before), pointer(dlog)
-        call(kernel, arguments, workers(states.numel()))
-        return None if dlog is None else dlog.sum(0)
-
-    @staticmethod
-    def _rows(x):
-        """(B, L, H, P) -> (B, L, H P), a view where the channels of a token lie together."""
-        x = x.detach()
-        together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
-        return as_rows(x.flatten(2) if together else x.contiguous().flatten(2))
+        arguments.dfinal, arguments.dinitial, arguments.dlog = map(pointer, (dfinal, dinitial, dlog))
+        call("pass_backward", arguments, workers(dstates.numel()))
+        return dlog.sum(0)
 
     def _fill(self, x):
         """Zeros behind the last token, up to whole chunks."""
@@ -210,6 +199,13 @@ class _Chunks:
         arguments.scores, arguments.log_high, arguments.log_low = map(pointer, (self.scores, self.log_high, self.log_low))
         arguments.delta, arguments.D = pointer(self.delta), pointer(self.D)
         return arguments
+
+
+def _rows(x):
+    """(B, L, H, P) -> (B, L, H P), a view where the channels of a token lie together."""
+    x = x.detach()
+    together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    return as_rows(x.flatten(2) if together else x.contiguous().flatten(2))
 
 
 def gated_rms_norm(y, z, weight, epsilon, groups=1):

@@ -55,17 +55,54 @@ inline float sum(vf v) {
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
+// Row i, lane j becomes row j, lane i: one bit of both after the other.
+inline void transpose(vf *rows) {
+#if defined(__AVX512F__) && WIDTH == 16
+#pragma GCC unroll 4
+    for (int bit = 1; bit < W; bit *= 2) {
+        vi low, high;
+        for (int lane = 0; lane < W; lane++) {
+            low[lane] = lane & bit ? W + lane - bit : lane;
+            high[lane] = lane & bit ? W + lane : lane + bit;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) {
+            if (i & bit) continue;
+            const __m512 a = (__m512)rows[i], b = (__m512)rows[i + bit];
+            rows[i] = (vf)_mm512_permutex2var_ps(a, (__m512i)low, b);
+            rows[i + bit] = (vf)_mm512_permutex2var_ps(a, (__m512i)high, b);
+        }
+    }
+#else
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < i; j++) {
+            const float x = rows[i][j];
+            rows[i][j] = rows[j][i];
+            rows[j][i] = x;
+        }
+#endif
+}
+
 inline vf load_bf16(const uint16_t *p) {
     vh v;
     memcpy(&v, p, sizeof v);
     return (vf)(__builtin_convertvector(v, vu) << 16);
 }
-inline void store_bf16(uint16_t *p, vf x) {
+#ifndef __AVX512BF16__
+// In the lower half of each lane.
+inline vu rounded_bf16(vf x) {
     vu bits = (vu)x;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     const vu nan = vu{} + 0x7fc0;
-    bits = (vu)select(x == x, (vf)bits, (vf)nan);
-    vh v = __builtin_convertvector(bits, vh);
+    return (vu)select(x == x, (vf)bits, (vf)nan);
+}
+#endif
+inline void store_bf16(uint16_t *p, vf x) {
+#ifdef __AVX512BF16__
+    const __m256bh v = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const vh v = __builtin_convertvector(rounded_bf16(x), vh);
+#endif
     memcpy(p, &v, sizeof v);
 }
 

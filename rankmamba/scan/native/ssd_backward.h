@@ -1,42 +1,14 @@
-// What Mamba-2's scan needs inside a chunk of Q tokens (arXiv 2405.21060, section 6): the masked product that turns x into y,
-// and the row by row work around the large matrix products, which are left to torch. Within a chunk, for one head,
+// The backward of Mamba-2's scan (arXiv 2405.21060, section 6): what is inside a chunk of Q tokens, and the row by row work around
+// the large matrix products, which are left to torch. Within a chunk, for one head,
 //
 //   y_i = sum_(j <= i) M_ij x_j + exp(a_i) carried_i + D x_i,   M_ij = scores_ij exp(a_i - a_j) delta_j,
 //
 // with a the running sum of delta A, scores_ij = C_i . B_j and carried_i = C_i . (the state before the chunk).
 // What the chunk adds to the state is sum_j B_j xw_j, xw_j = exp(a_Q - a_j) delta_j x_j.
 #pragma once
-#include "vec.h"
+#include "ssd_forward.h"
 
 namespace {
-
-constexpr int ROWS = 4;  // rows of a product computed together: each loaded vector serves all of them
-
-inline int padded(int64_t n, int unit) { return (int)(ceil_div(n, unit) * unit); }
-
-// out (ROWS, vectors W) = sum_k left(row, k) right(k, column), left(row, k) = left[row * row_stride + k * k_stride].
-inline void product(int depth, int vectors, const float *__restrict left, int row_stride, int k_stride,
-                    const float *__restrict right, int right_stride, float *__restrict out, int out_stride) {
-    constexpr int V = 2;
-    int v = 0;
-    for (; v + V <= vectors; v += V) {
-        vf sums[ROWS][V] = {};
-        for (int k = 0; k < depth; k++)
-            for (int c = 0; c < V; c++) {
-                const vf r = load(right + k * right_stride + (v + c) * W);
-                for (int i = 0; i < ROWS; i++) sums[i][c] += broadcast(left[i * row_stride + k * k_stride]) * r;
-            }
-        for (int i = 0; i < ROWS; i++)
-            for (int c = 0; c < V; c++) store(out + i * out_stride + (v + c) * W, sums[i][c]);
-    }
-    for (; v < vectors; v++) {
-        vf sums[ROWS] = {};
-        for (int k = 0; k < depth; k++)
-            for (int i = 0; i < ROWS; i++)
-                sums[i] += broadcast(left[i * row_stride + k * k_stride]) * load(right + k * right_stride + v * W);
-        for (int i = 0; i < ROWS; i++) store(out + i * out_stride + v * W, sums[i]);
-    }
-}
 
 // One chunk of one group of heads. Buffers hold whole vectors: Qp, Pp are Q, P filled up, `line` is a row of (Q, Q) filled up.
 struct Chunk {
@@ -98,56 +70,7 @@ struct Chunk {
     }
 };
 
-inline float exp2_of(float x) {
-    vf v = broadcast(x);
-    exp2_clamped<1>(&v);
-    return v[0];
-}
-
 int64_t ssd_items(const Ssd &s) { return s.batch * s.chunks * s.groups; }
-int64_t ssd_forward_workspace(const Ssd &s) {
-    const int64_t Qp = padded(s.chunk, ROWS), Pp = padded(s.width, W), line = padded(s.chunk, W);
-    return 3 * line + Qp * (2 * line + 2 * Pp) + Pp;
-}
-
-void ssd_forward_run(const Ssd &s, int64_t item, float *space) {
-    const FlushDenormals flush;
-    const Chunk chunk(s, item);
-    const int Qp = chunk.Qp, Pp = chunk.Pp, line = chunk.line, tokens = chunk.tokens;
-    float *high = space, *low = high + line, *delta = low + line, *scores = delta + line, *M = scores + Qp * line;
-    float *x = M + Qp * line, *y = x + Qp * Pp, *row = y + Qp * Pp;
-    chunk.load_scores(scores);
-    for (int64_t h = chunk.group * chunk.shared; h < (chunk.group + 1) * chunk.shared; h++) {
-        const float D = s.D ? s.D[h] : 0;
-        chunk.load_head(s.x, chunk.b, chunk.t0, h, x);
-        // for the end of this head, and for the next one
-        for (int t = 0; t < tokens; t++) {
-            prefetch_row(s.y, chunk.b, chunk.t0 + t, h * s.width, s.width);
-            if (chunk.has_carried()) prefetch_row(s.carried, chunk.carried_batch(), t, h * s.width, s.width);
-            if (h + 1 < s.heads) prefetch_row(s.x, chunk.b, chunk.t0 + t, (h + 1) * s.width, s.width);
-        }
-        chunk.load_steps(h, high, low, delta);
-        chunk.decays(high, low, M);
-        for (int i = 0; i < tokens; i++)
-            for (int j = 0; j <= i; j += W) {
-                float *m = M + i * line + j;
-                store(m, load(m) * load(scores + i * line + j) * load(delta + j));
-            }
-        for (int i = 0; i < tokens; i += ROWS)
-            product(smaller(i + ROWS, tokens), Pp / W, M + i * line, line, 1, x, Pp, y + i * Pp, Pp);
-        for (int i = 0; i < tokens; i++) {
-            float *out = y + i * Pp;
-            for (int p = 0; p < Pp; p += W) store(out + p, load(out + p) + load(x + i * Pp + p) * D);
-            if (chunk.has_carried()) {
-                const float e = exp2_of(high[i] + low[i]);
-                load_row(s.carried, chunk.carried_batch(), i, h * s.width, chunk.width, Pp, row);
-                for (int p = 0; p < Pp; p += W) store(out + p, load(out + p) + load(row + p) * e);
-            }
-            store_row(s.y, chunk.b, chunk.t0 + i, h * s.width, chunk.width, out);
-        }
-    }
-}
-
 int64_t ssd_backward_workspace(const Ssd &s) {
     const int64_t Qp = padded(s.chunk, ROWS), Pp = padded(s.width, W), line = padded(s.chunk, W);
     return 5 * line + Qp * (5 * line + 4 * Pp) + s.width * line + Pp;
@@ -274,40 +197,36 @@ inline void store_some(void *to, bool bfloat16, int64_t at, int count, const flo
 int64_t pass_items(const Pass &s) { return s.batch * s.groups * ceil_div(s.n, PART); }
 int64_t pass_workspace(const Pass &s) { return 3 * padded(s.heads / s.groups * s.width, W) + s.chunks * s.heads / s.groups; }
 
-template <bool BACKWARD>
 void pass_run(const Pass &s, int64_t item, float *space) {
     const FlushDenormals flush;
     const int64_t parts = ceil_div(s.n, PART), part = item % parts, g = item / parts % s.groups, b = item / parts / s.groups;
     const int64_t shared = s.heads / s.groups, slot = s.batch * s.groups * s.n * shared * s.width;
     const int count = (int)(shared * s.width), size = padded(count, W), width = (int)s.width;
-    float *state = space, *more = state + size, *before = more + size, *sums = before + size;
+    float *dstate = space, *more = dstate + size, *before = more + size, *sums = before + size;
     memset(sums, 0, s.chunks * shared * sizeof(float));
     for (int64_t n = part * PART; n < s.n && n < (part + 1) * PART; n++) {
         const int64_t at = ((b * s.groups + g) * s.n + n) * count;
-        load_span(s.initial ? s.initial + at : nullptr, count, size, state);
-        for (int64_t i = 0; i < s.chunks; i++) {
-            const int64_t k = BACKWARD ? s.chunks - 1 - i : i;
+        load_span(s.dfinal ? s.dfinal + at : nullptr, count, size, dstate);
+        for (int64_t k = s.chunks; k-- > 0;) {
             const float *kept = s.kept + b * s.kept_batch_stride + k * s.kept_chunk_stride + g * shared;
-            load_some(s.states, s.bfloat16, k * slot + at, count, more);
-            if (BACKWARD) load_some(s.before, s.bfloat16, k * slot + at, count, before);
+            load_some(s.dstates, s.bfloat16, k * slot + at, count, more);
+            load_some(s.before, s.bfloat16, k * slot + at, count, before);
             for (int64_t h = 0; h < shared; h++) {
-                float *own = state + h * width;
                 float sum_h = 0;
                 for (int p = 0; p < width; p++) {
-                    own[p] *= kept[h];
-                    if (BACKWARD) sum_h += own[p] * before[h * width + p];
-                    own[p] += more[h * width + p];
+                    float &own = dstate[h * width + p];
+                    own *= kept[h];
+                    sum_h += own * before[h * width + p];
+                    own += more[h * width + p];
                 }
                 sums[k * shared + h] += sum_h;
             }
-            store_some(s.states, s.bfloat16, k * slot + at, count, state);
+            store_some(s.dstates, s.bfloat16, k * slot + at, count, dstate);
         }
-        if (s.final) memcpy(s.final + at, state, count * sizeof(float));
+        if (s.dinitial) memcpy(s.dinitial + at, dstate, count * sizeof(float));
     }
-    if (BACKWARD)
-        for (int64_t k = 0; k < s.chunks; k++)
-            memcpy(s.dlog + ((part * s.batch + b) * s.chunks + k) * s.heads + g * shared, sums + k * shared,
-                   shared * sizeof(float));
+    for (int64_t k = 0; k < s.chunks; k++)
+        memcpy(s.dlog + ((part * s.batch + b) * s.chunks + k) * s.heads + g * shared, sums + k * shared, shared * sizeof(float));
 }
 
 }  // namespace

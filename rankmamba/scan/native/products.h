@@ -1,0 +1,132 @@
+// Small matrix products in the cache: float32 by vectors, bfloat16 by the processor's matrix tiles (AMX), sums in float32.
+//
+// A left operand lies row by row. A right operand is written two rows at a time: for tiles, the two numbers of a column lie
+// together. All sizes are multiples of UNIT; who writes the operands fills them up with zeros.
+#pragma once
+#include "vec.h"
+
+namespace {
+
+inline int padded(int64_t n, int unit) { return (int)((n + unit - 1) / unit * unit); }
+
+constexpr int ROWS = 4;  // rows of a product computed together: each loaded vector serves all of them
+
+// out (ROWS, vectors W) = [out +] sum_k left(row, k) right(k, column), left(row, k) = left[row * row_stride + k * k_stride].
+template <bool ADD = false>
+inline void product(int depth, int vectors, const float *__restrict left, int row_stride, int k_stride,
+                    const float *__restrict right, int right_stride, float *__restrict out, int out_stride) {
+    constexpr int V = 2;
+    int v = 0;
+    for (; v + V <= vectors; v += V) {
+        vf sums[ROWS][V] = {};
+        for (int k = 0; k < depth; k++)
+            for (int c = 0; c < V; c++) {
+                const vf r = load(right + k * right_stride + (v + c) * W);
+                for (int i = 0; i < ROWS; i++) sums[i][c] += broadcast(left[i * row_stride + k * k_stride]) * r;
+            }
+        for (int i = 0; i < ROWS; i++)
+            for (int c = 0; c < V; c++) {
+                float *to = out + i * out_stride + (v + c) * W;
+                store(to, ADD ? load(to) + sums[i][c] : sums[i][c]);
+            }
+    }
+    for (; v < vectors; v++) {
+        vf sums[ROWS] = {};
+        for (int k = 0; k < depth; k++)
+            for (int i = 0; i < ROWS; i++)
+                sums[i] += broadcast(left[i * row_stride + k * k_stride]) * load(right + k * right_stride + v * W);
+        for (int i = 0; i < ROWS; i++) {
+            float *to = out + i * out_stride + v * W;
+            store(to, ADD ? load(to) + sums[i] : sums[i]);
+        }
+    }
+}
+
+struct Vectors {
+    typedef float Number;
+    static constexpr int UNIT = W;
+    struct [[maybe_unused]] Session {};
+
+    static void store_left(Number *to, vf x) { store(to, x); }
+    // Rows k and k + 1 from `column` on; k is even.
+    static void store_right(Number *to, int stride, int k, int column, vf even, vf odd) {
+        store(to + k * stride + column, even);
+        store(to + (k + 1) * stride + column, odd);
+    }
+    // out = [out +] left right. lower: left is zero right of its diagonal.
+    template <bool ADD>
+    static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
+                         int right_stride, float *out, int out_stride, bool lower = false) {
+        for (int i = 0; i < rows; i += ROWS)
+            product<ADD>(lower ? smaller(i + ROWS, depth) : depth, columns / W, left + i * left_stride, left_stride, 1, right,
+                         right_stride, out + i * out_stride, out_stride);
+    }
+};
+
+#ifdef __AMX_BF16__
+struct Tiles {
+    typedef uint16_t Number;
+    static constexpr int SIDE = 16, UNIT = 2 * SIDE;  // four tiles of sums at a time
+
+    struct Session {
+        Session() {
+            struct alignas(64) {
+                uint8_t palette, start, reserved[14];
+                uint16_t bytes[16];
+                uint8_t rows[16];
+            } shapes = {};
+            shapes.palette = 1;
+            for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = SIDE;
+            _tile_loadconfig(&shapes);
+        }
+        ~Session() { _tile_release(); }
+    };
+
+    static void store_left(Number *to, vf x) { store_bf16(to, x); }
+    static void store_right(Number *to, int stride, int k, int column, vf even, vf odd) {
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);  // even in front
+        const __m512i pairs = _mm512_permutexvar_epi16(
+            _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
+                             17, 1, 16, 0),
+            halves);
+        memcpy(to + k * stride + 2 * column, &pairs, sizeof pairs);
+    }
+    template <bool ADD>
+    static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
+                         int right_stride, float *out, int out_stride, bool lower = false) {
+        const int line = out_stride * 4;
+        for (int i = 0; i < rows; i += UNIT)
+            for (int j = 0; j < columns; j += UNIT) {
+                float *to = out + i * out_stride + j, *below = to + SIDE * out_stride;
+                if (ADD) {
+                    _tile_loadd(0, to, line);
+                    _tile_loadd(1, to + SIDE, line);
+                    _tile_loadd(2, below, line);
+                    _tile_loadd(3, below + SIDE, line);
+                } else {
+                    _tile_zero(0);
+                    _tile_zero(1);
+                    _tile_zero(2);
+                    _tile_zero(3);
+                }
+                for (int k = 0; k < (lower ? smaller(i + UNIT, depth) : depth); k += UNIT) {
+                    const Number *from = left + i * left_stride + k, *pairs = right + k * right_stride + 2 * j;
+                    _tile_loadd(4, from, left_stride * 2);
+                    _tile_loadd(5, from + SIDE * left_stride, left_stride * 2);
+                    _tile_loadd(6, pairs, right_stride * 4);
+                    _tile_loadd(7, pairs + 2 * SIDE, right_stride * 4);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                _tile_stored(0, to, line);
+                _tile_stored(1, to + SIDE, line);
+                _tile_stored(2, below, line);
+                _tile_stored(3, below + SIDE, line);
+            }
+    }
+};
+#endif
+
+}  // namespace
