@@ -104,6 +104,7 @@ extern "C" {
 const char *rankmamba_build() { return build.name; }
 int64_t rankmamba_block() { return build.kernels->block; }
 int64_t rankmamba_tile() { return build.kernels->tile; }
+int64_t rankmamba_heads() { return build.kernels->heads; }
 void rankmamba_use_gomp(void *entry) { gomp_parallel = (decltype(gomp_parallel))entry; }
 
 // One entry for each kernel, and the size of its arguments for the caller to check its own against.
@@ -115,9 +116,7 @@ ENTRY(scan_backward, Scan)
 ENTRY(conv_forward, Conv)
 ENTRY(conv_backward, Conv)
 ENTRY(ssd_forward, SsdForward)
-ENTRY(ssd_backward, Ssd)
-ENTRY(weigh, Weigh)
-ENTRY(pass_backward, Pass)
+ENTRY(ssd_backward, SsdBackward)
 ENTRY(norm_forward, Norm)
 ENTRY(norm_backward, Norm)
 }

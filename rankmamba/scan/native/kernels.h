@@ -51,46 +51,19 @@ struct SsdForward {
     const float *A2, *D;   // (H): A log2(e); (H) or null
     const float *initial;  // (B, H, P, N) or null
     float *final;          // (B, H, P, N) or null
-    void *before;          // the state before each chunk that reads one, (chunks, B, G, N, H/G P) in the format of x, or null
+    void *before;          // the state before each chunk that reads one, (chunks, B, H, N, P) in the format of x; or null
 };
-
-// Its backward inside the chunks. Rows of H P channels.
-struct Ssd {
-    int64_t batch, length, heads, width, groups, chunk, chunks;  // B, L, H, P, G, Q
-    int64_t carried_from, dxw_until;                             // the chunks that have `carried`; and `dxw`: those before
-    Rows x;                                                      // (B, L, H P)
-    Rows carried;         // (chunks with it, B, Q, H P): the batch is chunk-major, "row" counts within the chunk
-    const float *scores;  // (chunks, B, G, Q, Q)
-    // (B, chunks, Q, H): the running sum of delta A log2(e) in each chunk, as the sum of two floats
-    const float *log_high, *log_low;
-    const float *delta;  // (B, chunks, Q, H)
-    const float *D;      // (H) or null
-    Rows dy, dxw, dx;              // dxw like carried
-    float *dscores, *da, *ddelta;  // like scores, log_high (for the natural logarithm), delta
-    float *dD;                     // (chunks, B, H), to be summed
-};
-// Rows times one factor per token and head, cut into chunks: (B, L, H P) to (chunks, B, Q, H P), zeros where the last chunk has
-// no token.
-struct Weigh {
-    int64_t batch, length, heads, width, chunk, chunks;
-    int64_t start;  // the first chunk wanted
-    Rows x, out;
-    const float *factor;  // (B, all chunks, Q, H)
-    int64_t factor_batch_stride;
-};
-
-// Back from chunk to chunk, in place: `dstates` comes with the gradient of the state before each chunk as far as it read it, and
-// leaves with all of that gradient.
-struct Pass {
-    int64_t batch, groups, n, heads, width, chunks;  // B, G, N, H, P
-    void *dstates;                                   // (chunks, B, G, N, H/G P)
-    const void *before;                              // the state before each chunk, likewise
-    int64_t bfloat16;
-    const float *kept;  // what a chunk leaves of the state before it: [b kept_batch_stride + chunk kept_chunk_stride + h]
-    int64_t kept_batch_stride, kept_chunk_stride;
-    const float *dfinal;  // (B, G, N, H/G P) or null
-    float *dinitial;      // likewise or null
-    float *dlog;          // (parts, B, chunks, H): the gradient of the logarithm of kept, to be summed over the parts of N
+struct SsdBackward {
+    int64_t batch, length, heads, width, groups, n, chunk;
+    Rows x, B, C, dy, dx;
+    const float *delta, *A, *A2, *D;  // A (H); the others as in the forward
+    const float *initial;             // null or not; not read
+    const void *before;               // as in the forward
+    const float *dfinal;              // (B, H, P, N) or null
+    float *dinitial;                  // (B, H, P, N) or null
+    float *ddelta;                    // (B, L, H)
+    float *dA, *dD;                   // (B, H), to be summed over B
+    float *dB, *dC;                   // (parts, B, L, G, N), to be summed over the parts
 };
 
 // y silu(z), then divided by its root mean square over each of `groups` parts of a row, times weight (E).
@@ -114,12 +87,10 @@ struct Kernel {
 };
 
 struct Kernels {
-    int width, block, tile;  // lanes, channels per block, tokens per tile
+    int width, block, tile, heads;  // lanes, channels per block, tokens per tile, Mamba-2's heads per item
     Kernel<Scan> scan_forward, scan_backward;
     Kernel<Conv> conv_forward, conv_backward;
     Kernel<SsdForward> ssd_forward;
-    Kernel<Ssd> ssd_backward;
-    Kernel<Weigh> weigh;
-    Kernel<Pass> pass_backward;
+    Kernel<SsdBackward> ssd_backward;
     Kernel<Norm> norm_forward, norm_backward;
 };

@@ -47,29 +47,11 @@ SsdForward = _structure(
     ("x B C y", Rows),
     ("delta A2 D initial final before", c_void_p),
 )
-Ssd = _structure(
-    "Ssd",
-    ("batch length heads width groups chunk chunks carried_from dxw_until", c_int64),
-    ("x carried", Rows),
-    ("scores log_high log_low delta D", c_void_p),
-    ("dy dxw dx", Rows),
-    ("dscores da ddelta dD", c_void_p),
-)
-Weigh = _structure(
-    "Weigh",
-    ("batch length heads width chunk chunks start", c_int64),
-    ("x out", Rows),
-    ("factor", c_void_p),
-    ("factor_batch_stride", c_int64),
-)
-Pass = _structure(
-    "Pass",
-    ("batch groups n heads width chunks", c_int64),
-    ("dstates before", c_void_p),
-    ("bfloat16", c_int64),
-    ("kept", c_void_p),
-    ("kept_batch_stride kept_chunk_stride", c_int64),
-    ("dfinal dinitial dlog", c_void_p),
+SsdBackward = _structure(
+    "SsdBackward",
+    ("batch length heads width groups n chunk", c_int64),
+    ("x B C dy dx", Rows),
+    ("delta A A2 D initial before dfinal dinitial ddelta dA dD dB dC", c_void_p),
 )
 Norm = _structure(
     "Norm",
@@ -86,9 +68,7 @@ _KERNELS = {
     "conv_forward": Conv,
     "conv_backward": Conv,
     "ssd_forward": SsdForward,
-    "ssd_backward": Ssd,
-    "weigh": Weigh,
-    "pass_backward": Pass,
+    "ssd_backward": SsdBackward,
     "norm_forward": Norm,
     "norm_backward": Norm,
 }
@@ -113,7 +93,7 @@ def _load():
 
 
 _library = _load()
-BLOCK, TILE = _library.rankmamba_block(), _library.rankmamba_tile()
+BLOCK, TILE, HEADS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_heads()
 
 
 def description() -> str:

@@ -11,10 +11,10 @@ inline int padded(int64_t n, int unit) { return (int)((n + unit - 1) / unit * un
 
 constexpr int ROWS = 4;  // rows of a product computed together: each loaded vector serves all of them
 
-// out (ROWS, vectors W) = [out +] sum_k left(row, k) right(k, column), left(row, k) = left[row * row_stride + k * k_stride].
-template <bool ADD = false>
-inline void product(int depth, int vectors, const float *__restrict left, int row_stride, int k_stride,
-                    const float *__restrict right, int right_stride, float *__restrict out, int out_stride) {
+// out (ROWS, vectors W) = [out +] left (ROWS, depth) right (depth, vectors W)
+template <bool ADD>
+inline void product(int depth, int vectors, const float *__restrict left, int left_stride, const float *__restrict right,
+                    int right_stride, float *__restrict out, int out_stride) {
     constexpr int V = 2;
     int v = 0;
     for (; v + V <= vectors; v += V) {
@@ -22,7 +22,7 @@ inline void product(int depth, int vectors, const float *__restrict left, int ro
         for (int k = 0; k < depth; k++)
             for (int c = 0; c < V; c++) {
                 const vf r = load(right + k * right_stride + (v + c) * W);
-                for (int i = 0; i < ROWS; i++) sums[i][c] += broadcast(left[i * row_stride + k * k_stride]) * r;
+                for (int i = 0; i < ROWS; i++) sums[i][c] += broadcast(left[i * left_stride + k]) * r;
             }
         for (int i = 0; i < ROWS; i++)
             for (int c = 0; c < V; c++) {
@@ -34,7 +34,7 @@ inline void product(int depth, int vectors, const float *__restrict left, int ro
         vf sums[ROWS] = {};
         for (int k = 0; k < depth; k++)
             for (int i = 0; i < ROWS; i++)
-                sums[i] += broadcast(left[i * row_stride + k * k_stride]) * load(right + k * right_stride + v * W);
+                sums[i] += broadcast(left[i * left_stride + k]) * load(right + k * right_stride + v * W);
         for (int i = 0; i < ROWS; i++) {
             float *to = out + i * out_stride + v * W;
             store(to, ADD ? load(to) + sums[i] : sums[i]);
@@ -53,12 +53,21 @@ struct Vectors {
         store(to + k * stride + column, even);
         store(to + (k + 1) * stride + column, odd);
     }
+    // W rows from row t on, turned into columns from t on.
+    static void store_right_turned(Number *to, int stride, int t, const float *from, int columns, int from_stride) {
+        for (int k = 0; k < columns; k += W) {
+            vf turned[W];
+            for (int i = 0; i < W; i++) turned[i] = load(from + i * from_stride + k);
+            transpose(turned);
+            for (int i = 0; i < W; i++) store(to + (k + i) * stride + t, turned[i]);
+        }
+    }
     // out = [out +] left right. lower: left is zero right of its diagonal.
     template <bool ADD>
     static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
                          int right_stride, float *out, int out_stride, bool lower = false) {
         for (int i = 0; i < rows; i += ROWS)
-            product<ADD>(lower ? smaller(i + ROWS, depth) : depth, columns / W, left + i * left_stride, left_stride, 1, right,
+            product<ADD>(lower ? smaller(i + ROWS, depth) : depth, columns / W, left + i * left_stride, left_stride, right,
                          right_stride, out + i * out_stride, out_stride);
     }
 };
@@ -83,13 +92,25 @@ struct Tiles {
     };
 
     static void store_left(Number *to, vf x) { store_bf16(to, x); }
+    static __m512i halves(vf front, vf back) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)back, (__m512)front); }
     static void store_right(Number *to, int stride, int k, int column, vf even, vf odd) {
-        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);  // even in front
         const __m512i pairs = _mm512_permutexvar_epi16(
             _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
                              17, 1, 16, 0),
-            halves);
+            halves(even, odd));
         memcpy(to + k * stride + 2 * column, &pairs, sizeof pairs);
+    }
+    // A row's pairs of numbers are moved together.
+    static void store_right_turned(Number *to, int stride, int t, const float *from, int columns, int from_stride) {
+        for (int k = 0; k < columns; k += UNIT) {
+            vf turned[W];
+            for (int i = 0; i < W; i++) {
+                const float *row = from + i * from_stride + k;
+                turned[i] = (vf)halves(load(row), load(row + W));
+            }
+            transpose(turned);
+            for (int i = 0; i < W; i++) memcpy(to + (k + 2 * i) * stride + 2 * t, &turned[i], sizeof turned[i]);
+        }
     }
     template <bool ADD>
     static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,

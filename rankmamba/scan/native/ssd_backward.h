@@ -1,232 +1,254 @@
-// The backward of Mamba-2's scan (arXiv 2405.21060, section 6): what is inside a chunk of Q tokens, and the row by row work around
-// the large matrix products, which are left to torch. Within a chunk, for one head,
-//
-//   y_i = sum_(j <= i) M_ij x_j + exp(a_i) carried_i + D x_i,   M_ij = scores_ij exp(a_i - a_j) delta_j,
-//
-// with a the running sum of delta A, scores_ij = C_i . B_j and carried_i = C_i . (the state before the chunk).
-// What the chunk adds to the state is sum_j B_j xw_j, xw_j = exp(a_Q - a_j) delta_j x_j.
+// The backward pass of Mamba-2's scan, from the last chunk to the first; letters as in ssd.h, and dh is the gradient of the state
+// after the chunk. Matrices over pairs of tokens are turned, (j, i) with j <= i, so that what belongs to x_j and B_j lies in a row.
 #pragma once
-#include "ssd_forward.h"
+#include "ssd.h"
 
 namespace {
 
-// One chunk of one group of heads. Buffers hold whole vectors: Qp, Pp are Q, P filled up, `line` is a row of (Q, Q) filled up.
-struct Chunk {
-    const Ssd &s;
-    int64_t b, index, group, t0, scores_at;
-    int tokens, shared, width, Qp, Pp, line;
+template <class M>
+struct SsdBackwardPart : SsdPart<SsdBackward, M> {
+    typedef SsdPart<SsdBackward, M> Base;
+    typedef typename Base::Number Number;
+    using Base::s, Base::Q, Base::N, Base::P, Base::b, Base::g, Base::part, Base::first, Base::count, Base::t0, Base::tokens,
+        Base::rows, Base::high, Base::low, Base::delta, Base::since, Base::until, Base::weight, Base::block, Base::floats,
+        Base::numbers;
+    float *scores = floats(Q * Q), *dscores = floats(Q * Q), *dM = floats(Q * Q);  // (j, i)
+    float *C_turned = floats(N * Q), *dB = floats(N * Q), *dC = floats(N * Q), *hdy = floats(N * Q);
+    float *dx = floats(Q * P), *Bdh = floats(Q * P), *dh = floats(HEADS * N * P);
+    float *da = floats(Q), *ddelta = floats(Q);
+    Number *B = numbers(Q * N), *B_left = numbers(N * Q), *C_left = numbers(N * Q), *C_right = numbers(N * Q);
+    Number *x = numbers(Q * P), *xw_right = numbers(Q * P), *dy = numbers(Q * P), *dy_right = numbers(Q * P), *ye = numbers(Q * P);
+    Number *mixing = numbers(Q * Q), *pairs = numbers(Q * Q), *h_left = numbers(N * P), *dh_left = numbers(N * P),
+           *dh_right = numbers(N * P);
 
-    Chunk(const Ssd &s_, int64_t item)
-        : s(s_),
-          b(item / (s.chunks * s.groups)),
-          index(item / s.groups % s.chunks),
-          group(item % s.groups),
-          t0(index * s.chunk),
-          scores_at(((index * s.batch + b) * s.groups + group) * s.chunk * s.chunk),
-          tokens(smaller(s.chunk, s.length - t0)),
-          shared((int)(s.heads / s.groups)),
-          width((int)s.width),
-          Qp(padded(s.chunk, ROWS)),
-          Pp(padded(s.width, W)),
-          line(padded(s.chunk, W)) {}
+    using Base::Base;
 
-    int64_t step(int64_t h, int t) const { return ((b * s.chunks + index) * s.chunk + t) * s.heads + h; }
-    bool has_carried() const { return s.carried.data && index >= s.carried_from; }
-    bool has_dxw() const { return s.dxw.data && index < s.dxw_until; }
-    int64_t carried_batch() const { return (index - s.carried_from) * s.batch + b; }
-    int64_t dxw_batch() const { return index * s.batch + b; }
-
-    // The chunk's rows of one head; zeros beyond the tokens and beyond P.
-    void load_head(const Rows &r, int64_t batch, int64_t first, int64_t h, float *to) const {
-        for (int t = 0; t < tokens; t++) load_row(r, batch, first + t, h * width, width, Pp, to + t * Pp);
-        memset(to + tokens * Pp, 0, (Qp - tokens) * Pp * sizeof(float));
-    }
-    // (line) each: a in two floats, and delta.
-    void load_steps(int64_t h, float *high, float *low, float *delta) const {
-        for (int t = 0; t < line; t++) {
-            const bool real = t < tokens;
-            high[t] = real ? s.log_high[step(h, t)] : 0;
-            low[t] = real ? s.log_low[step(h, t)] : 0;
-            delta[t] = real ? s.delta[step(h, t)] : 0;
-        }
-    }
-    // kept (Qp, line): exp(a_i - a_j) for j <= i, else 0. In two floats, the difference of two large sums stays exact.
-    void decays(const float *high, const float *low, float *kept) const {
-        for (int i = 0; i < Qp; i++) {
-            float *row = kept + i * line;
-            const int end = i < tokens ? i + 1 : 0;
-            for (int j = 0; j < end; j += W) {
-                vf x = (high[i] - load(high + j)) + (low[i] - load(low + j));
-                exp2_clamped<1>(&x);
-                store(row + j, x);
+    // B and C, as they are and transposed, and their product, for all heads.
+    void load_shared() {
+        for (int t = 0; t < rows; t += W) {
+            vf turned[W];
+            for (int i = 0; i < W; i++) this->load_token(s.B, t + i, g * s.n, s.n, N, block + i * N);
+            for (int n = 0; n < N; n += W) {
+                for (int i = 0; i < W; i++) {
+                    turned[i] = load(block + i * N + n);
+                    M::store_left(B + (t + i) * N + n, turned[i]);
+                }
+                transpose(turned);
+                for (int i = 0; i < W; i++) M::store_left(B_left + (n + i) * Q + t, turned[i]);
             }
-            memset(row + end, 0, (line - end) * sizeof(float));
+            for (int i = 0; i < W; i++) this->load_token(s.C, t + i, g * s.n, s.n, N, block + i * N);
+            for (int n = 0; n < N; n += W) {
+                for (int i = 0; i < W; i++) turned[i] = load(block + i * N + n);
+                transpose(turned);
+                for (int i = 0; i < W; i++) {
+                    M::store_left(C_left + (n + i) * Q + t, turned[i]);
+                    store(C_turned + (n + i) * Q + t, turned[i]);
+                }
+                for (int i = 0; i < W; i += 2) M::store_right(C_right, Q, n + i, t, turned[i], turned[i + 1]);
+            }
+        }
+        M::template multiply<false>(rows, N, rows, B, N, C_right, Q, scores, Q);
+        memset(dscores, 0, rows * Q * sizeof(float));
+        memset(dB, 0, N * Q * sizeof(float));
+        memset(dC, 0, N * Q * sizeof(float));
+    }
+
+    // x, and turned and weighed; dy, and turned, and times exp(a). dx begins as D dy.
+    void load_x_and_dy(int64_t head) {
+        const float D = s.D ? s.D[head] : 0;
+        for (int t = 0; t < rows; t += W) {
+            for (int i = 0; i < W; i++) {
+                float *row = block + i * P;
+                this->load_token(s.x, t + i, head * s.width, s.width, P, row);
+                for (int p = 0; p < P; p += W) {
+                    M::store_left(x + (t + i) * P + p, load(row + p));
+                    store(row + p, load(row + p) * weight[t + i]);
+                }
+            }
+            M::store_right_turned(xw_right, Q, t, block, P, P);
+            for (int i = 0; i < W; i++) this->load_token(s.dy, t + i, head * s.width, s.width, P, block + i * P);
+            M::store_right_turned(dy_right, Q, t, block, P, P);
+            for (int i = 0; i < W; i += 2)
+                for (int p = 0; p < P; p += W) {
+                    const vf even = load(block + i * P + p), odd = load(block + (i + 1) * P + p);
+                    store(dx + (t + i) * P + p, even * D);
+                    store(dx + (t + i + 1) * P + p, odd * D);
+                    M::store_right(dy, P, t + i, p, even, odd);
+                    M::store_right(ye, P, t + i, p, even * since[t + i], odd * since[t + i + 1]);
+                }
         }
     }
-    // The group's scores with rows of `line`, zeros beyond.
-    void load_scores(float *to) const {
-        memset(to, 0, Qp * line * sizeof(float));
-        for (int i = 0; i < tokens; i++) memcpy(to + i * line, s.scores + scores_at + i * s.chunk, tokens * sizeof(float));
+
+    // The state before the chunk, and its part of the gradients of C and a.
+    void through_reading(int64_t k, int64_t head) {
+        for (int n = 0; n < N; n++) {
+            load_row(this->before(), 0, n, this->before_at(k, head), n < s.n ? (int)s.width : 0, P, block);
+            for (int p = 0; p < P; p += W) M::store_left(h_left + n * P + p, load(block + p));
+        }
+        M::template multiply<false>(N, P, rows, h_left, P, dy_right, Q, hdy, Q);
+        for (int n = 0; n < s.n; n++)
+            for (int t = 0; t < rows; t += W) {
+                const int at = n * Q + t;
+                const vf d = load(hdy + at) * load(since + t);
+                store(dC + at, load(dC + at) + d);
+                store(da + t, load(da + t) + d * load(C_turned + at));
+            }
+    }
+
+    // What the chunk adds to the state: the gradients of B, and B dh for those of x and delta.
+    void through_adding(const float *own) {
+        for (int n = 0; n < N; n += 2)
+            for (int p = 0; p < P; p += W) {
+                const vf even = load(own + n * P + p), odd = load(own + (n + 1) * P + p);
+                M::store_left(dh_left + n * P + p, even);
+                M::store_left(dh_left + (n + 1) * P + p, odd);
+                M::store_right(dh_right, P, n, p, even, odd);
+            }
+        M::template multiply<true>(N, P, rows, dh_left, P, xw_right, Q, dB, Q);
+        M::template multiply<false>(rows, N, P, B, N, dh_right, P, Bdh, P);
+    }
+
+    // What the chunk keeps of the state, and what it reads of it: dh becomes the gradient of the state before.
+    void through_state(int64_t k, int64_t head, float *own) {
+        const float keep = this->kept();
+        vf by_keep = {};
+        for (int n = 0; n < N; n++) {
+            load_row(this->before(), 0, n, this->before_at(k, head), n < s.n ? (int)s.width : 0, P, block);
+            for (int p = 0; p < P; p += W) {
+                const vf left = load(own + n * P + p) * keep;
+                by_keep += left * load(block + p);
+                store(own + n * P + p, left);
+            }
+        }
+        da[tokens - 1] += sum(by_keep);
+        M::template multiply<true>(N, rows, P, C_left, Q, ye, P, own, P);
+    }
+
+    // Within the chunk: the gradients of C . B, a and delta; M is left for that of x. Returns the gradient of D.
+    float through_mixing() {
+        const vi lanes = lane_numbers();
+        float dD = 0;
+        M::template multiply<false>(rows, P, rows, x, P, dy_right, Q, dM, Q);
+        for (int j = 0; j < rows; j++) {
+            Number *row = mixing + j * Q;
+            const int start = j / W * W;
+            vf row_sum = {};
+            memset(row, 0, start * sizeof(Number));
+            for (int i = start; i < rows; i += W) {
+                const int at = j * Q + i;
+                vf keep = (load(high + i) - high[j]) + (load(low + i) - low[j]);
+                exp2_clamped<1>(&keep);
+                keep = select((lanes >= j - i) & (lanes < tokens - i), keep, vf{});
+                const vf score = load(scores + at), d = load(dM + at) * keep, by_step = d * score;
+                M::store_left(row + i, score * keep * delta[j]);
+                store(dscores + at, load(dscores + at) + d * delta[j]);
+                store(da + i, load(da + i) + by_step * delta[j]);
+                row_sum += by_step;
+            }
+            const float by_step = sum(row_sum);
+            ddelta[j] += by_step;
+            da[j] -= by_step * delta[j];
+            if (j < tokens) dD += dM[j * Q + j];
+        }
+        M::template multiply<true>(rows, rows, P, mixing, Q, dy, P, dx, P);
+        return dD;
+    }
+
+    void store_dx(int64_t head, bool adds) {
+        for (int t = 0; t < tokens; t++) {
+            float *out = dx + t * P;
+            if (adds) {
+                vf by_weight = {};
+                this->load_token(s.x, t, head * s.width, s.width, P, block);
+                for (int p = 0; p < P; p += W) {
+                    const vf d = load(Bdh + t * P + p);
+                    by_weight += d * load(block + p);
+                    store(out + p, load(out + p) + d * weight[t]);
+                }
+                const float dw = sum(by_weight);
+                ddelta[t] += dw * until[t];
+                da[t] -= dw * weight[t];
+                da[tokens - 1] += dw * weight[t];
+            }
+            store_row(s.dx, b, t0 + t, head * s.width, (int)s.width, out);
+        }
+    }
+
+    // A token's delta A goes into all later sums of its chunk. Returns the gradient of A.
+    float store_ddelta(int64_t head) {
+        float later = 0, dA = 0;
+        for (int t = tokens - 1; t >= 0; t--) {
+            later += da[t];
+            dA += later * delta[t];
+            s.ddelta[(b * s.length + t0 + t) * s.heads + head] = ddelta[t] + later * s.A[head];
+        }
+        return dA;
+    }
+
+    // The gradients of B and C: through their product, and out.
+    void store_shared() {
+        for (int j = 0; j < rows; j += 2)
+            for (int i = 0; i < rows; i += W) M::store_right(pairs, Q, j, i, load(dscores + j * Q + i), load(dscores + (j + 1) * Q + i));
+        M::template multiply<true>(N, rows, rows, B_left, Q, pairs, Q, dC, Q);
+        for (int j = 0; j < rows; j += W) M::store_right_turned(pairs, Q, j, dscores + j * Q, rows, Q);
+        M::template multiply<true>(N, rows, rows, C_left, Q, pairs, Q, dB, Q);
+        store_turned(dB, s.dB);
+        store_turned(dC, s.dC);
+    }
+    // (N, Q) to (parts, B, L, G, N).
+    void store_turned(const float *from, float *to) {
+        for (int t = 0; t < rows; t += W)
+            for (int n = 0; n < N; n += W) {
+                vf turned[W];
+                for (int i = 0; i < W; i++) turned[i] = load(from + (n + i) * Q + t);
+                transpose(turned);
+                for (int i = 0; i < W && t + i < tokens; i++) {
+                    const int64_t at = (((part * s.batch + b) * s.length + t0 + t + i) * s.groups + g) * s.n + n;
+                    for (int64_t m = 0; m < W && n + m < s.n; m++) to[at + m] = turned[i][m];
+                }
+            }
+    }
+
+    void run(int64_t item) {
+        const typename M::Session session;
+        this->choose_item(item);
+        this->load_states(s.dfinal, dh);
+        float dA[HEADS] = {}, dD[HEADS] = {};
+        for (int64_t k = this->chunks(); k-- > 0;) {
+            this->choose_chunk(k);
+            const bool reads = k >= this->reads_from(), adds = s.dfinal || k + 1 < this->chunks();
+            load_shared();
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t head = first + i;
+                float *own = dh + i * N * P;
+                // for the end of this head, and for the next one
+                this->prefetch_chunk(s.dx, t0, head * s.width, s.width);
+                if (i + 1 < count) {
+                    this->prefetch_chunk(s.x, t0, (head + 1) * s.width, s.width);
+                    this->prefetch_chunk(s.dy, t0, (head + 1) * s.width, s.width);
+                } else if (k > 0) {
+                    this->prefetch_chunk(s.x, t0 - s.chunk, first * s.width, s.width);
+                    this->prefetch_chunk(s.dy, t0 - s.chunk, first * s.width, s.width);
+                }
+                memset(da, 0, rows * sizeof(float));
+                memset(ddelta, 0, rows * sizeof(float));
+                this->load_steps(head);
+                load_x_and_dy(head);
+                if (reads) through_reading(k, head);
+                if (adds) through_adding(own);
+                dD[i] += through_mixing();
+                store_dx(head, adds);
+                if (reads) through_state(k, head, own);
+                dA[i] += store_ddelta(head);
+            }
+            store_shared();
+        }
+        this->store_states(dh, s.dinitial);
+        for (int64_t i = 0; i < count; i++) {
+            s.dA[b * s.heads + first + i] = dA[i];
+            s.dD[b * s.heads + first + i] = dD[i];
+        }
     }
 };
-
-int64_t ssd_items(const Ssd &s) { return s.batch * s.chunks * s.groups; }
-int64_t ssd_backward_workspace(const Ssd &s) {
-    const int64_t Qp = padded(s.chunk, ROWS), Pp = padded(s.width, W), line = padded(s.chunk, W);
-    return 5 * line + Qp * (5 * line + 4 * Pp) + s.width * line + Pp;
-}
-
-void ssd_backward_run(const Ssd &s, int64_t item, float *space) {
-    const FlushDenormals flush;
-    const Chunk chunk(s, item);
-    const int Qp = chunk.Qp, Pp = chunk.Pp, line = chunk.line, tokens = chunk.tokens, end = tokens - 1;
-    float *high = space, *low = high + line, *delta = low + line, *da = delta + line, *ddelta = da + line;
-    float *scores = ddelta + line, *kept = scores + Qp * line, *M = kept + Qp * line, *dM = M + Qp * line,
-          *dscores = dM + Qp * line;
-    float *x = dscores + Qp * line, *dy = x + Qp * Pp, *dx = dy + Qp * Pp, *dxw = dx + Qp * Pp, *turned = dxw + Qp * Pp;
-    float *row = turned + chunk.width * line;
-    chunk.load_scores(scores);
-    memset(dscores, 0, Qp * line * sizeof(float));
-    memset(row, 0, Pp * sizeof(float));
-    for (int64_t h = chunk.group * chunk.shared; h < (chunk.group + 1) * chunk.shared; h++) {
-        const float D = s.D ? s.D[h] : 0;
-        chunk.load_head(s.x, chunk.b, chunk.t0, h, x);
-        chunk.load_head(s.dy, chunk.b, chunk.t0, h, dy);
-        if (chunk.has_dxw())
-            chunk.load_head(s.dxw, chunk.dxw_batch(), 0, h, dxw);
-        else
-            memset(dxw, 0, Qp * Pp * sizeof(float));
-        for (int t = 0; t < tokens; t++) {
-            const int64_t next = (h + 1) * s.width;
-            prefetch_row(s.dx, chunk.b, chunk.t0 + t, h * s.width, s.width);
-            if (chunk.has_carried()) prefetch_row(s.carried, chunk.carried_batch(), t, h * s.width, s.width);
-            if (h + 1 == s.heads) continue;
-            prefetch_row(s.x, chunk.b, chunk.t0 + t, next, s.width);
-            prefetch_row(s.dy, chunk.b, chunk.t0 + t, next, s.width);
-            if (chunk.has_dxw()) prefetch_row(s.dxw, chunk.dxw_batch(), t, next, s.width);
-        }
-        chunk.load_steps(h, high, low, delta);
-        chunk.decays(high, low, kept);
-        memset(da, 0, 2 * line * sizeof(float));
-        memset(M, 0, Qp * line * sizeof(float));
-        memset(turned, 0, chunk.width * line * sizeof(float));
-        for (int j = 0; j < tokens; j++)
-            for (int p = 0; p < chunk.width; p++) turned[p * line + j] = x[j * Pp + p];
-        // dM_ij = dy_i . x_j, for the j <= i that count, to whole vectors
-        for (int i = 0; i < tokens; i += ROWS)
-            product(chunk.width, (int)ceil_div(smaller(i + ROWS, tokens), W), dy + i * Pp, Pp, 1, turned, line, dM + i * line,
-                    line);
-        for (int i = 0; i < tokens; i++) {
-            vf row_sum = vf{};
-            for (int j = 0; j <= i; j += W) {
-                const int at = i * line + j;
-                const vf score = load(scores + at), keep = load(kept + at), step = load(delta + j);
-                const vf d = load(dM + at) * keep, by_step = d * score, by_log = by_step * step;
-                store(M + at, score * keep * step);
-                store(dscores + at, load(dscores + at) + d * step);
-                store(ddelta + j, load(ddelta + j) + by_step);
-                store(da + j, load(da + j) - by_log);
-                row_sum += by_log;
-            }
-            da[i] += sum(row_sum);
-        }
-        // dx_j = sum_(i >= j) M_ij dy_i + D dy_j + exp(a_Q - a_j) delta_j dxw_j
-        for (int j = 0; j < tokens; j += ROWS)
-            product(tokens - j, Pp / W, M + j * line + j, 1, line, dy + j * Pp, Pp, dx + j * Pp, Pp);
-        float dD = 0;
-        for (int t = 0; t < tokens; t++) {
-            const float e = exp2_of(high[t] + low[t]), left = exp2_of((high[end] - high[t]) + (low[end] - low[t]));
-            vf by_D = vf{}, by_w = vf{}, by_e = vf{};
-            if (chunk.has_carried()) load_row(s.carried, chunk.carried_batch(), t, h * s.width, chunk.width, Pp, row);
-            for (int p = 0; p < Pp; p += W) {
-                const int at = t * Pp + p;
-                const vf x_t = load(x + at), dy_t = load(dy + at), dxw_t = load(dxw + at);
-                by_D += dy_t * x_t;
-                by_w += dxw_t * x_t;
-                by_e += dy_t * load(row + p);
-                store(dx + at, load(dx + at) + dy_t * D + dxw_t * (left * delta[t]));
-            }
-            const float dw = sum(by_w) * left, dlog = dw * delta[t];
-            dD += sum(by_D);
-            ddelta[t] += dw;
-            da[t] += sum(by_e) * e - dlog;
-            da[end] += dlog;
-            store_row(s.dx, chunk.b, chunk.t0 + t, h * s.width, chunk.width, dx + t * Pp);
-        }
-        for (int t = 0; t < s.chunk; t++) {
-            s.da[chunk.step(h, t)] = t < tokens ? da[t] : 0;
-            s.ddelta[chunk.step(h, t)] = t < tokens ? ddelta[t] : 0;
-        }
-        s.dD[(chunk.index * s.batch + chunk.b) * s.heads + h] = dD;
-    }
-    for (int i = 0; i < s.chunk; i++)
-        for (int j = 0; j < s.chunk; j++)
-            s.dscores[chunk.scores_at + i * s.chunk + j] = i < tokens && j <= i ? dscores[i * line + j] : 0;
-}
-
-int64_t weigh_items(const Weigh &s) { return s.batch * s.chunks; }
-int64_t weigh_workspace(const Weigh &s) { return padded(s.width, W); }
-
-void weigh_run(const Weigh &s, int64_t item, float *space) {
-    const int64_t b = item % s.batch, index = item / s.batch, first = (s.start + index) * s.chunk;
-    const int Pp = padded(s.width, W);
-    for (int64_t t = 0; t < s.chunk; t++)
-        for (int64_t h = 0; h < s.heads; h++) {
-            if (first + t < s.length) {
-                const float factor = s.factor[b * s.factor_batch_stride + (first + t) * s.heads + h];
-                load_row(s.x, b, first + t, h * s.width, (int)s.width, Pp, space);
-                for (int p = 0; p < Pp; p += W) store(space + p, load(space + p) * factor);
-            } else {
-                memset(space, 0, Pp * sizeof(float));
-            }
-            store_row(s.out, item, t, h * s.width, (int)s.width, space);
-        }
-}
-
-constexpr int PART = 8;  // state indices n of one item
-
-inline void load_some(const void *from, bool bfloat16, int64_t at, int count, float *to) {
-    const Rows r{(void *)from, 0, 0, bfloat16};
-    load_row(r, 0, 0, at, count, padded(count, W), to);
-}
-inline void store_some(void *to, bool bfloat16, int64_t at, int count, const float *from) {
-    const Rows r{to, 0, 0, bfloat16};
-    store_row(r, 0, 0, at, count, from);
-}
-
-int64_t pass_items(const Pass &s) { return s.batch * s.groups * ceil_div(s.n, PART); }
-int64_t pass_workspace(const Pass &s) { return 3 * padded(s.heads / s.groups * s.width, W) + s.chunks * s.heads / s.groups; }
-
-void pass_run(const Pass &s, int64_t item, float *space) {
-    const FlushDenormals flush;
-    const int64_t parts = ceil_div(s.n, PART), part = item % parts, g = item / parts % s.groups, b = item / parts / s.groups;
-    const int64_t shared = s.heads / s.groups, slot = s.batch * s.groups * s.n * shared * s.width;
-    const int count = (int)(shared * s.width), size = padded(count, W), width = (int)s.width;
-    float *dstate = space, *more = dstate + size, *before = more + size, *sums = before + size;
-    memset(sums, 0, s.chunks * shared * sizeof(float));
-    for (int64_t n = part * PART; n < s.n && n < (part + 1) * PART; n++) {
-        const int64_t at = ((b * s.groups + g) * s.n + n) * count;
-        load_span(s.dfinal ? s.dfinal + at : nullptr, count, size, dstate);
-        for (int64_t k = s.chunks; k-- > 0;) {
-            const float *kept = s.kept + b * s.kept_batch_stride + k * s.kept_chunk_stride + g * shared;
-            load_some(s.dstates, s.bfloat16, k * slot + at, count, more);
-            load_some(s.before, s.bfloat16, k * slot + at, count, before);
-            for (int64_t h = 0; h < shared; h++) {
-                float sum_h = 0;
-                for (int p = 0; p < width; p++) {
-                    float &own = dstate[h * width + p];
-                    own *= kept[h];
-                    sum_h += own * before[h * width + p];
-                    own += more[h * width + p];
-                }
-                sums[k * shared + h] += sum_h;
-            }
-            store_some(s.dstates, s.bfloat16, k * slot + at, count, dstate);
-        }
-        if (s.dinitial) memcpy(s.dinitial + at, dstate, count * sizeof(float));
-    }
-    for (int64_t k = 0; k < s.chunks; k++)
-        memcpy(s.dlog + ((part * s.batch + b) * s.chunks + k) * s.heads + g * shared, sums + k * shared, shared * sizeof(float));
-}
 
 }  // namespace

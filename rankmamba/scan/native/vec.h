@@ -32,6 +32,11 @@ inline vf load(const float *p) {
     return v;
 }
 inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+inline vi lane_numbers() {
+    vi lanes;
+    for (int i = 0; i < W; i++) lanes[i] = i;
+    return lanes;
+}
 inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 inline vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
 

@@ -1,0 +1,115 @@
+// Mamba-2's scan (arXiv 2405.21060, section 6) for some heads of one sequence, chunk after chunk, with everything in the cache.
+// In a chunk of Q tokens, with a the running sum of delta A and h the state before it, head by head:
+//
+//   y_i = sum_(j <= i) M_ij x_j + exp(a_i) C_i h + D x_i,   M_ij = (C_i . B_j) exp(a_i - a_j) delta_j,
+//   h  <- exp(a_Q) h + sum_j B_j exp(a_Q - a_j) delta_j x_j
+//
+// Here is what both directions need.
+#pragma once
+#include "products.h"
+
+namespace {
+
+constexpr int HEADS = 8;  // of one item; they share C . B, and few of them leave work for other threads
+
+template <class Arguments, class M>
+struct SsdPart {
+    typedef typename M::Number Number;
+    const Arguments &s;
+    const int Q, N, P;  // filled up to whole units
+    float *const space;
+    int64_t used = 0;
+    int64_t b = 0, g = 0, part = 0, first = 0, count = 0, t0 = 0;  // sequence, group, its part, its heads; the chunk's first token
+    int tokens = 0, rows = 0;                                      // of the chunk, and filled up
+    // (Q): a in two floats, so that differences of large sums stay exact; delta; exp(a_i); exp(a_Q - a_i); that times delta_i
+    float *high = floats(Q), *low = floats(Q), *delta = floats(Q), *since = floats(Q), *until = floats(Q), *weight = floats(Q);
+    float *block = floats(W * (N > P ? N : P));  // some rows
+
+    SsdPart(const Arguments &s_, float *space_)
+        : s(s_), Q(padded(s_.chunk, M::UNIT)), N(padded(s_.n, M::UNIT)), P(padded(s_.width, M::UNIT)), space(space_) {}
+
+    float *floats(int64_t count) {
+        float *taken = space ? space + used : nullptr;
+        used += padded(count, 16);
+        return taken;
+    }
+    Number *numbers(int64_t count) { return (Number *)floats(count * sizeof(Number) / sizeof(float)); }
+
+    void choose_item(int64_t item) {
+        const int64_t shared = s.heads / s.groups, parts = ceil_div(shared, HEADS);
+        part = item % parts, g = item / parts % s.groups, b = item / parts / s.groups;
+        first = g * shared + part * HEADS, count = smaller(HEADS, shared - part * HEADS);
+    }
+    int64_t chunks() const { return ceil_div(s.length, s.chunk); }
+    int64_t reads_from() const { return s.initial ? 0 : 1; }  // the first chunk that reads a state
+    void choose_chunk(int64_t k) {
+        t0 = k * s.chunk, tokens = smaller(s.chunk, s.length - t0), rows = padded(tokens, M::UNIT);
+    }
+
+    // The chunk's row t, channels from `from` on; zeros where there is none.
+    void load_token(const Rows &r, int t, int64_t from, int64_t channels, int size, float *to) const {
+        load_row(r, b, t0 + t, from, t < tokens ? (int)channels : 0, size, to);
+    }
+    void prefetch_chunk(const Rows &r, int64_t start, int64_t from, int64_t channels) const {
+        for (int64_t t = start; t < start + s.chunk && t < s.length; t++) prefetch_row(r, b, t, from, channels);
+    }
+
+    void load_steps(int64_t head) {
+        const double A2 = s.A2[head];
+        double a = 0;
+        for (int t = 0; t < rows; t++) {
+            delta[t] = t < tokens ? s.delta[(b * s.length + t0 + t) * s.heads + head] : 0;
+            a += A2 * delta[t];
+            high[t] = (float)a;
+            low[t] = (float)(a - high[t]);
+        }
+        for (int t = 0; t < rows; t += W) {
+            vf e[2] = {load(high + t) + load(low + t), (high[rows - 1] - load(high + t)) + (low[rows - 1] - load(low + t))};
+            exp2_clamped<2>(e);
+            store(since + t, e[0]);
+            store(until + t, e[1]);
+            store(weight + t, e[1] * load(delta + t));
+        }
+    }
+    float kept() const { return since[rows - 1]; }  // what the chunk keeps of the state before it
+
+    // (B, H, P, N), for the heads of this item, to (heads, N, P) and back.
+    void load_states(const float *from, float *h) const {
+        memset(h, 0, count * N * P * sizeof(float));
+        for (int64_t i = 0; from && i < count; i++)
+            for (int64_t p = 0; p < s.width; p++)
+                for (int64_t n = 0; n < s.n; n++) h[(i * N + n) * P + p] = from[state_at(i, p) + n];
+    }
+    void store_states(const float *h, float *to) const {
+        for (int64_t i = 0; to && i < count; i++)
+            for (int64_t p = 0; p < s.width; p++)
+                for (int64_t n = 0; n < s.n; n++) to[state_at(i, p) + n] = h[(i * N + n) * P + p];
+    }
+    int64_t state_at(int64_t i, int64_t p) const { return ((b * s.heads + first + i) * s.width + p) * s.n; }
+
+    // The states before the chunks that read one: (chunks, B, H, N, P), as rows of P.
+    Rows before() const { return {(void *)s.before, 0, s.width, s.x.bfloat16}; }
+    int64_t before_at(int64_t k, int64_t head) const { return (((k - reads_from()) * s.batch + b) * s.heads + head) * s.n * s.width; }
+};
+
+template <class Arguments>
+int64_t ssd_items(const Arguments &s) {
+    return s.batch * s.groups * ceil_div(s.heads / s.groups, HEADS);
+}
+template <template <class> class Part, class Arguments>
+int64_t ssd_workspace(const Arguments &s) {
+#ifdef __AMX_BF16__
+    if (s.x.bfloat16) return Part<Tiles>(s, nullptr).used;
+#endif
+    return Part<Vectors>(s, nullptr).used;
+}
+template <template <class> class Part, class Arguments>
+void ssd_run(const Arguments &s, int64_t item, float *space) {
+    const FlushDenormals flush;
+#ifdef __AMX_BF16__
+    if (s.x.bfloat16) return Part<Tiles>(s, space).run(item);
+#endif
+    Part<Vectors>(s, space).run(item);
+}
+
+}  // namespace
