@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
@@ -18,6 +19,7 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from rankmamba.collection import load
+from rankmamba.precision import autocast
 from rankmamba.reranker import Reranker
 
 
@@ -35,23 +37,28 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=100, help="candidates of each query")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: both under autocast")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pairs = nq_pairs(options.queries, options.depth)
     by_query = [pairs[start : start + options.depth] for start in range(0, len(pairs), options.depth)]
 
-    reranker = Reranker.from_pretrained("minilm-l6", dtype=torch.float32, device="cpu")
+    dtype = getattr(torch, options.dtype)
+    reranker = Reranker.from_pretrained("minilm-l6", dtype=dtype, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         reranker.save_pretrained(folder)
         encoder = CrossEncoder(folder, device="cpu", trust_remote_code=True)
     # its own models compute the whole last layer, which ours, loaded by it, would not
     encoder.model._last_layer.only = lambda positions: nullcontext()
-    print(f"MiniLM-L6, float32, CPU, {options.threads} thread(s), {len(pairs)} pairs, median of {options.repeats}")
+
+    def predict_theirs(call, size: int) -> np.ndarray:
+        with autocast("cpu", dtype):
+            return encoder.predict(call, batch_size=size)
+
+    print(f"MiniLM-L6, {options.dtype}, CPU, {options.threads} thread(s), {len(pairs)} pairs, median of {options.repeats}")
     for title, calls in {"all pairs in one call": [pairs], "a call for each query": by_query}.items():
         variants = {
-            f"CrossEncoder, batches of {size}{' (its default)' if size == 32 else ''}": lambda call, size=size: encoder.predict(
-                call, batch_size=size
-            )
+            f"CrossEncoder, batches of {size}{' (its default)' if size == 32 else ''}": partial(predict_theirs, size=size)
             for size in (8, 32, 128)
         }
         variants["rankmamba"] = reranker.predict

@@ -1,10 +1,12 @@
 """Records: one JSON file a run. Every table and figure (`tables`, `plots`) is made from records and from nothing else.
 
 `config` and `result` of a record are deterministic: the same seed gives the same ones. What varies stands in `timing`,
-`environment` and `created`. `python -m rankmamba.results FOLDER [--csv]` prints the final table, or its tidy numbers.
+`environment` and `created`. `python -m rankmamba.results FOLDER [--csv]` prints the final table, or its tidy numbers. A record may
+lie gzipped (`gzip -9n FOLDER/records/*.json`), as those that are kept for long do.
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import math
@@ -12,6 +14,7 @@ import os
 import platform
 import re
 import sys
+import zlib
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -106,11 +109,18 @@ def write_record(folder: str | Path, record: Mapping) -> Path:
             mine, theirs = ([found[key] for key in IDENTITY] for found in (record, other))
             raise InputError(f"expected another name than {path.name} for {mine}, got one that {theirs} has; rename the system")
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    _gzipped(path).unlink(missing_ok=True)
     return path
+
+
+def _gzipped(path: Path) -> Path:
+    return path.with_name(path.name + ".gz")
 
 
 def read_records(folder: str | Path, kind: str | None = None) -> list[dict]:
     """Read the records of a results folder, in the order of their file names; `kind` picks one kind. No records: an empty list.
+
+    Where a record is there twice, gzipped and not, the gzipped one is the older and is left out.
 
     Raises:
         InputError: the folder is missing, or a file is truncated, not JSON, lacks a key, has a wrong type or a foreign name.
@@ -118,21 +128,24 @@ def read_records(folder: str | Path, kind: str | None = None) -> list[dict]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"expected a results folder, got {str(folder)!r}, which is none; run the study first, or check the path")
-    paths = sorted((folder / "records").glob(f"{_slug(kind)}-*.json" if kind else "*.json"))
-    records = [_read(path) for path in paths]
+    pattern = f"{_slug(kind)}-*.json" if kind else "*.json"
+    plain = set((folder / "records").glob(pattern))
+    zipped = {path for path in (folder / "records").glob(pattern + ".gz") if path.with_suffix("") not in plain}
+    records = [_read(path) for path in sorted(plain | zipped)]
     return [record for record in records if kind in (None, record["kind"])]
 
 
 def _read(path: Path) -> dict:
     remedy = "delete it and run its step again"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        record = json.loads(content.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise InputError(f"expected a record, got broken JSON ({path}:{error.lineno}: {error.msg}); {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise InputError(f"expected a record, got no JSON ({path}: {error}); {remedy}") from error
     _check(record, str(path))
-    if path.name != _file_name(record):
+    if path.name.removesuffix(".gz") != _file_name(record):
         raise InputError(f"expected {_file_name(record)} as this record's file name, got {path}; move copies elsewhere")
     return record
 

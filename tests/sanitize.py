@@ -1,4 +1,4 @@
-"""Run the native kernels under the address and undefined-behaviour sanitizers, every vector width, over awkward shapes.
+"""Run the native kernels under the address and undefined-behaviour sanitizers, every vector width and the tiles, over awkward shapes.
 
     python tests/sanitize.py            needs g++; takes about three minutes; not part of the test suite
 
@@ -16,20 +16,39 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rankmamba"
 SOURCES = PACKAGE / "scan" / "native"
-FLAGS = "-std=c++17 -O1 -g -fPIC -shared -pthread -ffp-contract=fast -Wno-psabi".split()
+FLAGS = "-std=c++17 -O1 -g -fPIC -pthread -ffp-contract=fast -Wno-psabi".split()
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
 
 
-def build(width: int, folder: Path) -> None:
-    """Put the package's scan with a sanitized library of `width` lanes into `folder`."""
+def has(*features: str) -> bool:
+    return set(features) <= set(Path("/proc/cpuinfo").read_text().split())
+
+
+def builds() -> dict[str, dict[str, tuple[int, list[str]]]]:
+    """{title: {instruction set: (lanes, flags)}}, what this machine can run; the library takes the last one."""
+    avx2 = ["-mavx2", "-mfma"] if has("avx2", "fma") else []
+    found = {f"{lanes} lanes": {"base": (lanes, avx2 if lanes > 4 else [])} for lanes in (4, 8, 16)}
+    if has("amx_bf16", "avx512_bf16", "avx512dq"):
+        avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+        tiles = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+        found["tiles"] = {"base": (4, []), "avx512": (16, avx512), "amx": (16, tiles)}
+    return found
+
+
+def build(kernels: dict[str, tuple[int, list[str]]], folder: Path) -> None:
+    """Put the package's scan with a sanitized library of these kernels into `folder`."""
     copy = folder / "rankmamba"
     shutil.copytree(PACKAGE / "scan", copy / "scan", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(PACKAGE / "errors.py", copy)
     (copy / "__init__.py").touch()
-    native = ["-mavx2", "-mfma"] if width > 4 and "avx2" in Path("/proc/cpuinfo").read_text() else []
-    sources = [str(SOURCES / name) for name in ("kernels.cpp", "dispatch.cpp")]
-    command = ["g++", *FLAGS, *SANITIZE, *native, "-DISA=base", f"-DWIDTH={width}", *sources]
-    subprocess.run([*command, "-o", str(copy / "scan" / "native" / "_kernels.so")], check=True)
+    compiler = ["g++", *FLAGS, *SANITIZE]
+    for name, (lanes, flags) in kernels.items():
+        target = ["-c", str(SOURCES / "kernels.cpp"), "-o", str(folder / f"{name}.o")]
+        subprocess.run([*compiler, *flags, f"-DISA={name}", f"-DWIDTH={lanes}", *target], check=True)
+    have = [f"-DHAVE_{name.upper()}" for name in kernels]
+    objects = [str(folder / f"{name}.o") for name in kernels]
+    target = ["-shared", "-o", str(copy / "scan" / "native" / "_kernels.so")]
+    subprocess.run([*compiler, *have, str(SOURCES / "dispatch.cpp"), *objects, *target], check=True)
 
 
 def run_all_shapes() -> None:
@@ -90,9 +109,9 @@ def run_all_shapes() -> None:
 
 def main() -> int:
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    for width in (4, 8, 16):
+    for title, kernels in builds().items():
         with tempfile.TemporaryDirectory() as folder:
-            build(width, Path(folder))
+            build(kernels, Path(folder))
             # Python itself leaks on purpose, and torch's allocator is not the sanitizer's business
             environment = {
                 "LD_PRELOAD": runtime,
@@ -100,7 +119,7 @@ def main() -> int:
                 "PYTHONPATH": folder,
                 "OMP_WAIT_POLICY": "passive",
             }
-            print(f"{width} lanes: ", end="", flush=True)
+            print(f"{title}: ", end="", flush=True)
             shapes = [sys.executable, __file__, "--run"]
             results = [sys.executable, "-m", "pytest", "-q", "-k", "native", str(Path(__file__).with_name("test_scan.py"))]
             for command in (shapes, results):

@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 import os
@@ -292,3 +293,26 @@ def test_the_command_prints_the_table_tidy_rows_or_what_is_wrong(tmp_path, capsy
     assert capsys.readouterr().err.startswith("error: expected a results folder")
     assert results.main([str(tmp_path / "records")]) == 1
     assert "run 04_evaluate" in capsys.readouterr().err
+
+
+def test_gzipped_records_read_as_they_were_and_a_new_record_takes_their_place(tmp_path):
+    before = [fingerprint(r) for r in read_records(study(tmp_path))]
+    for path in (tmp_path / "records").glob("*.json"):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert [fingerprint(r) for r in read_records(tmp_path)] == before
+    assert [r["kind"] for r in read_records(tmp_path, "train")] == ["train"]
+    newer = record("evaluate", "bm25", result=measured(values(9)))
+    (tmp_path / "records" / write_record(tmp_path, newer).name).with_suffix(".json.gz").write_bytes(b"an older one")
+    assert fingerprint(newer) in [fingerprint(r) for r in read_records(tmp_path)]
+    write_record(tmp_path, newer)
+    assert len(list((tmp_path / "records").glob("evaluate-bm25-set*"))) == 1
+
+
+@pytest.mark.parametrize("broken", [b"no gzip", gzip.compress(b"{}")[:-9], gzip.compress(b"\xff")], ids=["other", "cut", "utf8"])
+def test_a_broken_gzipped_record_is_named(tmp_path, broken):
+    path = write_record(tmp_path, record())
+    path.with_name(path.name + ".gz").write_bytes(broken)
+    path.unlink()
+    with pytest.raises(InputError, match=f"no JSON .*{path.name}.gz"):
+        read_records(tmp_path)
