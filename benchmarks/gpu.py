@@ -70,7 +70,7 @@ def inputs(length: int = 128, inner: int = 128, states: int = 16, width: int = 6
             **{"A": -torch.arange(1.0, heads + 1), "D": normal(heads)},
         },
         "causal_conv1d": {"x": normal(*tokens), "weight": normal(inner, 4), "bias": normal(inner)},
-        "gated_rms_norm": {"y": normal(*tokens), "z": normal(*tokens), "weight": normal(inner)},
+        "rms_norm": {"y": normal(*tokens), "z": normal(*tokens), "weight": normal(inner)},
     }
 
 
@@ -79,7 +79,7 @@ def parity(device: str) -> dict[str, float]:
 
     def values(function, tensors):
         leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
-        y = function(**leaves, **({"epsilon": 1e-5} if "weight" in tensors and "z" in tensors else {}))
+        y = function(**leaves)
         gradients = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
         return [t.double().cpu() for t in (y.detach(), *gradients)]
 

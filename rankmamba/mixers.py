@@ -1,6 +1,6 @@
-"""Hugging Face's Mamba, FalconMamba and Mamba-2 blocks, computed by `rankmamba.scan`.
+"""Hugging Face's Mamba, FalconMamba and Mamba-2 blocks, computed by `rankmamba.scan`: their mixers and norms.
 
-`use_scan` gives each block's mixer another forward pass; its modules, parameters and their names stay what they are, so weights
+`use_scan` gives each of them another forward pass; its modules, parameters and their names stay what they are, so weights
 load and save as before, and transformers itself is left alone.
 """
 
@@ -17,11 +17,11 @@ from torch import nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .errors import InputError
-from .scan import causal_conv1d, gated_rms_norm, selective_scan, ssd_scan
+from .scan import causal_conv1d, rms_norm, selective_scan, ssd_scan
 
 
 def use_scan(backbone: nn.Module) -> nn.Module:
-    """Let `rankmamba.scan` compute every Mamba, FalconMamba and Mamba-2 (also NemotronH's) mixer inside `backbone`; return it.
+    """Let `rankmamba.scan` compute every Mamba, FalconMamba and Mamba-2 (also NemotronH's) mixer and norm in `backbone`; return it.
 
     Other models come back unchanged. `attention_mask` (B, L), or longer and then its last L columns, becomes exact: a token where
     it is 0 touches no other token and no state.
@@ -30,7 +30,7 @@ def use_scan(backbone: nn.Module) -> nn.Module:
     for module in backbone.modules():
         ours = _OURS.get((type(module).__module__, type(module).__name__))
         if ours is not None:
-            module.__class__ = _mixer(ours)  # the same object: hooks, sharing and the optimizer's parameters survive
+            module.__class__ = _class(ours)  # the same object: hooks, sharing and the optimizer's parameters survive
     return backbone
 
 
@@ -288,7 +288,15 @@ class _ScanMamba2(_ScanMixer):
             y, last_state = y
             state._write(self.layer_idx, last_inputs, last_state)
         groups = self.intermediate_size // self.norm.group_size
-        return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm.variance_epsilon, groups))
+        return self.out_proj(rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, groups))
+
+
+class _RMSNorm:
+    """The norm before each block, which transformers makes of seven passes over the tokens."""
+
+    def forward(self, hidden_states):
+        """(B, L, D) -> (B, L, D)."""
+        return rms_norm(hidden_states, self.weight, epsilon=self.variance_epsilon)
 
 
 # Our name: where transformers' class is, our forward pass, the modules whose weights it reads directly.
@@ -308,23 +316,27 @@ _FAMILIES = {
         ["conv1d"],
     ),
 }
+_FAMILIES |= {
+    f"Scan{family}RMSNorm": (f"transformers.models.{folder}.modeling_{folder}", f"{family}RMSNorm", _RMSNorm, [])
+    for folder, family in {"mamba": "Mamba", "falcon_mamba": "FalconMamba", "mamba2": "Mamba2", "nemotron_h": "NemotronH"}.items()
+}
 _OURS = {(module, name): ours for ours, (module, name, *_) in _FAMILIES.items()}
 
 
 @functools.cache
-def _mixer(ours: str) -> type:
-    """A subclass of transformers' mixer: its modules and initialisation, our forward pass; offloaded weights are fetched first.
+def _class(ours: str) -> type:
+    """A subclass of transformers' class: its modules and initialisation, our forward pass; offloaded weights are fetched first.
 
     Made when a model needs it, because importing transformers' file imports the CUDA packages wherever they are installed.
     """
     module, name, mixin, read_directly = _FAMILIES[ours]
     theirs = getattr(importlib.import_module(module), name)
-    forward = force_accelerate_hooks(read_directly)(_ScanMixer.forward)
+    forward = force_accelerate_hooks(read_directly)(mixin.forward) if read_directly else mixin.forward
     return type(ours, (mixin, theirs), {"forward": forward, "__module__": __name__, "__doc__": mixin.__doc__})
 
 
 def __getattr__(name: str) -> type:
     """Let pickle and copy find the classes that `use_scan` makes."""
     if name in _FAMILIES:
-        return _mixer(name)
+        return _class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -92,8 +92,9 @@ def run_all_shapes() -> None:
                 for activation, extra in (("silu", (bias, state)), (None, (None, None))):
                     backward(scan.causal_conv1d(rows[0], weight, *extra, True, activation))
                     count += 1
-            backward([scan.gated_rms_norm(rows[0], rows[1], normal(inner))])
-            count += 1
+            backward([scan.rms_norm(rows[0], normal(inner), rows[1])])
+            backward([scan.rms_norm(rows[0], normal(inner))])
+            count += 2
         for batch, length, heads, width, groups, n in [
             (1, 1, 1, 1, 1, 1), (2, 63, 2, 5, 2, 3), (1, 65, 3, 17, 1, 9), (2, 130, 4, 8, 2, 16), (1, 64, 2, 64, 1, 33)
         ]:  # fmt: skip

@@ -114,13 +114,14 @@ def test_causal_conv1d_equals_its_definition_in_float64(kernel, shape, activatio
 
 @every_kernel
 @pytest.mark.parametrize("shape", [(2, 40, 96, 1), (1, 1, 15, 3), (2, 33, 70, 2)], ids=str)
-def test_gated_rms_norm_equals_its_definition_in_float64(kernel, shape):
+def test_rms_norm_equals_its_definition_in_float64(kernel, shape):
     batch, length, inner, groups = shape
     g = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(batch, length, inner, generator=g) for name in "yz"} | {
         "weight": torch.randn(inner, generator=g)
     }
-    check("gated_rms_norm", kernel, tensors, 1e-6, 4e-6, epsilon=1e-5, groups=groups)
+    check("rms_norm", kernel, tensors, 1e-6, 4e-6, epsilon=1e-5, groups=groups)
+    check("rms_norm", kernel, tensors | {"z": None}, 1e-6, 4e-6, epsilon=1e-5, groups=groups)
 
 
 @every_kernel
@@ -361,7 +362,7 @@ def cuda(monkeypatch):
 
     def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
         assert not norm_before_gate and bias is None
-        return reference.gated_rms_norm(x, z, weight, eps, x.shape[-1] // group_size)
+        return reference.rms_norm(x, weight, z, eps, x.shape[-1] // group_size)
 
     contents = {
         "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": selective_scan_fn},
@@ -389,7 +390,8 @@ def test_cuda_calls_fit_and_continue_a_prefix_rightly(cuda):
     conv = {"x": tensors["u"], "weight": torch.randn(8, 4), "bias": torch.randn(8), "initial_state": torch.randn(2, 3, 8)}
     check("causal_conv1d", "cuda", conv, 1e-6, 2e-6, return_final_state=True, activation="silu")
     norm = {"y": tensors["u"], "z": tensors["z"], "weight": torch.randn(8)}
-    check("gated_rms_norm", "cuda", norm, 1e-6, 4e-6, epsilon=1e-5, groups=2)
+    check("rms_norm", "cuda", norm, 1e-6, 4e-6, epsilon=1e-5, groups=2)
+    check("rms_norm", "cuda", norm | {"z": None}, 1e-6, 4e-6, epsilon=1e-5, groups=2)
     assert dispatch._cuda() is sys.modules["rankmamba.scan.cuda"]
 
 

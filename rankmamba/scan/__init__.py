@@ -11,7 +11,7 @@ from ..errors import InputError
 from .dispatch import Kernel, forced, implementation, kernel
 from .precision import without_autocast
 
-__all__ = ["Kernel", "causal_conv1d", "forced", "gated_rms_norm", "kernel", "selective_scan", "ssd_scan"]
+__all__ = ["Kernel", "causal_conv1d", "forced", "kernel", "rms_norm", "selective_scan", "ssd_scan"]
 
 
 @without_autocast
@@ -127,22 +127,22 @@ def ssd_scan(
 
 
 @without_autocast
-def gated_rms_norm(
-    y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5, groups: int = 1
+def rms_norm(
+    y: torch.Tensor, weight: torch.Tensor, z: torch.Tensor | None = None, epsilon: float = 1e-5, groups: int = 1
 ) -> torch.Tensor:
-    """Gate, then norm: g = y silu(z), divided by its root mean square over each of `groups` parts of the channels, times weight.
+    """Divide y, or y silu(z), by its root mean square over each of `groups` parts of the channels; times weight.
 
     y, z: (B, L, E). weight: (E,). Returns (B, L, E) in y's precision.
 
     Raises:
         InputError: shapes that do not fit.
-    Source: arXiv 2405.21060, figure 6; RMSNormGated of the released code with norm_before_gate=False.
+    Source: arXiv 1910.07467; with a gate arXiv 2405.21060, figure 6: RMSNormGated of the released code with norm_before_gate=False.
     """
     inner = _shape("y", y, 3)[2]
     _check("y", y, {"z": (z, tuple(y.shape)), "weight": (weight, (inner,))})
     if groups < 1 or inner % groups:
         raise InputError(f"expected channels in equal groups, got {inner} channels and {groups} groups")
-    return implementation(y).gated_rms_norm(y, z, weight, epsilon, groups)
+    return implementation(y).rms_norm(y, weight, z, epsilon, groups)
 
 
 def _shape(name, tensor, dims):

@@ -55,7 +55,7 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     return (y, h) if return_final_state else y
 
 
-def gated_rms_norm(y, z, weight, epsilon, groups=1):
-    """Gate, root mean square, weight; see `rankmamba.scan.gated_rms_norm`."""
-    parts = (y * F.silu(z)).unflatten(-1, (groups, -1))
+def rms_norm(y, weight, z=None, epsilon=1e-5, groups=1):
+    """Gate, root mean square, weight; see `rankmamba.scan.rms_norm`."""
+    parts = (y if z is None else y * F.silu(z)).unflatten(-1, (groups, -1))
     return weight * (parts / (parts.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()).flatten(-2)

@@ -2,6 +2,7 @@
 
 from .library import description
 from .mamba import causal_conv1d, selective_scan
-from .mamba2 import gated_rms_norm, ssd_scan
+from .mamba2 import ssd_scan
+from .norm import rms_norm
 
-__all__ = ["causal_conv1d", "description", "gated_rms_norm", "selective_scan", "ssd_scan"]
+__all__ = ["causal_conv1d", "description", "rms_norm", "selective_scan", "ssd_scan"]

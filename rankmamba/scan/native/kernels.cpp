@@ -1,6 +1,6 @@
 // One build of all kernels. Compiled several times, with WIDTH lanes for an instruction set called ISA.
 #include "causal_conv1d.h"
-#include "gated_norm.h"
+#include "rms_norm.h"
 #include "selective_scan.h"
 #include "ssd_backward.h"
 #include "ssd_forward.h"

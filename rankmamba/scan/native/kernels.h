@@ -66,11 +66,11 @@ struct SsdBackward {
     float *dB, *dC;                   // (parts, B, L, G, N), to be summed over the parts
 };
 
-// y silu(z), then divided by its root mean square over each of `groups` parts of a row, times weight (E).
+// y, or y silu(z), divided by its root mean square over each of `groups` parts of a row, times weight (E).
 struct Norm {
     int64_t batch, length, inner, groups;
     float epsilon;
-    Rows y, z, out;
+    Rows y, z, out;  // z, dz: null for no gate
     const float *weight;
     // backward only
     Rows dout, dy, dz;

@@ -1,4 +1,4 @@
-"""Mamba-2's scan and norm on the native kernels (arXiv 2405.21060, section 6)."""
+"""Mamba-2's scan on the native kernels (arXiv 2405.21060, section 6)."""
 
 import math
 
@@ -7,9 +7,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import HEADS, Norm, SsdBackward, SsdForward, as_plain, as_rows, call, pointer, rows, tracked, workers
+from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, pointer, rows, tracked, workers
 
-NORM_ROWS = 32  # tokens, as in gated_norm.h
 CHUNK = 64  # tokens; work inside a chunk grows with it, work on the states between chunks with its inverse
 
 
@@ -103,50 +102,3 @@ def _rows(x):
     x = x.detach()
     together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     return as_rows(x.flatten(2) if together else x.contiguous().flatten(2))
-
-
-def gated_rms_norm(y, z, weight, epsilon, groups=1):
-    """See `rankmamba.scan.gated_rms_norm`."""
-    if y.numel() == 0:
-        return portable.gated_rms_norm(y, z, weight, epsilon, groups)
-    if tracked((y, z, weight)):
-        return _GatedNorm.apply(y, z, weight, epsilon, groups)
-    return _norm_forward(y, z, weight, epsilon, groups)
-
-
-class _GatedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, z, weight, epsilon, groups):
-        ctx.save_for_backward(y, z, weight)
-        ctx.epsilon, ctx.groups = epsilon, groups
-        return _norm_forward(y, z, weight, epsilon, groups)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        return *_norm_backward(*ctx.saved_tensors, ctx.epsilon, ctx.groups, dout), None, None
-
-
-def _norm_arguments(y, z, weight, epsilon, groups):
-    alive = as_rows(y), as_rows(z), as_plain(weight)
-    return Norm(*y.shape, groups, epsilon, rows(alive[0]), rows(alive[1]), weight=pointer(alive[2])), alive
-
-
-def _norm_forward(y, z, weight, epsilon, groups):
-    arguments, alive = _norm_arguments(y, z, weight, epsilon, groups)
-    out = torch.empty(y.shape, dtype=alive[0].dtype)
-    arguments.out = rows(out)
-    call("norm_forward", arguments, workers(8 * y.numel()))
-    return out.to(y.dtype)
-
-
-@without_autocast
-def _norm_backward(y, z, weight, epsilon, groups, dout):
-    arguments, alive = _norm_arguments(y, z, weight, epsilon, groups)
-    batch, length, inner = y.shape
-    dout = as_rows(dout)
-    dy, dz = (torch.empty(t.shape, dtype=t.dtype) for t in alive[:2])
-    dweight = torch.empty(batch * -(-length // NORM_ROWS), inner)
-    arguments.dout, arguments.dy, arguments.dz, arguments.dweight = rows(dout), rows(dy), rows(dz), pointer(dweight)
-    call("norm_backward", arguments, workers(16 * y.numel()))
-    return dy.to(y.dtype), dz.to(z.dtype), dweight.sum(0).to(weight.dtype)

@@ -1,4 +1,5 @@
-// The norm behind Mamba-2's scan (arXiv 2405.21060, figure 6): gate, root mean square and weight in one pass over the rows.
+// Root mean square norm, before Mamba's blocks, and with a gate behind Mamba-2's scan (arXiv 2405.21060, figure 6): all in one pass
+// over the rows.
 #pragma once
 #include "vec.h"
 
@@ -10,8 +11,9 @@ inline int64_t norm_padded(const Norm &s) { return ceil_div(s.inner, BLOCK) * BL
 int64_t norm_items(const Norm &s) { return s.batch * ceil_div(s.length, NORM_ROWS); }
 int64_t norm_workspace(const Norm &s) { return 7 * norm_padded(s); }
 
-// One row: y, z, and gated = y silu(z); with sigmoids also kept for the backward.
+// One row: y, z, and gated = y silu(z); with sigmoids also kept for the backward. Without a gate, gated = y alone.
 inline void gate_row(const Norm &s, int64_t b, int64_t t, int size, float *y, float *z, float *gated, float *gates) {
+    if (!s.z.data) return load_row(s.y, b, t, 0, (int)s.inner, size, gated);
     load_row(s.y, b, t, 0, (int)s.inner, size, y);
     load_row(s.z, b, t, 0, (int)s.inner, size, z);
     for (int e = 0; e < size; e += BLOCK) {
@@ -76,13 +78,13 @@ void norm_backward_run(const Norm &s, int64_t item, float *space) {
             const float along = dot(d, own, width) / width * r * r;
             for (int e = 0; e < width; e++) d[e] = r * (d[e] - own[e] * along);  // the gradient of `gated`
         }
-        for (int e = 0; e < size; e += W) {
+        for (int e = 0; s.z.data && e < size; e += W) {
             const vf gate = load(gates + e), x = load(z + e), d = load(dout + e), silu = x * gate;
             store(dz + e, d * load(y + e) * (gate + silu * (1.f - gate)));
             store(dout + e, d * silu);
         }
         store_row(s.dy, b, t, 0, (int)s.inner, dout);
-        store_row(s.dz, b, t, 0, (int)s.inner, dz);
+        if (s.z.data) store_row(s.dz, b, t, 0, (int)s.inner, dz);
     }
     memcpy(s.dweight + item * s.inner, dw, s.inner * sizeof(float));
 }

@@ -1,0 +1,55 @@
+"""Root mean square norm, gated or not, on the native kernels."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import portable
+from ..precision import without_autocast
+from .library import NORM_ROWS, Norm, as_plain, as_rows, call, pointer, rows, tracked, workers
+
+
+def rms_norm(y, weight, z=None, epsilon=1e-5, groups=1):
+    """See `rankmamba.scan.rms_norm`."""
+    if y.numel() == 0:
+        return portable.rms_norm(y, weight, z, epsilon, groups)
+    if tracked((y, weight, z)):
+        return _RMSNorm.apply(y, weight, z, epsilon, groups)
+    return _forward(y, weight, z, epsilon, groups)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, weight, z, epsilon, groups):
+        ctx.save_for_backward(y, weight, z)
+        ctx.epsilon, ctx.groups = epsilon, groups
+        return _forward(y, weight, z, epsilon, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return *_backward(*ctx.saved_tensors, ctx.epsilon, ctx.groups, dout), None, None
+
+
+def _arguments(y, weight, z, epsilon, groups):
+    alive = as_rows(y), as_plain(weight), as_rows(z)
+    return Norm(*y.shape, groups, epsilon, rows(alive[0]), rows(alive[2]), weight=pointer(alive[1])), alive
+
+
+def _forward(y, weight, z, epsilon, groups):
+    arguments, alive = _arguments(y, weight, z, epsilon, groups)
+    out = torch.empty(y.shape, dtype=alive[0].dtype)
+    arguments.out = rows(out)
+    call("norm_forward", arguments, workers(8 * y.numel()))
+    return out.to(y.dtype)
+
+
+@without_autocast
+def _backward(y, weight, z, epsilon, groups, dout):
+    arguments, alive = _arguments(y, weight, z, epsilon, groups)
+    batch, length, inner = y.shape
+    dout = as_rows(dout)
+    dy, dz = (None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in (alive[0], alive[2]))
+    dweight = torch.empty(batch * -(-length // NORM_ROWS), inner)
+    arguments.dout, arguments.dy, arguments.dz, arguments.dweight = rows(dout), rows(dy), rows(dz), pointer(dweight)
+    call("norm_backward", arguments, workers(16 * y.numel()))
+    return dy.to(y.dtype), dweight.sum(0).to(weight.dtype), None if z is None else dz.to(z.dtype)
