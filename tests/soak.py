@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from rankmamba.train import TrainConfig
 SYSTEMS = ("tiny-mamba", "tiny-mamba2", "tiny-neox", "tiny-bert")
 ROOM = 96 << 20  # bytes of the disk
 GROWTH = 32 << 20  # bytes that the memory may grow by after the warm-up
-WARM_UP = 40  # operations
+WARM_UP, WINDOW = 40, 200  # operations: that do not count, and that a mean of the memory is taken over; one of them says little
 
 
 class Soak:
@@ -225,7 +226,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=256, help="MiB that another process takes and gives back meanwhile")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a fork has no threads but its own
-    started, warm, peak = time.monotonic(), None, 0
+    started, taken = time.monotonic(), []
     other = ballast(options.memory)
     try:
         with small_disk() as (folder, small):
@@ -233,17 +234,15 @@ def main() -> int:
             print("disk pressure: " + ("yes" if small else "no, this user may not mount a tmpfs"))
             while time.monotonic() - started < 60 * options.minutes:
                 what, number = soak.step(small), number + 1
-                peak = max(peak, memory())
-                if number == WARM_UP:
-                    warm = memory()
+                taken.append(memory())
                 if number % 20 == 0:
                     clock = f"{(time.monotonic() - started) / 60:.1f} min"
                     print(f"{clock}: {number} operations, {memory() / 2**20:.0f} MiB, last {what}", flush=True)
             print(f"{number} operations in {options.minutes:g} min: {dict(sorted(soak.counts.items()))}")
-            if warm is not None:
-                grown = memory() - warm
-                print(f"memory: {warm / 2**20:.0f} MiB after {WARM_UP} operations, {memory() / 2**20:.0f} MiB at the end")
-                assert grown <= GROWTH, f"the memory grew by {grown / 2**20:.0f} MiB"
+            if number > WARM_UP:
+                first, last = (statistics.mean(part) / 2**20 for part in (taken[WARM_UP : WARM_UP + WINDOW], taken[-WINDOW:]))
+                print(f"memory: {first:.0f} MiB over {WINDOW} operations after {WARM_UP}, {last:.0f} MiB over the last {WINDOW}")
+                assert last - first <= GROWTH / 2**20, f"the memory grew by {last - first:.0f} MiB"
     finally:
         other.kill()
     return 0
