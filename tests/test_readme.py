@@ -12,8 +12,9 @@ from rankmamba.tables import final_table, format_table
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_the_one_that_the_committed_records_give():
-    assert format_table(final_table(read_records(ROOT / "data" / "quick"))) in README
+@pytest.mark.parametrize("study", ["quick", "study"])
+def test_the_tables_are_those_that_the_committed_records_give(study):
+    assert format_table(final_table(read_records(ROOT / "data" / study))) in README
 
 
 def test_every_command_of_run_py_in_it_exists():
