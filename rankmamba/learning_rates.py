@@ -3,7 +3,8 @@
 Every system of the scale is trained with every rate, else by the scale's own recipe, and ranks the dev queries; no test query is
 touched. The best rate is the one with the lowest loss over the last quarter of the steps: in the first pass over the training queries each
 step's groups are new to the model, all rates see the same ones, and thousands of documents tell rates apart that a few hundred dev
-queries cannot. A search that was stopped goes on where it was.
+queries cannot. Search over as many steps as the training will have: fewer of them favour higher rates. A search that was stopped goes
+on where it was.
 """
 
 import argparse
@@ -28,10 +29,10 @@ RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
 def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
-    """Train with one rate, and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
+    """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
     settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
     for record in read_records(experiment.folder, "learning_rate") if experiment.folder.is_dir() else []:
-        if (record["system"], record["config"]) == (config.system, settings):
+        if (record["system"], record["config"]) == (config.system, settings) and "loss" in record["result"]:
             return record
     with progress(f"{config.system}, {config.learning_rate:g}") as on_step:
         losses = [row["loss"] for row in experiment.train(config, on_step)["result"]["curve"]]

@@ -331,7 +331,7 @@ def _class(ours: str) -> type:
     """
     module, name, mixin, read_directly = _FAMILIES[ours]
     theirs = getattr(importlib.import_module(module), name)
-    forward = force_accelerate_hooks(read_directly)(mixin.forward) if read_directly else mixin.forward
+    forward = force_accelerate_hooks(read_directly)(mixin.forward)
     return type(ours, (mixin, theirs), {"forward": forward, "__module__": __name__, "__doc__": mixin.__doc__})
 
 

@@ -1,6 +1,6 @@
 """Run the native kernels under the address and undefined-behaviour sanitizers, every vector width and the tiles, over awkward shapes.
 
-    python tests/sanitize.py            needs g++; takes about three minutes; not part of the test suite
+    python tests/sanitize.py            needs g++; takes about four minutes; not part of the test suite
 
 Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too, their results included. The kernels see
 torch's memory through the sanitizer's own allocator: one float read or written beside a tensor ends the run.

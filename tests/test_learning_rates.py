@@ -30,10 +30,9 @@ def test_every_system_is_tried_with_every_rate_on_dev_and_a_second_search_does_n
     assert all(set(r["result"]["per_query"]) == set(dev.queries) and r["collection"].endswith("/dev") for r in found.values())
     (folder,) = (tmp_path / "learning_rates" / "0.01").glob("models/tiny-mamba-*")
     run = Reranker.from_pretrained(folder).rerank(dev.candidates, dev, top_k=10)
-    curve = json.loads(next((tmp_path / "learning_rates" / "0.01" / "records").glob("train-tiny-mamba-*")).read_text())["result"][
-        "curve"
-    ]
-    last = [row["loss"] for row in curve][-max(1, len(curve) // 4) :]
+    (trained,) = (tmp_path / "learning_rates" / "0.01" / "records").glob("train-tiny-mamba-*")
+    losses = [row["loss"] for row in json.loads(trained.read_text())["result"]["curve"]]
+    last = losses[-max(1, len(losses) // 4) :]
     assert found["tiny-mamba", 0.01]["result"]["loss"] == pytest.approx(sum(last) / len(last))
     mean = float(per_query(run, dev.qrels, [PRIMARY])[PRIMARY].mean())
     assert found["tiny-mamba", 0.01]["result"]["mean"] == pytest.approx(mean)

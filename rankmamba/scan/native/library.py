@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-NORM_ROWS = 32  # tokens, as in rms_norm.h
 _SMALL = 1 << 18  # multiplications that take some 60 microseconds: less is not worth another thread
 
 

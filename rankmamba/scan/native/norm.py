@@ -5,7 +5,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import NORM_ROWS, Norm, as_plain, as_rows, call, pointer, rows, tracked, workers
+from .library import Norm, as_plain, as_rows, call, pointer, rows, tracked, workers
+
+NORM_ROWS = 32  # tokens, as in rms_norm.h
 
 
 def rms_norm(y, weight, z=None, epsilon=1e-5, groups=1):

@@ -7,7 +7,7 @@
 
 namespace {
 
-inline int padded(int64_t n, int unit) { return (int)((n + unit - 1) / unit * unit); }
+inline int padded(int64_t n, int unit) { return (int)(ceil_div(n, unit) * unit); }
 
 constexpr int ROWS = 4;  // rows of a product computed together: each loaded vector serves all of them
 

@@ -54,6 +54,18 @@ struct SsdPart {
         for (int64_t t = start; t < start + s.chunk && t < s.length; t++) prefetch_row(r, b, t, from, channels);
     }
 
+    // W of the chunk's rows of B or C: as they are in `block`, and turned, W channels at a time: each(channel, vectors).
+    template <class Each>
+    void turn_tokens(const Rows &r, int t, Each each) {
+        for (int i = 0; i < W; i++) load_token(r, t + i, g * s.n, s.n, N, block + i * N);
+        for (int n = 0; n < N; n += W) {
+            vf turned[W];
+            for (int i = 0; i < W; i++) turned[i] = load(block + i * N + n);
+            transpose(turned);
+            each(n, turned);
+        }
+    }
+
     void load_steps(int64_t head) {
         const double A2 = s.A2[head];
         double a = 0;

@@ -26,26 +26,19 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
     // B and C, as they are and transposed, and their product, for all heads.
     void load_shared() {
         for (int t = 0; t < rows; t += W) {
-            vf turned[W];
-            for (int i = 0; i < W; i++) this->load_token(s.B, t + i, g * s.n, s.n, N, block + i * N);
-            for (int n = 0; n < N; n += W) {
+            this->turn_tokens(s.B, t, [&](int n, const vf *turned) {
                 for (int i = 0; i < W; i++) {
-                    turned[i] = load(block + i * N + n);
-                    M::store_left(B + (t + i) * N + n, turned[i]);
+                    M::store_left(B + (t + i) * N + n, load(block + i * N + n));
+                    M::store_left(B_left + (n + i) * Q + t, turned[i]);
                 }
-                transpose(turned);
-                for (int i = 0; i < W; i++) M::store_left(B_left + (n + i) * Q + t, turned[i]);
-            }
-            for (int i = 0; i < W; i++) this->load_token(s.C, t + i, g * s.n, s.n, N, block + i * N);
-            for (int n = 0; n < N; n += W) {
-                for (int i = 0; i < W; i++) turned[i] = load(block + i * N + n);
-                transpose(turned);
+            });
+            this->turn_tokens(s.C, t, [&](int n, const vf *turned) {
                 for (int i = 0; i < W; i++) {
                     M::store_left(C_left + (n + i) * Q + t, turned[i]);
                     store(C_turned + (n + i) * Q + t, turned[i]);
                 }
                 for (int i = 0; i < W; i += 2) M::store_right(C_right, Q, n + i, t, turned[i], turned[i + 1]);
-            }
+            });
         }
         M::template multiply<false>(rows, N, rows, B, N, C_right, Q, scores, Q);
         memset(dscores, 0, rows * Q * sizeof(float));

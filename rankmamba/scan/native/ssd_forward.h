@@ -8,7 +8,7 @@ template <class M>
 struct SsdForwardPart : SsdPart<SsdForward, M> {
     typedef SsdPart<SsdForward, M> Base;
     typedef typename Base::Number Number;
-    using Base::s, Base::Q, Base::N, Base::P, Base::g, Base::first, Base::count, Base::t0, Base::tokens, Base::rows, Base::high,
+    using Base::s, Base::Q, Base::N, Base::P, Base::b, Base::g, Base::first, Base::count, Base::t0, Base::tokens, Base::rows, Base::high,
         Base::low, Base::delta, Base::since, Base::weight, Base::block, Base::floats, Base::numbers;
     float *scores = floats(Q * Q), *y = floats(Q * P), *carried = floats(Q * P);  // C . B, M x, C h
     float *h = floats(HEADS * N * P);                                             // (HEADS, N, P)
@@ -24,14 +24,10 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
                 this->load_token(s.C, t + i, g * s.n, s.n, N, block);
                 for (int n = 0; n < N; n += W) M::store_left(C + (t + i) * N + n, load(block + n));
             }
-            for (int i = 0; i < W; i++) this->load_token(s.B, t + i, g * s.n, s.n, N, block + i * N);
-            for (int n = 0; n < N; n += W) {
-                vf turned[W];
-                for (int i = 0; i < W; i++) turned[i] = load(block + i * N + n);
-                transpose(turned);
+            this->turn_tokens(s.B, t, [&](int n, const vf *turned) {
                 for (int i = 0; i < W; i++) M::store_left(B + (n + i) * Q + t, turned[i]);
                 for (int i = 0; i < W; i += 2) M::store_right(B_right, Q, n + i, t, turned[i], turned[i + 1]);
-            }
+            });
         }
         M::template multiply<false>(rows, N, rows, C, N, B_right, Q, scores, Q);
     }
@@ -87,7 +83,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
         for (int t = 0; t < tokens; t++) {
             float *out = y + t * P;
             for (int p = 0; reads && p < P; p += W) store(out + p, load(out + p) + load(carried + t * P + p) * since[t]);
-            store_row(s.y, this->b, t0 + t, head * s.width, (int)s.width, out);
+            store_row(s.y, b, t0 + t, head * s.width, (int)s.width, out);
         }
     }
 
