@@ -22,8 +22,9 @@ def pairwise(values: Mapping[str, Tables], measure: str = PRIMARY) -> pd.DataFra
     """Compare every pair: a row each, system, other, difference (system minus other), low, high, effect, p_holm, detectable.
 
     values: {system: per_query table, or one of them for each seed}. p_holm: of the paired t-test over queries, corrected for the
-    number of pairs. detectable: the smallest true difference that a test with this correction finds with 80% power; two systems
-    that are closer cannot be told apart with so many queries. The better system of a pair comes first.
+    number of pairs. seeds: in how many of the seeds that both have the first system has the better mean, as "2 of 3". detectable:
+    the smallest true difference that a test with this correction finds with 80% power; two systems that are closer cannot be told
+    apart with so many queries. The better system of a pair comes first.
     """
     rows, pairs = [], list(combinations(values, 2))
     for first, second in pairs:
@@ -31,18 +32,20 @@ def pairwise(values: Mapping[str, Tables], measure: str = PRIMARY) -> pd.DataFra
         if row["difference"] < 0:
             first, second = second, first
             row |= {"difference": -row["difference"], "low": -row["high"], "high": -row["low"], "effect": -row["effect"]}
-        spread = _mean_over_seeds(values[first], measure) - _mean_over_seeds(values[second], measure)
-        rows.append(
-            row | {"system": first, "other": second, "detectable": detectable_difference(spread, alpha=0.05 / len(pairs))}
-        )
-    table = pd.DataFrame(rows, columns=["system", "other", "difference", "low", "high", "effect", "p", "detectable"])
+        ours, theirs = (_by_seed(values[system], measure) for system in (first, second))
+        both = min(ours.shape[1], theirs.shape[1])
+        ahead = (ours[:, :both].mean(axis=0) > theirs[:, :both].mean(axis=0)).sum()
+        detectable = detectable_difference(ours.mean(axis=1) - theirs.mean(axis=1), alpha=0.05 / len(pairs))
+        rows.append(row | {"system": first, "other": second, "seeds": f"{ahead} of {both}", "detectable": detectable})
+    table = pd.DataFrame(rows, columns=["system", "other", "difference", "low", "high", "effect", "p", "seeds", "detectable"])
     table.insert(6, "p_holm", holm(table.pop("p")))
     return table.sort_values("difference", ascending=False, kind="stable", ignore_index=True)
 
 
-def _mean_over_seeds(tables: Tables, measure: str) -> np.ndarray:
+def _by_seed(tables: Tables, measure: str) -> np.ndarray:
+    """(n queries, seeds)."""
     tables = [tables] if isinstance(tables, pd.DataFrame) else tables
-    return np.mean([table[measure].to_numpy() for table in tables], axis=0)
+    return np.column_stack([table[measure].to_numpy() for table in tables])
 
 
 def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
@@ -61,7 +64,8 @@ def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
         ("no difference is shown", open_),
     ):
         listed = ", ".join(
-            f"{row.system} over {row.other} ({row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}])"
+            f"{row.system} over {row.other} ({row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+            + (")" if row.seeds.endswith(" of 1") else f", with {row.seeds} seeds)")
             for row in rows.itertuples()
         )
         lines.append(f"- {title} in {len(rows)}" + (f": {listed}." if len(rows) else "."))

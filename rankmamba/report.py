@@ -35,6 +35,16 @@ def answer(table: pd.DataFrame, measure: str = PRIMARY, baseline: str = BASELINE
     return "\n".join(lines)
 
 
+def seeds(table: pd.DataFrame, baseline: str = BASELINE, level: float = 0.01) -> str:
+    """Say in Markdown, from the table of `tables.seed_by_seed`, who beats the baseline with how many of the seeds."""
+    trained = table[table["system"].str.startswith(("nano-", "tiny-", "minilm")) & ~table["system"].map(mixed)]
+    if trained["seed"].nunique() < 2:
+        return "One seed: add another with `-p seed=1` and the same `--results`; it may give another order."
+    shown = ((trained["p_holm"] < level) & (trained["difference"] > 0)).groupby(trained["system"]).agg(["sum", "count"])
+    listed = ", ".join(f"{system} with {better} of {count}" for system, better, count in shown.itertuples(name=None))
+    return f"Seed by seed, better than {baseline} (p < {level:g}, corrected within the seed): {listed}."
+
+
 def _differences(rows: pd.DataFrame) -> str:
     return ", ".join(f"{row.system} ({row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}])" for row in rows.itertuples())
 

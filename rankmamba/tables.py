@@ -47,6 +47,28 @@ def tidy(records: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["system", "seed", "collection", "measure", "value"])
 
 
+def seed_by_seed(records: list[dict], measure: str = PRIMARY, baseline: str = BASELINE) -> pd.DataFrame:
+    """Compare with the baseline once for each seed alone: collection, seed, and the columns of `evaluate.compare`.
+
+    p_holm is corrected within a seed. A baseline without a record of that seed is taken from the first seed that has one.
+    """
+    parts = []
+    evaluated = [record for record in records if record["kind"] == "evaluate"]
+    for collection, seed in sorted({(record["collection"], record["seed"]) for record in evaluated}):
+        first = per_query_values(evaluated, collection).get(baseline, [None])[0]
+        values = per_query_values([record for record in evaluated if record["seed"] == seed], collection)
+        if first is not None and set(values) != {baseline}:
+            parts.append(compare({baseline: first} | values, baseline, measure).assign(collection=collection, seed=seed))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["collection", "seed", "system", "p_holm"])
+
+
+def readable_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
+    """The table of `seed_by_seed` as text: a row a system, a column a seed, cells such as "+0.044 [+0.032, +0.057], p <0.001"."""
+    cells = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p {_p_value(row.p_holm)}" for row in seeds.itertuples()]
+    index = ["collection", "system"] if seeds["collection"].nunique() > 1 else "system"
+    return seeds.assign(cell=cells).pivot(index=index, columns="seed", values="cell").add_prefix("seed ").fillna("")
+
+
 def curves(records: list[dict]) -> pd.DataFrame:
     """The training curves of all "train" records: system, seed and what a step's row has (step, loss, accuracy, tokens)."""
     parts = [
@@ -166,7 +188,7 @@ def _cells(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     for name in (column.removesuffix(" low") for column in table.columns if column.endswith(" low")):
         cells[f"{name}\n"] = _intervals(table[[name, f"{name} low", f"{name} high"]], "")
     cells[f"{table['measure'].iloc[0]}\n- {table['baseline'].iloc[0]}"] = _intervals(table[["difference", "low", "high"]], "+")
-    cells["p\n(Holm)"] = [("" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}",) for p in table["p_holm"]]
+    cells["p\n(Holm)"] = [("" if math.isnan(p) else _p_value(p),) for p in table["p_holm"]]
     cells["train\ntokens"] = [("" if math.isnan(count) else _short(count / 1e6) + "M",) for count in table["tokens"]]
     cells["train\nmin"] = [(_short(minutes),) for minutes in table["minutes"]]
     cells["pairs/s\n"] = [(_short(rate),) for rate in table["pairs_per_s"]]
@@ -178,6 +200,10 @@ def _cells(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _intervals(columns: pd.DataFrame, sign: str) -> list[tuple[str, ...]]:
     rows = columns.itertuples(index=False, name=None)
     return [("",) if math.isnan(row[0]) else tuple(f"{value:{sign}.3f}" for value in row) for row in rows]
+
+
+def _p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _short(value: float) -> str:

@@ -66,4 +66,7 @@ def test_the_claim_says_better_only_of_what_is_shown():
     assert "Of 2 pairs" in said and "the state-space model is better in 2: nano-mamba over" in said
     assert "the Transformer is better in 0." in said and "no difference is shown in 0." in said
     assert "no difference is shown in 1" in claim(pairwise({"nano-bert": table(1), "nano-mamba": table(2)}))
+    assert "nano-bert (+0.2" in said and ", with " not in said
+    several = claim(pairwise({"nano-bert": [table(1), table(2)], "nano-mamba": [table(3, 0.3), table(4, 0.3)]}))
+    assert ", with 2 of 2 seeds)" in several
     assert "No state-space model and Transformer" in claim(pairwise({"nano-bert": table(1), "nano-neox": table(4)}))

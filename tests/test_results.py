@@ -11,10 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankmamba import results
+from rankmamba import report, results
 from rankmamba.errors import InputError
 from rankmamba.results import environment, fingerprint, new_record, read_records, write_record
-from rankmamba.tables import caption, curves, final_table, format_table, measured, per_query_values, readable, tidy
+from rankmamba.tables import (
+    caption,
+    curves,
+    final_table,
+    format_table,
+    measured,
+    per_query_values,
+    readable,
+    readable_seeds,
+    seed_by_seed,
+    tidy,
+)
 
 NOTE = "saw these queries in its own pre-training"
 
@@ -238,6 +249,23 @@ def test_seeds_are_averaged_and_counted(tmp_path):
     assert row["RR@100"] == pytest.approx(mean.mean())
     assert row["p"] == pytest.approx(stats.ttest_rel(mean, values(1)["RR@100"]).pvalue)
     assert table.loc["bm25", "seeds"] == 1
+
+
+def test_each_seed_is_compared_alone_and_corrected_within_itself(tmp_path):
+    records = read_records(study(tmp_path, seeds=3))
+    table = seed_by_seed(records).set_index(["seed", "system"])
+    for seed in range(3):
+        p = [
+            stats.ttest_rel(values(first + seed, gain=gain)["RR@100"], values(1)["RR@100"]).pvalue
+            for first, gain in ((2, 0.2), (12, 0.3))
+        ]
+        row = table.loc[(seed, "nano-mamba")]
+        assert row["difference"] == pytest.approx((values(2 + seed, gain=0.2) - values(1))["RR@100"].mean())
+        assert row["p"] == pytest.approx(p[0]) and row["p_holm"] == pytest.approx(max(p[0], 2 * min(p)))
+    assert list(readable_seeds(table.reset_index()).columns) == ["seed 0", "seed 1", "seed 2"]
+    better = int((table.xs("nano-mamba", level="system")["p_holm"] < 0.01).sum())
+    assert f": nano-mamba with {better} of 3." in report.seeds(table.reset_index())
+    assert report.seeds(seed_by_seed(read_records(study(tmp_path / "one")))).startswith("One seed")
 
 
 def test_the_printed_table_fits_120_columns_and_says_the_test_and_the_number_of_queries(tmp_path):
