@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from .backbones import find
 from .collection import load
 from .embedded import answer_starts
 from .evaluate import PRIMARY, interpolate, mean_interval, per_query
@@ -67,12 +68,16 @@ def everywhere(
     n_queries: int | None,
     top_k: int,
 ) -> dict[str, list[dict]]:
-    """Transfer every system to every collection, read in every way (max_length, max_passages): {collection: its records}."""
+    """Transfer every system to every collection, read in every way (max_length, max_passages): {collection: its records}.
+
+    A reading of more tokens than a system has positions for is left out.
+    """
     return {
         collection: [
             transfer(experiment, system, collection, max_length, max_passages, n_queries, top_k)
             for max_length, max_passages in readings
             for system in systems
+            if max_length <= (find(system).max_length or max_length)
         ]
         for collection in collections
     }

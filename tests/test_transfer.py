@@ -41,6 +41,14 @@ def test_a_transfer_is_done_once_and_other_readings_stand_beside_it(experiment, 
         transfer.transfer(experiment, "tiny-bert", "rankmamba/tiny/test", 48)
 
 
+def test_a_system_is_read_only_as_far_as_it_has_positions(monkeypatch):
+    monkeypatch.setattr(transfer, "transfer", lambda experiment, *read: read)
+    found = transfer.everywhere(None, ["minilm-l6", "nano-mamba"], ["a", "b"], [[512, 4], [1024, 1]], 5, 20)
+    for collection in ("a", "b"):
+        read = [("minilm-l6", collection, 512, 4), ("nano-mamba", collection, 512, 4), ("nano-mamba", collection, 1024, 1)]
+        assert found[collection] == [(*each, 5, 20) for each in read]
+
+
 def record(system, values, seed=0):
     first = {query_id: 0.5 for query_id in values}
     return {
