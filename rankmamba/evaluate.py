@@ -201,6 +201,26 @@ def compare(
     )
 
 
+def extremes(
+    values: Mapping[str, Tables], queries: Mapping[str, str], baseline: str = BASELINE, measure: str = PRIMARY, count: int = 3
+) -> pd.DataFrame:
+    """The queries that each system wins and loses by most against the baseline, `count` of both at most.
+
+    values: as in `compare`, means over seeds are compared. queries: {query_id: text}. A row a query: system, query, the baseline's
+    and the system's value, difference; of equal differences the smaller query_id comes first.
+    """
+    means = {system: _sample(_tables(given), measure).mean(axis=1) for system, given in values.items()}
+    query_ids = _tables(values[baseline])[0].index
+    rows = []
+    for system in (system for system in values if system != baseline):
+        difference = pd.Series(means[system] - means[baseline], index=query_ids).sort_values(ascending=False, kind="stable")
+        won, lost = difference[difference > 1e-12], difference[difference < -1e-12]
+        for query_id in [*won.index[:count], *lost.sort_values(kind="stable").index[:count]]:
+            at = query_ids.get_loc(query_id)
+            rows.append((system, queries[query_id], means[baseline][at], means[system][at], difference[query_id]))
+    return pd.DataFrame(rows, columns=["system", "query", f"{baseline}'s {measure}", f"own {measure}", "difference"])
+
+
 def _tables(given: Tables) -> list[pd.DataFrame]:
     return [given] if isinstance(given, pd.DataFrame) else list(given)
 

@@ -69,14 +69,13 @@ def readable_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
     return seeds.assign(cell=cells).pivot(index=index, columns="seed", values="cell").add_prefix("seed ").fillna("")
 
 
-def curves(records: list[dict]) -> pd.DataFrame:
-    """The training curves of all "train" records: system, seed and what a step's row has (step, loss, accuracy, tokens)."""
-    parts = [
-        pd.DataFrame(record["result"]["curve"]).assign(system=record["system"], seed=record["seed"])
-        for record in records
-        if record["kind"] == "train"
-    ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["step", "loss", "system", "seed"])
+def curves(records: list[dict]) -> dict[str, list[pd.DataFrame]]:
+    """{system: [its training curve, one a seed]} from "train" records; what `plots.training_curves` takes."""
+    found: dict[str, list[pd.DataFrame]] = {}
+    for record in sorted(records, key=lambda record: (record["system"], record["seed"])):
+        if record["kind"] == "train":
+            found.setdefault(record["system"], []).append(pd.DataFrame(record["result"]["curve"]))
+    return found
 
 
 def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BASELINE) -> pd.DataFrame:

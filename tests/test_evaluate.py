@@ -18,6 +18,7 @@ from rankmamba.evaluate import (
     bootstrap_means,
     compare,
     detectable_difference,
+    extremes,
     holm,
     interpolate,
     mean_interval,
@@ -342,3 +343,15 @@ def test_an_identity_reranker_reproduces_the_first_stage_exactly():
     reranked = sort_run(candidates[candidates["rank"] <= 10].sample(frac=1, random_state=0))
     again = interpolate(reranked, candidates, 1.0)
     assert per_query(again, collection.qrels).equals(per_query(candidates, collection.qrels))
+
+
+def test_extremes_are_the_largest_wins_and_losses_with_their_queries_and_ties_are_neither():
+    index = pd.Index(list("abcdef"), name="query_id")
+    values = {
+        "bm25": pd.DataFrame({"RR@100": [0.5, 0.5, 0.5, 0.5, 0.5, 0.0]}, index=index),
+        "x": [pd.DataFrame({"RR@100": [1.0, 0.5, 0.1, 0.9, 0.2, row]}, index=index) for row in (0.0, 1.0)],
+    }
+    found = extremes(values, {name: name.upper() for name in index}, count=2)
+    assert found["query"].tolist() == ["A", "F", "C", "E"]
+    assert found["difference"].tolist() == pytest.approx([0.5, 0.5, -0.4, -0.3])
+    assert found.iloc[1].tolist() == ["x", "F", 0.0, 0.5, 0.5]

@@ -303,10 +303,10 @@ def test_a_study_without_its_baseline_has_no_differences(tmp_path):
     assert math.isnan(table.loc[0, "difference"]) and "nano-mamba" in format_table(table)
 
 
-def test_curves_of_all_runs_are_one_table(tmp_path):
-    table = curves(read_records(study(tmp_path, seeds=2)))
-    assert table[["system", "seed", "step", "loss"]].to_numpy().tolist() == [["nano-mamba", 0, 1, 2.1], ["nano-mamba", 1, 1, 2.1]]
-    assert curves([]).empty
+def test_every_seed_of_a_system_has_its_training_curve(tmp_path):
+    found = curves(read_records(study(tmp_path, seeds=2)))
+    assert list(found) == ["nano-mamba"] and [table.to_numpy().tolist() for table in found["nano-mamba"]] == [[[1, 2.1]]] * 2
+    assert curves([]) == {}
 
 
 def test_the_command_prints_the_table_tidy_rows_or_what_is_wrong(tmp_path, capsys):
