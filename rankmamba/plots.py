@@ -221,6 +221,30 @@ def weight_curves(tables: Mapping[str, pd.DataFrame], measure: str = PRIMARY) ->
 
 
 @_styled
+def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
+    """A measure by where in its document the answer starts: a panel a reading, a line a system, the first stage's in each.
+
+    table: `transfer.by_start`.
+    """
+    groups, readings = (list(dict.fromkeys(table[column])) for column in ("words before it", "reading"))
+    readings = [reading for reading in readings if reading]
+    figure = Chart(figsize=(2.4 + 2.9 * len(readings), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(readings), sharey=True, squeeze=False)[0]
+    for axes, reading in zip(panels, readings, strict=True):
+        for system, part in table[table["reading"].isin([reading, ""])].groupby("system", sort=False):
+            places = [groups.index(group) for group in part["words before it"]]
+            axes.plot(places, part["mean"], **_marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}, label=system)
+        axes.set(title=reading, xticks=range(len(groups)), xticklabels=[group.split()[0] for group in groups])
+    lines = {line.get_label(): line for axes in panels for line in axes.lines}
+    figure.legend(lines.values(), lines, loc="outside right center", frameon=False, handlelength=3)
+    half = (table["high"] - table["low"]).median() / 2
+    panels[0].errorbar(-0.4, table["mean"].mean(), yerr=half, color="black", capsize=4, linewidth=1.5)
+    figure.supxlabel("words before the paragraph that answers, at least", fontsize=12)
+    figure.supylabel(f"{measure} (bar: a typical 95% interval)", fontsize=12)
+    return figure
+
+
+@_styled
 def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
     """What a format changes in a measure, with its 95% interval, against its bytes; a line a system.
 

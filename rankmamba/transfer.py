@@ -102,12 +102,15 @@ def values(records: Sequence[dict], measure: str = PRIMARY) -> dict[str, pd.Seri
 
 
 def by_domain(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
-    """Mean and 95% interval by domain, the first word of a query's id: a row each, domain, queries, system, mean, low, high."""
+    """Mean and 95% interval by domain, the first word of a query's id.
+
+    A row each: domain, queries, reading (how documents were read; empty for the first stage), system, mean, low, high.
+    """
     return _by(values(records, measure), lambda query_id: query_id.split("-")[0], "domain")
 
 
 def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = PRIMARY) -> pd.DataFrame:
-    """Mean and 95% interval by where the answering paragraph starts: a row each, words before it, queries, system, mean, low, high.
+    """Mean and 95% interval by where the answering paragraph starts: "words before it", then as in `by_domain`.
 
     starts: {query_id: words of the document before it} (`embedded.answer_starts`).
     """
@@ -121,10 +124,21 @@ def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = 
     return table.sort_values("words before it", key=lambda column: column.map(names.index), kind="stable", ignore_index=True)
 
 
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `by_domain` or `by_start` as text: a row a reading and system, a column a group of queries."""
+    title = table.columns[0]
+    heads = [f"{group} (n={count})" for group, count in zip(table[title], table["queries"], strict=True)]
+    cells = [f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table[["mean", "low", "high"]].itertuples()]
+    wide = table.assign(head=heads, cell=cells).pivot(index=["reading", "system"], columns="head", values="cell")
+    rows = table[["reading", "system"]].drop_duplicates()
+    return wide.loc[pd.MultiIndex.from_frame(rows), list(dict.fromkeys(heads))].rename_axis(columns=title)
+
+
 def _by(systems: dict[str, pd.Series], group, title: str) -> pd.DataFrame:
     rows = []
-    for system, series in systems.items():
-        for name, part in series.groupby(series.index.map(group)):
-            rows.append((name, len(part), system, *mean_interval(part.to_numpy())))
-    table = pd.DataFrame(rows, columns=[title, "queries", "system", "mean", "low", "high"])
+    for name, series in systems.items():
+        system, _, read = name.partition(", ")
+        for place, part in series.groupby(series.index.map(group)):
+            rows.append((place, len(part), read, system, *mean_interval(part.to_numpy())))
+    table = pd.DataFrame(rows, columns=[title, "queries", "reading", "system", "mean", "low", "high"])
     return table.sort_values(title, kind="stable", ignore_index=True)

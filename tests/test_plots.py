@@ -41,6 +41,19 @@ FINAL = pd.DataFrame(
 )
 STEPS = pd.DataFrame({"step": range(1, 101), "tokens": np.arange(1, 101) * 6000, "loss": np.linspace(2.1, 0.9, 100)})
 WEIGHTS = pd.DataFrame({"weight": [0.0, 0.5, 1.0], "value": [0.4, 0.5, 0.3]})
+POSITIONS = pd.DataFrame(
+    [
+        (start, 20, reading, system, mean, mean - 0.1, mean + 0.1)
+        for start, mean in (("0 to 127", 0.8), ("128 to 255", 0.7), ("1024 and more", 0.4))
+        for reading, system in (
+            ("", "bm25"),
+            ("512 tokens", "nano-mamba"),
+            ("512 tokens", "nano-bert"),
+            ("1024 tokens", "nano-mamba"),
+        )
+    ],
+    columns=["words before it", "queries", "reading", "system", "mean", "low", "high"],
+)
 FIGURES = {
     "forest": lambda: plots.forest(VALUES, ["RR@100", "nDCG@10"]),
     "cost": lambda: plots.cost(FINAL),
@@ -49,6 +62,7 @@ FIGURES = {
     "training curves by tokens": lambda: plots.training_curves({"nano-mamba": STEPS}, by="tokens"),
     "wins and losses": lambda: plots.wins_and_losses(VALUES),
     "document lengths": lambda: plots.document_lengths(range(5, 400), 128),
+    "answer positions": lambda: plots.answer_positions(POSITIONS),
     "weight curves": lambda: plots.weight_curves({"nano-mamba": WEIGHTS}),
 }
 

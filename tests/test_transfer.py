@@ -78,3 +78,11 @@ def test_answers_are_binned_by_the_words_before_them_and_every_query_is_in_one_b
     assert list(ours.index) == ["0 to 127", "128 to 255", "1024 and more"] and ours["queries"].tolist() == [2, 1, 1]
     assert np.allclose(ours["mean"], [(0.5 + 0.25) / 2, 0.5, 0.5])
     assert isinstance(table, pd.DataFrame)
+
+
+def test_the_readable_table_has_a_row_a_reading_and_system_and_a_column_a_group():
+    values = {"wiki-1": 1.0, "wiki-2": 0.5, "nyt-1": 0.25}
+    table = transfer.readable(transfer.by_domain([record("x, 512 tokens", values), record("x, MaxP, 4 x 512 tokens", values)]))
+    assert list(table.index) == [("", "bm25"), ("512 tokens", "x"), ("MaxP, 4 x 512 tokens", "x")]
+    assert list(table.columns) == ["nyt (n=1)", "wiki (n=2)"]
+    assert table.loc[("512 tokens", "x"), "nyt (n=1)"].startswith("0.250 [") and table.notna().all(axis=None)
