@@ -66,7 +66,13 @@ def readable_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
     """The table of `seed_by_seed` as text: a row a system, a column a seed, cells such as "+0.044 [+0.032, +0.057], p <0.001"."""
     cells = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p {_p_value(row.p_holm)}" for row in seeds.itertuples()]
     index = ["collection", "system"] if seeds["collection"].nunique() > 1 else "system"
-    return seeds.assign(cell=cells).pivot(index=index, columns="seed", values="cell").add_prefix("seed ").fillna("")
+    return (
+        seeds.assign(cell=cells)
+        .pivot(index=index, columns="seed", values="cell")
+        .add_prefix("seed ")
+        .rename_axis(columns=None)
+        .fillna("")
+    )
 
 
 def curves(records: list[dict]) -> dict[str, list[pd.DataFrame]]:
