@@ -121,7 +121,7 @@ def summarise(tables: Tables, level: float = 0.95, seed: int = 0) -> dict[str, d
     tables = _tables(tables)
     _same_queries({f"seed {k}": table for k, table in enumerate(tables)})
     measures = list(tables[0].columns)
-    intervals = _mean_intervals([_sample(tables, measure) for measure in measures], level, seed)
+    intervals = _mean_intervals([by_seed(tables, measure) for measure in measures], level, seed)
     return {measure: dict(zip(("mean", "low", "high"), intervals[k], strict=True)) for k, measure in enumerate(measures)}
 
 
@@ -175,7 +175,7 @@ def compare(
         raise InputError(f"expected the baseline among the systems {', '.join(values)}, got {baseline!r}")
     tables = {system: _tables(given) for system, given in values.items()}
     _same_queries({f"{system} ({k})": table for system, given in tables.items() for k, table in enumerate(given)})
-    samples = {system: _sample(given, measure) for system, given in tables.items()}
+    samples = {system: by_seed(given, measure) for system, given in tables.items()}
     reference = samples.pop(baseline)
     means = bootstrap_means([reference, *samples.values()], seed=seed)
     low, high = np.quantile(means[:, 1:] - means[:, :1], [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -201,6 +201,19 @@ def compare(
     )
 
 
+def by_seed(given: Tables, measure: str) -> np.ndarray:
+    """(n queries, seeds) of one measure.
+
+    Raises:
+        InputError: the measure is missing.
+    """
+    tables = _tables(given)
+    for table in tables:
+        if measure not in table.columns:
+            raise InputError(f"expected a measure among {', '.join(map(str, table.columns))}, got {measure!r}")
+    return np.column_stack([table[measure].to_numpy(dtype=np.float64) for table in tables])
+
+
 def extremes(
     values: Mapping[str, Tables], queries: Mapping[str, str], baseline: str = BASELINE, measure: str = PRIMARY, count: int = 3
 ) -> pd.DataFrame:
@@ -209,28 +222,20 @@ def extremes(
     values: as in `compare`, means over seeds are compared. queries: {query_id: text}. A row a query: system, query, the baseline's
     and the system's value, difference; of equal differences the smaller query_id comes first.
     """
-    means = {system: _sample(_tables(given), measure).mean(axis=1) for system, given in values.items()}
     query_ids = _tables(values[baseline])[0].index
+    means = pd.DataFrame({system: by_seed(given, measure).mean(axis=1) for system, given in values.items()}, index=query_ids)
     rows = []
-    for system in (system for system in values if system != baseline):
-        difference = pd.Series(means[system] - means[baseline], index=query_ids).sort_values(ascending=False, kind="stable")
-        won, lost = difference[difference > 1e-12], difference[difference < -1e-12]
-        for query_id in [*won.index[:count], *lost.sort_values(kind="stable").index[:count]]:
-            at = query_ids.get_loc(query_id)
-            rows.append((system, queries[query_id], means[baseline][at], means[system][at], difference[query_id]))
+    for system in means.columns.drop(baseline):
+        difference = (means[system] - means[baseline]).round(12)  # rounding in the mean over seeds is no win
+        won, lost = difference[difference > 0].nlargest(count), difference[difference < 0].nsmallest(count)
+        for query_id in [*won.index, *lost.index]:
+            row = means.loc[query_id]
+            rows.append((system, queries[query_id], row[baseline], row[system], difference[query_id]))
     return pd.DataFrame(rows, columns=["system", "query", f"{baseline}'s {measure}", f"own {measure}", "difference"])
 
 
 def _tables(given: Tables) -> list[pd.DataFrame]:
     return [given] if isinstance(given, pd.DataFrame) else list(given)
-
-
-def _sample(tables: list[pd.DataFrame], measure: str) -> np.ndarray:
-    """(n queries, seeds) of one measure."""
-    for table in tables:
-        if measure not in table.columns:
-            raise InputError(f"expected a measure among {', '.join(map(str, table.columns))}, got {measure!r}")
-    return np.column_stack([table[measure].to_numpy(dtype=np.float64) for table in tables])
 
 
 def _same_queries(tables: dict[str, pd.DataFrame]) -> None:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from itertools import combinations
 
-import numpy as np
 import pandas as pd
 
-from .evaluate import PRIMARY, Tables, compare, detectable_difference, holm
+from .evaluate import PRIMARY, Tables, by_seed, compare, detectable_difference, holm
 from .style import mixed
 
 NANO = ("nano-", "tiny-")
@@ -22,7 +21,7 @@ def pairwise(values: Mapping[str, Tables], measure: str = PRIMARY) -> pd.DataFra
     """Compare every pair: a row each, system, other, difference (system minus other), low, high, effect, p_holm, detectable.
 
     values: {system: per_query table, or one of them for each seed}. p_holm: of the paired t-test over queries, corrected for the
-    number of pairs. seeds: in how many of the seeds that both have the first system has the better mean, as "2 of 3". detectable:
+    number of pairs. seeds: in how many of their seeds, taken in order, the first system has the better mean, as "2 of 3". detectable:
     the smallest true difference that a test with this correction finds with 80% power; two systems that are closer cannot be told
     apart with so many queries. The better system of a pair comes first.
     """
@@ -32,7 +31,7 @@ def pairwise(values: Mapping[str, Tables], measure: str = PRIMARY) -> pd.DataFra
         if row["difference"] < 0:
             first, second = second, first
             row |= {"difference": -row["difference"], "low": -row["high"], "high": -row["low"], "effect": -row["effect"]}
-        ours, theirs = (_by_seed(values[system], measure) for system in (first, second))
+        ours, theirs = (by_seed(values[system], measure) for system in (first, second))
         both = min(ours.shape[1], theirs.shape[1])
         ahead = (ours[:, :both].mean(axis=0) > theirs[:, :both].mean(axis=0)).sum()
         detectable = detectable_difference(ours.mean(axis=1) - theirs.mean(axis=1), alpha=0.05 / len(pairs))
@@ -40,12 +39,6 @@ def pairwise(values: Mapping[str, Tables], measure: str = PRIMARY) -> pd.DataFra
     table = pd.DataFrame(rows, columns=["system", "other", "difference", "low", "high", "effect", "p", "seeds", "detectable"])
     table.insert(6, "p_holm", holm(table.pop("p")))
     return table.sort_values("difference", ascending=False, kind="stable", ignore_index=True)
-
-
-def _by_seed(tables: Tables, measure: str) -> np.ndarray:
-    """(n queries, seeds)."""
-    tables = [tables] if isinstance(tables, pd.DataFrame) else tables
-    return np.column_stack([table[measure].to_numpy() for table in tables])
 
 
 def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:

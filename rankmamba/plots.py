@@ -226,13 +226,13 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
 
     table: `transfer.by_start`.
     """
-    groups, readings = (list(dict.fromkeys(table[column])) for column in ("words before it", "reading"))
+    groups, readings = (list(dict.fromkeys(table[column])) for column in ("words before the answer", "reading"))
     readings = [reading for reading in readings if reading]
     figure = Chart(figsize=(2.4 + 2.9 * len(readings), 4.4), layout="constrained")
     panels = figure.subplots(1, len(readings), sharey=True, squeeze=False)[0]
     for axes, reading in zip(panels, readings, strict=True):
         for system, part in table[table["reading"].isin([reading, ""])].groupby("system", sort=False):
-            places = [groups.index(group) for group in part["words before it"]]
+            places = [groups.index(group) for group in part["words before the answer"]]
             axes.plot(places, part["mean"], **_marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}, label=system)
         axes.set(title=reading, xticks=range(len(groups)), xticklabels=[group.split()[0] for group in groups])
     lines = {line.get_label(): line for axes in panels for line in axes.lines}

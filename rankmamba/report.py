@@ -36,11 +36,10 @@ def answer(table: pd.DataFrame, measure: str = PRIMARY, baseline: str = BASELINE
 
 
 def seeds(table: pd.DataFrame, baseline: str = BASELINE, level: float = 0.01) -> str:
-    """Say in Markdown, from the table of `tables.seed_by_seed`, who beats the baseline with how many of the seeds."""
-    trained = table[table["system"].str.startswith(("nano-", "tiny-", "minilm")) & ~table["system"].map(mixed)]
-    if trained["seed"].nunique() < 2:
+    """Say in Markdown, from rows of `tables.seed_by_seed`, which of their systems beats the baseline with how many seeds."""
+    if table["seed"].nunique() < 2:
         return "One seed: add another with `-p seed=1` and the same `--results`; it may give another order."
-    shown = ((trained["p_holm"] < level) & (trained["difference"] > 0)).groupby(trained["system"]).agg(["sum", "count"])
+    shown = ((table["p_holm"] < level) & (table["difference"] > 0)).groupby(table["system"]).agg(["sum", "count"])
     listed = ", ".join(f"{system} with {better} of {count}" for system, better, count in shown.itertuples(name=None))
     return f"Seed by seed, better than {baseline} (p < {level:g}, corrected within the seed): {listed}."
 
@@ -56,7 +55,7 @@ def provenance(records: list[dict], scale: str) -> str:
     machine = newest["environment"]
     lines = [
         f"- made by rankmamba {newest['version']} on {machine['cpu']} ({machine['cpus']} cores, {machine['cpu_capability']}), "
-        f"device {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, finished {newest['created']}",
+        f"device {machine['device']}, threads: {machine['threads']}, torch {machine['torch']}, finished {newest['created']}",
         f"- seeds: {', '.join(str(seed) for seed in sorted({record['seed'] for record in records}))}",
     ]
     for record in trained:
@@ -67,4 +66,7 @@ def provenance(records: list[dict], scale: str) -> str:
             + (f"; scan: {ran['scan']}" if ran["scan"] != "none" else "")
             + (" (**stopped early**)" if record["result"]["partial"] else "")
         )
-    return "\n".join([*lines, f"\nAgain: `python3 run.py study --scale {scale}`"])
+    again = f"\nAgain: `python3 run.py study --scale {scale}`"
+    if len({record["seed"] for record in records}) > 1:
+        again += " with `-p seed=0` and so on, once for each seed"
+    return "\n".join([*dict.fromkeys(lines), again])  # seeds of a system say the same

@@ -54,11 +54,14 @@ def seed_by_seed(records: list[dict], measure: str = PRIMARY, baseline: str = BA
     """
     parts = []
     evaluated = [record for record in records if record["kind"] == "evaluate"]
-    for collection, seed in sorted({(record["collection"], record["seed"]) for record in evaluated}):
-        first = per_query_values(evaluated, collection).get(baseline, [None])[0]
-        values = per_query_values([record for record in evaluated if record["seed"] == seed], collection)
-        if first is not None and set(values) != {baseline}:
-            parts.append(compare({baseline: first} | values, baseline, measure).assign(collection=collection, seed=seed))
+    for collection in sorted({record["collection"] for record in evaluated}):
+        here = [record for record in evaluated if record["collection"] == collection]
+        reference = per_query_values(here).get(baseline)
+        for seed in sorted({record["seed"] for record in here}):
+            values = per_query_values([record for record in here if record["seed"] == seed])
+            if reference is not None and set(values) != {baseline}:
+                found = compare({baseline: reference[0]} | values, baseline, measure)
+                parts.append(found.assign(collection=collection, seed=seed))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["collection", "seed", "system", "p_holm"])
 
 

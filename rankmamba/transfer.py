@@ -84,12 +84,12 @@ def everywhere(
 
 
 def tables(transfers: Mapping[str, Sequence[dict]], measure: str = PRIMARY) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield a title and a table for each collection: by domain, and for squad-long also by where the answer starts."""
+    """Yield each collection with its table `by_domain`, and for squad-long also `by_start`."""
     for collection, records in transfers.items():
-        yield f"{collection}, by domain", by_domain(records, measure)
+        yield collection, by_domain(records, measure)
         if collection.startswith("rankmamba/squad-long/"):
             starts = answer_starts(collection.removeprefix("rankmamba/").removesuffix("/test"))
-            yield f"{collection}, by the words before the answering paragraph", by_start(records, starts, measure)
+            yield collection, by_start(records, starts, measure)
 
 
 def values(records: Sequence[dict], measure: str = PRIMARY) -> dict[str, pd.Series]:
@@ -110,7 +110,7 @@ def by_domain(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
 
 
 def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = PRIMARY) -> pd.DataFrame:
-    """Mean and 95% interval by where the answering paragraph starts: "words before it", then as in `by_domain`.
+    """Mean and 95% interval by where the answering paragraph starts: "words before the answer", then as in `by_domain`.
 
     starts: {query_id: words of the document before it} (`embedded.answer_starts`).
     """
@@ -120,8 +120,10 @@ def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = 
     def group(query_id: str) -> str:
         return names[int(np.searchsorted(edges, starts[query_id], side="right")) - 1]
 
-    table = _by(values(records, measure), group, "words before it")
-    return table.sort_values("words before it", key=lambda column: column.map(names.index), kind="stable", ignore_index=True)
+    table = _by(values(records, measure), group, "words before the answer")
+    return table.sort_values(
+        "words before the answer", key=lambda column: column.map(names.index), kind="stable", ignore_index=True
+    )
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:

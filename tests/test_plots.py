@@ -52,7 +52,7 @@ POSITIONS = pd.DataFrame(
             ("1024 tokens", "nano-mamba"),
         )
     ],
-    columns=["words before it", "queries", "reading", "system", "mean", "low", "high"],
+    columns=["words before the answer", "queries", "reading", "system", "mean", "low", "high"],
 )
 FIGURES = {
     "forest": lambda: plots.forest(VALUES, ["RR@100", "nDCG@10"]),
