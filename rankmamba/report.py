@@ -50,7 +50,8 @@ def _differences(rows: pd.DataFrame) -> str:
 
 def provenance(records: list[dict], scale: str) -> str:
     """Say in Markdown where and how the records came about, and the command that makes them again."""
-    newest = max(records, key=lambda record: record["created"])
+    # of the study as a whole there is a record too, made without measuring anything
+    newest = max((record for record in records if record["environment"]), key=lambda record: record["created"])
     trained = [record for record in records if record["kind"] == "train"]
     machine = newest["environment"]
     lines = [
