@@ -120,7 +120,9 @@ def cost(table: pd.DataFrame, measure: str = PRIMARY, by: str = "pairs_per_s") -
 def training_curves(
     curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]], group_size: int | None = None, by: str = "step"
 ) -> Figure:
-    """Training loss of every system, smoothed over a twentieth of the run; faint behind: raw values, or the range of the seeds.
+    """Training loss of every system, smoothed over a twentieth of the run, 5 steps at least.
+
+    Faint behind: the raw values, or the range of the seeds.
 
     curves: {system: table with step, loss (nats) and tokens, or one for each seed}. by: "step" or "tokens". group_size draws the
     loss of guessing, ln(group size).
@@ -130,7 +132,7 @@ def training_curves(
     for system, given in curves.items():
         style = look(system)
         tables = [table.reset_index(drop=True) for table in ([given] if isinstance(given, pd.DataFrame) else given)]
-        smooth = pd.concat([table["loss"].ewm(span=max(1, len(table) / 20)).mean() for table in tables], axis=1)
+        smooth = pd.concat([table["loss"].ewm(span=max(5, len(table) / 20)).mean() for table in tables], axis=1)
         places = pd.concat([table[by] for table in tables], axis=1).mean(axis=1)
         if len(tables) == 1:
             axes.plot(places, tables[0]["loss"], color=style.color, linewidth=0.6, alpha=0.15)
