@@ -200,7 +200,7 @@ class Reranker:
         scored["rank"] = scored.groupby("qid", sort=False)["score"].rank(method="first", ascending=False).astype(int) - 1
         return scored.sort_values(["qid", "rank"], ignore_index=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(self, queries, documents, query_of, document_of, batch_tokens, show_progress_bar, share=False) -> np.ndarray:
         """Score pairs given as two index arrays into tokenised queries and documents; a pair that recurs is computed once.
 
@@ -217,7 +217,8 @@ class Reranker:
         if share:
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0
-        with tqdm(total=sum(map(len, batches)), unit="pair", desc="scoring", mininterval=1, disable=not show_progress_bar) as bar:
+        bar = tqdm(total=sum(map(len, batches)), unit="pair", desc="scoring", mininterval=1, disable=not show_progress_bar)
+        with bar, autocast(self.device, self.dtype):  # around all batches: it converts the weights once, though not in inference mode
             while batches:
                 batch = batches[0]
                 pairs = [self.inputs.join(queries[query_of[i]], documents[document_of[i]]) for i in batch]
@@ -242,8 +243,7 @@ class Reranker:
         """
         try:
             features = {name: tensor.to(self.device) for name, tensor in self.inputs.collate(pairs).items()}
-            with autocast(self.device, self.dtype):
-                return self.model(**features).logits[:, 0].float().cpu().numpy(), features["input_ids"].numel()
+            return self.model(**features).logits[:, 0].float().cpu().numpy(), features["input_ids"].numel()
         except Exception as error:
             if not out_of_memory(error):
                 raise

@@ -136,37 +136,59 @@ def measure_together(
             "peak_gflops": peak,
             "out_of_memory": [],
         }
+    first = subjects[0].first
     for mode in modes:
-        runs = {
-            subject: [_pass(mode, reranker, length, batch, group_size) for reranker in subject.rerankers] for subject in subjects
-        }
-        memory, times = {}, {subject: [] for subject in subjects}
-        for subject in subjects:
-            try:
-                if not stop.is_set():
-                    _pass(mode, subject.first, 8, group_size, group_size)()  # what is allocated once is no part of a pass
-                    first, memory[subject] = _first(subject, runs[subject])
-                    times[subject] = [subject.whole(first)] if sum(first) > 3 * seconds else []
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                found[subject.system]["out_of_memory"].append(mode)
-            if subject not in memory:
-                runs.pop(subject)
-                subject.first.model.zero_grad()
-                free_memory()
-        quick = [subject for subject in memory if not times[subject]]
-        started = clock(subjects[0].first.device)
-        for turn in range(repeats):
-            if turn and clock(subjects[0].first.device) - started > seconds * len(quick):
-                break
-            for subject in quick:
-                if not stop.is_set():
-                    times[subject].append(subject.whole([timed(run, subject.first.device) for run in runs[subject]]))
+        # around all passes of scoring, as around all batches: it converts the weights once; a step of training does so each time
+        with autocast(first.device, first.dtype) if mode == "inference" else contextlib.nullcontext():
+            memory, times, failed = _turns(mode, subjects, length, batch, group_size, repeats, seconds, stop)
+        for subject in failed:
+            found[subject.system]["out_of_memory"].append(mode)
         for subject in (subject for subject in memory if times[subject]):
             result = found[subject.system]
             result[mode] = _summary(times[subject], memory[subject], batch, length, result["flops"][mode] / 1e9 / peak)
     return found
+
+
+def _turns(
+    mode: str, subjects: Sequence[Subject], length: int, batch: int, group_size: int, repeats: int, seconds: float, stop: threading.Event
+) -> tuple[dict[Subject, float | None], dict[Subject, list[float]], list[Subject]]:
+    """Run one mode; return the memory in MiB of the systems that ran, the seconds of each one's turns, and who ran out of memory."""
+    runs = {subject: [_pass(mode, reranker, length, batch, group_size) for reranker in subject.rerankers] for subject in subjects}
+    memory, times, failed = {}, {subject: [] for subject in subjects}, []
+    for subject in subjects:
+        try:
+            if not stop.is_set():
+                with _without_weight_cache():  # what is allocated once is no part of a pass, but converted weights are
+                    _pass(mode, subject.first, 8, group_size, group_size)()
+                first, memory[subject] = _first(subject, runs[subject])
+                times[subject] = [subject.whole(first)] if sum(first) > 3 * seconds else []
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            failed.append(subject)
+        if subject not in memory:
+            runs.pop(subject)
+            subject.first.model.zero_grad()
+            free_memory()
+    quick = [subject for subject in memory if not times[subject]]
+    started = clock(subjects[0].first.device)
+    for turn in range(repeats):
+        if turn and clock(subjects[0].first.device) - started > seconds * len(quick):
+            break
+        for subject in quick:
+            if not stop.is_set():
+                times[subject].append(subject.whole([timed(run, subject.first.device) for run in runs[subject]]))
+    return memory, times, failed
+
+
+@contextlib.contextmanager
+def _without_weight_cache():
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _summary(times: list[float], peak_mib: float | None, batch: int, length: int, best_seconds: float) -> dict:
@@ -194,7 +216,7 @@ def _pass(mode: str, reranker: Reranker, length: int, batch: int, group_size: in
     if mode == "inference":
 
         def run():
-            with torch.inference_mode(), autocast(reranker.device, reranker.dtype):
+            with torch.no_grad(), autocast(reranker.device, reranker.dtype):
                 model.eval()(ids)
 
         return run

@@ -57,7 +57,7 @@ class TextPass:
         training, model = self.mode == "training", self.reranker.model.train(self.mode == "training")
         with record_function("rankmamba::tokenise"):
             order, batches = self._batches()
-        with torch.inference_mode(not training):
+        with torch.set_grad_enabled(training):
             with autocast(self.reranker.device, self.reranker.dtype):
                 logits = torch.cat([model(**batch).logits[:, 0] for batch in batches])
             if training:

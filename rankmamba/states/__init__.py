@@ -240,7 +240,7 @@ class DocumentStates:
             documents.append(ids)
         return self._kind.ready(batch), documents
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(self, queries: list[str], query_of, rows, show_progress_bar: bool = False) -> np.ndarray:
         """Score pairs, float32 (n,): while one batch computes, the next is loaded."""
         started = time.perf_counter()
@@ -251,6 +251,7 @@ class DocumentStates:
         with (
             ThreadPoolExecutor(1, thread_name_prefix="states") as loader,
             tqdm(total=len(rows), unit="pair", desc="scoring from states", mininterval=1, disable=not show_progress_bar) as bar,
+            autocast(self.reranker.device, self.reranker.dtype),  # around all batches: it converts the weights once
         ):
             coming = loader.submit(self._load, rows[batches[0]]) if batches else None
             for place, batch in enumerate(batches):
@@ -272,10 +273,9 @@ class DocumentStates:
         batch = inputs.collate([Pair(ids, np.zeros_like(ids)) for ids in halves])
         features = {name: tensor.to(self.reranker.device) for name, tensor in batch.items()}
         ids, mask = features["input_ids"], features["attention_mask"]
-        with autocast(self.reranker.device, self.reranker.dtype):
-            logits = self.reranker.model.score_hidden(
-                lambda: self._kind.go_on(loaded, ids, mask), pooled_positions(ids, mask, "causal")
-            )
+        logits = self.reranker.model.score_hidden(
+            lambda: self._kind.go_on(loaded, ids, mask), pooled_positions(ids, mask, "causal")
+        )
         return logits[:, 0].float().cpu().numpy()
 
 
@@ -285,13 +285,14 @@ class HeldStates:
     def __init__(self, states: DocumentStates, doc_ids: list[str], batches: list):
         self.states, self.doc_ids, self._batches = states, doc_ids, batches
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def rank(self, query: str, top_k: int | None = None) -> list[dict]:
         """Rank the documents held for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order."""
         tokens = self.states.reranker.inputs.queries([query])
         scores = np.empty(len(self.doc_ids), dtype=np.float32)
-        for batch, loaded in self._batches:
-            scores[batch] = self.states._continue(loaded, tokens * len(batch))
+        with autocast(self.states.reranker.device, self.states.reranker.dtype):
+            for batch, loaded in self._batches:
+                scores[batch] = self.states._continue(loaded, tokens * len(batch))
         return _ranked(self.doc_ids, scores, top_k)
 
 

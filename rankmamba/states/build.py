@@ -78,7 +78,7 @@ def _then(items: Iterator, last) -> Iterator:
     yield last
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def store_block(
     kind: Recurrent | Attention, reranker: Reranker, writer: Writer, block, batch_tokens: int, count: Callable[[int], None]
 ) -> None:
@@ -97,8 +97,7 @@ def store_block(
         for batch in token_batches(lengths, batch_tokens):
             features = reranker.inputs.collate([pairs[i] for i in batch])
             ids, mask = (features[name].to(reranker.device) for name in ("input_ids", "attention_mask"))
-            with autocast(reranker.device, reranker.dtype):
-                states = kind.read(ids, mask)
+            states = kind.read(ids, mask)
             waiting += zip(batch, states, strict=True)
             computed += len(batch)
             count(len(batch))
@@ -112,4 +111,5 @@ def store_block(
             waiting = []
 
     numbers = [kind.numbers(len(pair)) for pair in pairs]
-    writer.add(doc_ids, [len(pair) for pair in pairs], numbers, records(), digests[-1])
+    with autocast(reranker.device, reranker.dtype):  # around all batches: it converts the weights once
+        writer.add(doc_ids, [len(pair) for pair in pairs], numbers, records(), digests[-1])

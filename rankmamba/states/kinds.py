@@ -36,7 +36,7 @@ class Recurrent:
 
     fixed = True
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, reranker: Reranker, layers: Sequence[int] | None):
         self.backbone, self.device, self.kept = reranker.model.backbone, reranker.device, None
         probe = MambaState()
@@ -101,7 +101,7 @@ class Attention:
 
     fixed, kept, rest = False, None, None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, reranker: Reranker, layers: Sequence[int] | None):
         self.backbone, self.device, self.dtype = reranker.model.backbone, reranker.device, reranker.dtype
         self.longest_query = reranker.inputs.max_query_length

@@ -22,8 +22,8 @@ struct Scan {
     Rows y;
     float *final;        // (B, E, N) or null
     float *checkpoints;  // the state before each tile of tokens, or null; (B, blocks, tiles, N, block)
+    int64_t groups;      // channel blocks are dealt to this many items; in the backward each sums dB and dC over its own channels
     // backward only
-    int64_t groups;  // channel blocks are dealt to this many groups; each sums dB and dC over its own channels
     Rows dy, du, ddelta, dz;
     const float *dfinal;      // (B, E, N) or null
     float *dinitial;          // (B, E, N)

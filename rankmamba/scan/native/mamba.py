@@ -39,10 +39,21 @@ class _SelectiveScan(torch.autograd.Function):
         return _scan_backward(*tensors, checkpoints, dy, dfinal)
 
 
+def _workers(u, A):
+    return workers(u.numel() * A.shape[1])
+
+
+def _groups(u, A):
+    """Into how many parts a sequence's channels are dealt: one, which reads the rows of memory as they lie, where that keeps all threads
+    busy."""
+    threads, batch = _workers(u, A), u.shape[0]
+    return 1 if batch % threads == 0 else min(-(-u.shape[2] // BLOCK), -(-4 * threads // batch))
+
+
 def _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
     """Return the C arguments and the tensors they point to."""
     alive = {"u": as_rows(u), "delta": as_rows(delta), "B": as_rows(B), "C": as_rows(C), "z": as_rows(z)}
-    arguments = Scan(*u.shape, A.shape[1])
+    arguments = Scan(*u.shape, A.shape[1], groups=_groups(u, A))
     for name, tensor in alive.items():
         setattr(arguments, name, rows(tensor))
     plain = {"A2": (A.detach().float() * math.log2(math.e)).t().contiguous()}
@@ -60,7 +71,7 @@ def _scan_forward(u, delta, A, B, C, D, z, delta_bias, initial_state, keep, want
     final_state = torch.empty(batch, inner, n) if want_final else None
     checkpoints = torch.empty(batch, -(-inner // BLOCK), -(-length // TILE), n, BLOCK) if keep else None
     arguments.y, arguments.final, arguments.checkpoints = rows(y), pointer(final_state), pointer(checkpoints)
-    call("scan_forward", arguments, workers(u.numel() * n))
+    call("scan_forward", arguments, _workers(u, A))
     return y.to(u.dtype), final_state, checkpoints
 
 
@@ -69,9 +80,7 @@ def _scan_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoin
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     arguments, alive = _scan_arguments(*inputs)
     (batch, length, inner), n = u.shape, A.shape[1]
-    threads = workers(u.numel() * n)
-    # A sequence's channels are dealt to several threads only where there are too few sequences: dB and dC are sums over channels.
-    groups = 1 if batch % threads == 0 else min(-(-inner // BLOCK), -(-4 * threads // batch))
+    groups = arguments.groups
     dy = torch.zeros_like(alive["u"]) if dy is None else as_rows(dy)
     dfinal = as_plain(dfinal)
     du, ddelta, dz = (
@@ -80,11 +89,11 @@ def _scan_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoin
     sums = {"dA": (batch, n, inner), "dD": (batch, inner), "ddelta_bias": (batch, inner)}
     sums |= {"dinitial": (batch, inner, n), "dB": (groups, batch, length, n), "dC": (groups, batch, length, n)}
     sums = {name: torch.empty(shape) for name, shape in sums.items()}
-    arguments.checkpoints, arguments.groups, arguments.dfinal = pointer(checkpoints), groups, pointer(dfinal)
+    arguments.checkpoints, arguments.dfinal = pointer(checkpoints), pointer(dfinal)
     arguments.dy, arguments.du, arguments.ddelta, arguments.dz = (rows(t) for t in (dy, du, ddelta, dz))
     for name, tensor in sums.items():
         setattr(arguments, name, pointer(tensor))
-    call("scan_backward", arguments, threads)
+    call("scan_backward", arguments, _workers(u, A))
     dA, dD, dbias, dB, dC = (sums[name].sum(0) for name in ("dA", "dD", "ddelta_bias", "dB", "dC"))
     gradients = (du, ddelta, dA.t(), dB, dC, dD, dz, dbias, sums["dinitial"])
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))

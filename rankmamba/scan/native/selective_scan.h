@@ -15,19 +15,19 @@ constexpr int TILE = W == 16 ? 24 : 32;
 constexpr int BUFFER = TILE * BLOCK + 2 * 16;
 
 struct ScanShape {
-    int64_t blocks, tiles;
-    explicit ScanShape(const Scan &s) : blocks(ceil_div(s.inner, BLOCK)), tiles(ceil_div(s.length, TILE)) {}
+    int64_t blocks, tiles, groups;
+    explicit ScanShape(const Scan &s) : blocks(ceil_div(s.inner, BLOCK)), tiles(ceil_div(s.length, TILE)), groups(s.groups) {}
+    int64_t own() const { return ceil_div(blocks, groups); }  // the blocks of an item
     int64_t checkpoint(const Scan &s, int64_t b, int64_t block, int64_t tile) const {
         return ((b * blocks + block) * tiles + tile) * s.states * BLOCK;
     }
 };
 
-// One block of channels: what stays the same for all its tokens.
+// One block of channels: what stays the same for all its tokens, kept in `space`.
 struct Block {
     int64_t b, first;
-    int count;             // channels that exist, at most BLOCK
-    float *A2, *D, *bias;  // (N, BLOCK), (BLOCK), (BLOCK)
-    float largest_A2;
+    int count;                          // channels that exist, at most BLOCK
+    float *A2, *D, *bias, *largest_A2;  // (N, BLOCK), (BLOCK), (BLOCK), one number
 
     Block(const Scan &s, int64_t b_, int64_t block, float *space)
         : b(b_),
@@ -36,15 +36,17 @@ struct Block {
           A2(space),
           D(space + s.states * BLOCK),
           bias(D + BLOCK),
-          largest_A2(0) {
+          largest_A2(bias + BLOCK) {}
+    void read(const Scan &s) const {
         for (int64_t n = 0; n < s.states; n++) load_span(s.A2 + n * s.inner + first, count, BLOCK, A2 + n * BLOCK);
         load_span(s.D ? s.D + first : nullptr, count, BLOCK, D);
         load_span(s.delta_bias ? s.delta_bias + first : nullptr, count, BLOCK, bias);
         vf largest = vf{};
         for (int64_t i = 0; i < s.states * BLOCK; i += W) largest = at_least(largest, magnitude(load(A2 + i)));
-        for (int i = 0; i < W; i++) largest_A2 = largest[i] > largest_A2 ? largest[i] : largest_A2;
+        *largest_A2 = 0;
+        for (int i = 0; i < W; i++) *largest_A2 = largest[i] > *largest_A2 ? largest[i] : *largest_A2;
     }
-    static int64_t workspace(const Scan &s) { return s.states * BLOCK + 2 * BLOCK; }
+    static int64_t workspace(const Scan &s) { return s.states * BLOCK + 2 * BLOCK + W; }
 };
 
 // B or C of a tile as floats, (tokens, N).
@@ -72,7 +74,7 @@ enum class Decay { float32, bfloat16, clamped };
 inline Decay choose_decay(const Scan &s, const Block &block, vf largest_delta) {
     float largest = 0;
     for (int i = 0; i < W; i++) largest = largest_delta[i] > largest ? largest_delta[i] : largest;
-    if (!(largest * block.largest_A2 < 125.f)) return Decay::clamped;
+    if (!(largest * *block.largest_A2 < 125.f)) return Decay::clamped;
     return s.delta.bfloat16 ? Decay::bfloat16 : Decay::float32;
 }
 
@@ -82,8 +84,10 @@ inline void decays(const float *delta, const vf *A2, vf *a) {
     if (HOW == Decay::clamped) {
         for (int c = 0; c < VECTORS; c++) a[c] *= A2[c];
         exp2_clamped<VECTORS>(a);
+    } else if (HOW == Decay::bfloat16) {
+        exp2_product_split<VECTORS>(a, A2);
     } else {
-        exp2_product<HOW == Decay::bfloat16 ? 4 : DEGREE, VECTORS>(a, A2);
+        exp2_product<DEGREE, VECTORS>(a, A2);
     }
 }
 
@@ -103,61 +107,75 @@ void forward_state(int tokens, int64_t stride, const float *A2, const float *__r
     for (int c = 0; c < VECTORS; c++) store(h + c * W, state[c]);
 }
 
-int64_t forward_items(const Scan &s) { return s.batch * ScanShape(s).blocks; }
-int64_t forward_workspace(const Scan &s) { return Block::workspace(s) + s.states * (BLOCK + 2 * TILE) + 3 * BUFFER; }
+int64_t scan_items(const Scan &s) { return s.batch * s.groups; }
+int64_t forward_workspace(const Scan &s) {
+    return ScanShape(s).own() * (Block::workspace(s) + s.states * BLOCK) + 2 * s.states * TILE + 3 * BUFFER;
+}
 
 void forward_run(const Scan &s, int64_t item, float *space) {
     const FlushDenormals flush;
     const ScanShape shape(s);
-    const int64_t b = item / shape.blocks, index = item % shape.blocks, first = index * BLOCK;
-    const int states = (int)s.states, count = smaller(BLOCK, s.inner - first);
-    for (int t = 0; t < TILE && t < s.length; t++) prefetch_row(s.delta, b, t, first), prefetch_row(s.u, b, t, first);
-    const Block block(s, b, index, space);
-    float *h = space + Block::workspace(s);  // (N, BLOCK)
-    float *delta = h + states * BLOCK, *du = delta + BUFFER, *y = du + BUFFER, *B = y + BUFFER, *C = B + TILE * states;
-    turn_state(s.initial, s, block, h);
+    const int64_t b = item / s.groups, from = item % s.groups * shape.own(), to = smaller(from + shape.own(), shape.blocks);
+    const int states = (int)s.states;
+    const int64_t state_size = states * BLOCK, fixed_size = Block::workspace(s);
+    float *fixed = space, *states_before = fixed + shape.own() * fixed_size;  // of each block; (N, BLOCK)
+    float *delta = states_before + shape.own() * state_size, *du = delta + BUFFER, *y = du + BUFFER;
+    float *B = y + BUFFER, *C = B + TILE * states;
+    for (int64_t i = from; i < to; i++) {
+        const Block block(s, b, i, fixed + (i - from) * fixed_size);
+        block.read(s);
+        turn_state(s.initial, s, block, states_before + (i - from) * state_size);
+    }
     for (int64_t tile = 0; tile < shape.tiles; tile++) {
         const int64_t t0 = tile * TILE;
-        const int tokens = smaller(TILE, s.length - t0), next = smaller(TILE, s.length - t0 - tokens);
-        if (s.checkpoints) memcpy(s.checkpoints + shape.checkpoint(s, b, index, tile), h, states * BLOCK * sizeof(float));
+        const int tokens = smaller(TILE, s.length - t0);
         load_states(s.B, b, t0, tokens, states, B);
         load_states(s.C, b, t0, tokens, states, C);
-        vf largest = vf{};
-        for (int t = 0; t < tokens; t++) {
-            if (t < next) prefetch_row(s.delta, b, t0 + TILE + t, first), prefetch_row(s.u, b, t0 + TILE + t, first);
-            prefetch_row(s.z, b, t0 + t, first);
-            prefetch_row(s.y, b, t0 + t, first);
-            vf d[VECTORS], u[VECTORS];
-            load_block(s.delta, b, t0 + t, first, count, d);
-            load_block(s.u, b, t0 + t, first, count, u);
-            for (int c = 0; c < VECTORS; c++) d[c] += load(block.bias + c * W);
-            softplus<VECTORS>(d, nullptr);
-            for (int c = 0; c < VECTORS; c++) {
-                const int at = t * BLOCK + c * W;
-                largest = at_least(largest, d[c]);
-                store(delta + at, d[c]);
-                store(du + at, d[c] * u[c]);
-                store(y + at, u[c] * load(block.D + c * W));
+        for (int64_t i = from; i < to; i++) {
+            const Block block(s, b, i, fixed + (i - from) * fixed_size);
+            const int64_t first = block.first, ahead = first + BLOCK;
+            const int count = block.count;
+            float *h = states_before + (i - from) * state_size;
+            if (s.checkpoints) memcpy(s.checkpoints + shape.checkpoint(s, b, i, tile), h, state_size * sizeof(float));
+            vf largest = vf{};
+            for (int t = 0; t < tokens; t++) {
+                if (i + 1 < to)
+                    prefetch_row(s.delta, b, t0 + t, ahead), prefetch_row(s.u, b, t0 + t, ahead),
+                        prefetch_row(s.z, b, t0 + t, ahead), prefetch_row(s.y, b, t0 + t, ahead);
+                vf d[VECTORS], u[VECTORS];
+                load_block(s.delta, b, t0 + t, first, count, d);
+                load_block(s.u, b, t0 + t, first, count, u);
+                for (int c = 0; c < VECTORS; c++) d[c] += load(block.bias + c * W);
+                softplus<VECTORS>(d, nullptr);
+                for (int c = 0; c < VECTORS; c++) {
+                    const int at = t * BLOCK + c * W;
+                    largest = at_least(largest, d[c]);
+                    store(delta + at, d[c]);
+                    store(du + at, d[c] * u[c]);
+                    store(y + at, u[c] * load(block.D + c * W));
+                }
             }
-        }
-        const Decay how = choose_decay(s, block, largest);
-        const auto run = how == Decay::clamped    ? forward_state<Decay::clamped>
-                         : how == Decay::bfloat16 ? forward_state<Decay::bfloat16>
-                                                  : forward_state<Decay::float32>;
-        for (int n = 0; n < states; n++) run(tokens, states, block.A2 + n * BLOCK, delta, du, B + n, C + n, h + n * BLOCK, y);
-        for (int t = 0; t < tokens; t++) {
-            vf out[VECTORS];
-            for (int c = 0; c < VECTORS; c++) out[c] = load(y + t * BLOCK + c * W);
-            if (s.z.data) {
-                vf z[VECTORS], gate[VECTORS];
-                load_block(s.z, b, t0 + t, first, count, z);
-                sigmoid<VECTORS>(z, gate);
-                for (int c = 0; c < VECTORS; c++) out[c] *= z[c] * gate[c];
+            const Decay how = choose_decay(s, block, largest);
+            const auto run = how == Decay::clamped    ? forward_state<Decay::clamped>
+                             : how == Decay::bfloat16 ? forward_state<Decay::bfloat16>
+                                                      : forward_state<Decay::float32>;
+            for (int n = 0; n < states; n++)
+                run(tokens, states, block.A2 + n * BLOCK, delta, du, B + n, C + n, h + n * BLOCK, y);
+            for (int t = 0; t < tokens; t++) {
+                vf out[VECTORS];
+                for (int c = 0; c < VECTORS; c++) out[c] = load(y + t * BLOCK + c * W);
+                if (s.z.data) {
+                    vf z[VECTORS], gate[VECTORS];
+                    load_block(s.z, b, t0 + t, first, count, z);
+                    sigmoid<VECTORS>(z, gate);
+                    for (int c = 0; c < VECTORS; c++) out[c] *= z[c] * gate[c];
+                }
+                store_block(s.y, b, t0 + t, first, count, out);
             }
-            store_block(s.y, b, t0 + t, first, count, out);
         }
     }
-    if (s.final) turn_back_state(h, s, block, s.final);
+    for (int64_t i = from; s.final && i < to; i++)
+        turn_back_state(states_before + (i - from) * state_size, s, Block(s, b, i, fixed), s.final);
 }
 
 // The buffers of one tile in the backward pass, (TILE, BLOCK) each.
@@ -212,28 +230,31 @@ void backward_state(int tokens, int64_t stride, const float *A2, const Tile &til
     for (int c = 0; c < VECTORS; c++) store(carry + c * W, g[c]), store(dA + c * W, load(dA + c * W) + da[c]);
 }
 
-int64_t backward_items(const Scan &s) { return s.batch * s.groups; }
 int64_t backward_workspace(const Scan &s) {
-    const int64_t blocks = ceil_div(ScanShape(s).blocks, s.groups);
-    return blocks * (2 * s.states + 2) * BLOCK + Block::workspace(s) + s.states * 2 * TILE * (1 + W) +
+    const int64_t blocks = ScanShape(s).own();
+    return blocks * ((2 * s.states + 2) * BLOCK + Block::workspace(s)) + s.states * 2 * TILE * (1 + W) +
            (Tile::COUNT + 2) * BUFFER + BLOCK;
 }
 
 void backward_run(const Scan &s, int64_t item, float *space) {
     const FlushDenormals flush;
     const ScanShape shape(s);
-    const int64_t b = item / s.groups, group = item % s.groups, blocks = ceil_div(shape.blocks, s.groups);
-    const int64_t from = group * blocks, to = from + blocks < shape.blocks ? from + blocks : shape.blocks;
+    const int64_t b = item / s.groups, group = item % s.groups, blocks = shape.own();
+    const int64_t from = group * blocks, to = smaller(from + blocks, shape.blocks);
     const int states = (int)s.states;
-    const int64_t state_size = states * BLOCK;
+    const int64_t state_size = states * BLOCK, fixed_size = Block::workspace(s);
     // What runs along with the tiles, for each block of the group: carry, dA (N, BLOCK), dD, dbias (BLOCK).
     float *carry = space, *dA = carry + blocks * state_size, *dD = dA + blocks * state_size, *dbias = dD + blocks * BLOCK;
     float *fixed = dbias + blocks * BLOCK;
-    const Tile tile(fixed + Block::workspace(s));
+    const Tile tile(fixed + blocks * fixed_size);
     float *a = tile.delta + Tile::COUNT * BUFFER, *h = a + BUFFER;
     float *B = h + BUFFER + BLOCK, *C = B + TILE * states, *dB = C + TILE * states, *dC = dB + states * TILE * W;
     memset(dA, 0, blocks * (state_size + 2 * BLOCK) * sizeof(float));
-    for (int64_t i = from; i < to; i++) turn_state(s.dfinal, s, Block(s, b, i, fixed), carry + (i - from) * state_size);
+    for (int64_t i = from; i < to; i++) {
+        const Block block(s, b, i, fixed + (i - from) * fixed_size);
+        block.read(s);
+        turn_state(s.dfinal, s, block, carry + (i - from) * state_size);
+    }
 
     for (int64_t index = shape.tiles - 1; index >= 0; index--) {
         const int64_t t0 = index * TILE;
@@ -242,7 +263,7 @@ void backward_run(const Scan &s, int64_t item, float *space) {
         load_states(s.C, b, t0, tokens, states, C);
         memset(dB, 0, 2 * states * TILE * W * sizeof(float));
         for (int64_t i = from; i < to; i++) {
-            const Block block(s, b, i, fixed);
+            const Block block(s, b, i, fixed + (i - from) * fixed_size);
             const int64_t first = block.first, own = (i - from) * state_size;
             const int count = block.count;
             vf largest = vf{};

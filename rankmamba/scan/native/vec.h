@@ -144,16 +144,46 @@ struct Exp2<6> {
 // x = 2^(x y), as 2^n (1 + f q(f)) with n = round(x y); product and range reduction round once. Right for -126 < x y < 127.
 template <int DEGREE, int M>
 inline void exp2_product(vf *x, const vf *y) {
+    vf q[M];
+#if defined(__AVX512DQ__) && WIDTH == 16
+    vf n[M];
+    for (int i = 0; i < M; i++) n[i] = x[i] * y[i];
+    for (int i = 0; i < M; i++) x[i] = (vf)_mm512_reduce_ps((__m512)n[i], 0);
+    for (int i = 0; i < M; i++) n[i] = n[i] - x[i];
+#else
     const vf magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
-    vf shifted[M], q[M];
+    vf shifted[M];
     for (int i = 0; i < M; i++) shifted[i] = fma(x[i], y[i], magic);
     for (int i = 0; i < M; i++) q[i] = shifted[i] - magic;
     for (int i = 0; i < M; i++) x[i] = fma(x[i], y[i], -q[i]);
+#endif
     for (int i = 0; i < M; i++) q[i] = Exp2<DEGREE>::q[0] * x[i] + Exp2<DEGREE>::q[1];
     for (int k = 2; k < DEGREE; k++)
         for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + Exp2<DEGREE>::q[k];
     for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 1.f;
+#if defined(__AVX512DQ__) && WIDTH == 16
+    for (int i = 0; i < M; i++) x[i] = (vf)_mm512_scalef_ps((__m512)q[i], (__m512)n[i]);
+#else
     for (int i = 0; i < M; i++) x[i] = (vf)((vi)q[i] + ((vi)shifted[i] << 23));
+#endif
+}
+
+// The same as exp2_product<4, M>, for a processor that can split off the integer below a number, and multiply by its power of two: x y
+// + 1/2 is split, 2^(g - 1/2) a polynomial of the rest g.
+template <int M>
+inline void exp2_product_split(vf *x, const vf *y) {
+#if defined(__AVX512DQ__) && WIDTH == 16
+    vf g[M], p[M];
+    for (int i = 0; i < M; i++) x[i] = fma(x[i], y[i], broadcast(0.5f));
+    for (int i = 0; i < M; i++) g[i] = (vf)_mm512_reduce_ps((__m512)x[i], 1);  // x - floor(x)
+    for (int i = 0; i < M; i++) p[i] = fma(broadcast(0.00952835f), g[i], broadcast(0.03673663f));
+    for (int i = 0; i < M; i++) p[i] = fma(p[i], g[i], broadcast(0.17085362f));
+    for (int i = 0; i < M; i++) p[i] = fma(p[i], g[i], broadcast(0.48997691f));
+    for (int i = 0; i < M; i++) p[i] = fma(p[i], g[i], broadcast(0.70711054f));
+    for (int i = 0; i < M; i++) x[i] = (vf)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);
+#else
+    exp2_product<4, M>(x, y);
+#endif
 }
 
 // x = 2^x for every x: what underflows becomes 2^-125, what overflows 2^126.
