@@ -38,6 +38,14 @@ LOG = VENV / "rankmamba.log"  # what the last step of an installation said
 INSTALLED = ("pyproject.toml", "requirements.txt", "constraints.txt", "setup.py")  # the files that say what is installed
 PYTHONS = ((3, 10), (3, 14))  # the oldest and the newest Python that constraints.txt has versions for
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# For what is started here, unless the caller has set them. OpenMP's waiting threads would take the cores from other work. glibc
+# would give the memory of every large tensor back to the system, which makes new pages for the next one: a fifth of a step of training.
+SETTINGS = {
+    "OMP_WAIT_POLICY": "passive",
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}" for name in ("mmap_max=0", f"trim_threshold={2**40}", f"top_pad={2**26}", "hugetlb=1")
+    ),
+}
 EXTRA = {"study": None, "lab": "lab", "test": "test"}
 MODULE = {
     "study": ["rankmamba.study"],
@@ -255,7 +263,7 @@ def failure_of(said):
 def child(command, **streams):
     """Start a process in this folder with .venv first on its path; an interruption ends it, too."""
     path = os.pathsep.join([str(PYTHON.parent), os.environ.get("PATH", os.defpath)])
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV), "PIP_USER": "0"}
+    environment = {**SETTINGS, **os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV), "PIP_USER": "0"}
     environment.pop("PYTHONHOME", None)
     process = subprocess.Popen([str(part) for part in command], cwd=str(ROOT), env=environment, **streams)
     try:

@@ -80,6 +80,7 @@ def torch_findings() -> Iterator[tuple[str, str]]:
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU"
     yield "torch", f"{torch.__version__}, {build}"
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}"
+    yield "memory", f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES')}"
     yield "CPU kernels", f"torch uses {torch.backends.cpu.get_cpu_capability()}"
     devices = ["cpu"]
     if torch.cuda.is_available():
