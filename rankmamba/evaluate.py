@@ -19,6 +19,8 @@ MEASURES = ("nDCG@10", "RR@10", "RR@100", "AP@100")
 PRIMARY = "RR@100"
 BASELINE = "bm25"
 RESAMPLES = 10_000
+WEIGHTS = tuple(step / 10 for step in range(11))  # of the model in a mixture
+FOLDS = 5
 Tables = pd.DataFrame | Sequence[pd.DataFrame]  # what `per_query` returns, or one of them for each seed of a system
 
 
@@ -278,21 +280,39 @@ def interpolate(run: pd.DataFrame, candidates: pd.DataFrame, weight: float) -> p
     return _mix(_align(run, candidates), weight)
 
 
-def tune_weight(
+def weight_values(
+    run: pd.DataFrame, candidates: pd.DataFrame, qrels: pd.DataFrame, measure: str = PRIMARY, weights: Sequence[float] = WEIGHTS
+) -> pd.DataFrame:
+    """A measure of `interpolate` for every weight: a row a judged query, a column a weight."""
+    aligned = _align(run, candidates)
+    return pd.DataFrame({weight: per_query(_mix(aligned, weight), qrels, [measure])[measure] for weight in weights})
+
+
+def best_weight(values: pd.DataFrame) -> float:
+    """The weight with the best mean; of equally good ones the smallest, the one nearest the first stage."""
+    means = values.mean()
+    return float(means[means == means.max()].index.min())
+
+
+def interpolate_tuned(
     run: pd.DataFrame,
     candidates: pd.DataFrame,
     qrels: pd.DataFrame,
+    dev: pd.DataFrame,
     measure: str = PRIMARY,
-    grid: Sequence[float] = tuple(round(0.1 * step, 1) for step in range(11)),
-) -> tuple[float, pd.DataFrame]:
-    """Find the weight of `interpolate` with the best mean of a measure: (weight, table weight, value). Give it dev queries.
+    folds: int = FOLDS,
+) -> tuple[pd.DataFrame, list[float]]:
+    """Mix each fold of the queries with the weight that is best on the others and on the dev queries: (run, a weight a fold).
 
-    Of equally good weights the smallest is taken, the one nearest the first stage.
+    dev: `weight_values` of the dev queries. Folds are neighbours in the order of the query ids; no query's judgement has a say in its
+    own weight.
     """
-    aligned = _align(run, candidates)
-    values = [per_query(_mix(aligned, weight), qrels, [measure])[measure].mean() for weight in grid]
-    table = pd.DataFrame({"weight": list(grid), "value": values})
-    return float(table.loc[table["value"] == table["value"].max(), "weight"].min()), table
+    aligned, values = _align(run, candidates), weight_values(run, candidates, qrels, measure, dev.columns)
+    query_ids, mixed, weights = np.sort(aligned["query_id"].unique()), [], []
+    for fold in np.array_split(query_ids, min(folds, len(query_ids))):
+        weights.append(best_weight(pd.concat([dev, values[~values.index.isin(fold)]])))
+        mixed.append(_mix(aligned[aligned["query_id"].isin(fold)], weights[-1]))
+    return pd.concat(mixed, ignore_index=True), weights
 
 
 def _align(run: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:

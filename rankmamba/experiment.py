@@ -24,7 +24,7 @@ from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25
 from .collection import Collection, load, read_run, write_run
 from .errors import InputError
-from .evaluate import interpolate, per_query, tune_weight
+from .evaluate import interpolate, interpolate_tuned, per_query, weight_values
 from .inputs import PairTokenizer
 from .reranker import Cost, Reranker
 from .results import environment, fingerprint, new_record, read_records, write_record
@@ -174,7 +174,7 @@ class Experiment:
     def evaluate(self, system: str, mixed_with: str | None = None) -> dict:
         """Measure a system's test run, alone (behind its reranked documents the first stage's order) or mixed with a first stage.
 
-        The mixture's weight is chosen on dev. Returns the record, of the system "X" or "X + bm25".
+        The mixture's weights are chosen on dev and on the other folds of test. Returns the record, of the system "X" or "X + bm25".
         """
         test, run = self.split("test"), self.run(system, "test")
         reranked = self._last("rerank", system, "test")
@@ -185,9 +185,9 @@ class Experiment:
         if mixed_with is not None:
             name = f"{system} + {mixed_with}"
             dev = self.split("dev")
-            weight, table = tune_weight(self.run(system, "dev"), self.run(mixed_with, "dev"), dev.qrels)
-            run = interpolate(run, self.run(mixed_with, "test"), weight)
-            result = {"weight": weight, "dev": table.to_dict("list")}
+            values = weight_values(self.run(system, "dev"), self.run(mixed_with, "dev"), dev.qrels)
+            run, weights = interpolate_tuned(run, self.run(mixed_with, "test"), test.qrels, values)
+            result = {"weights": weights, "dev": {"weight": list(values), "value": values.mean().tolist()}}
         elif reranked is not None:
             run = interpolate(run, self.run(config["first_stage"], "test"), 1.0)
         first_stage = self._last("first_stage", system, "test")

@@ -207,7 +207,7 @@ def document_lengths(lengths: Sequence[int], limit: int, unit: str = "tokens") -
 def weight_curves(tables: Mapping[str, pd.DataFrame], measure: str = PRIMARY) -> Figure:
     """A measure on dev against the weight of the model in the mixture with the first stage, the best weight of each marked.
 
-    tables: {system: table weight, value of `evaluate.tune_weight`}.
+    tables: {system: table weight, value}, as `Experiment.weight_tables` has them.
     """
     figure, axes = _figure(xlabel="weight of the model (0: first stage alone, 1: model alone)", ylabel=f"{measure} on dev")
     ends = {}

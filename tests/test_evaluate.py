@@ -15,17 +15,19 @@ from rankmamba.evaluate import (
     BASELINE,
     MEASURES,
     PRIMARY,
+    best_weight,
     bootstrap_means,
     compare,
     detectable_difference,
     extremes,
     holm,
     interpolate,
+    interpolate_tuned,
     mean_interval,
     paired_p,
     per_query,
     summarise,
-    tune_weight,
+    weight_values,
 )
 
 IDS = [f"d{number}" for number in range(12)]
@@ -102,7 +104,7 @@ def test_the_defaults_are_what_the_study_reports():
     tables = systems(bm25=values, x=np.roll(values, 1))
     pd.testing.assert_frame_equal(compare(tables), compare(tables, "bm25", "RR@100", level=0.95, seed=0))
     assert detectable_difference(values) == detectable_difference(values, 60, alpha=0.05, power=0.8)
-    assert tune_weight(MODEL, FIRST, make_qrels({"a": {"d3": 1}}))[1]["weight"].tolist() == [n / 10 for n in range(11)]
+    assert list(weight_values(MODEL, FIRST, make_qrels({"a": {"d3": 1}}))) == [n / 10 for n in range(11)]
 
 
 def test_rank_decides_whatever_the_scores_and_the_row_order():
@@ -327,14 +329,39 @@ def test_interpolation_refuses_what_it_cannot_mean():
         interpolate(MODEL.assign(score=math.nan), FIRST, 0.5)
 
 
-def test_the_tuned_weight_is_the_best_of_the_grid_and_the_smallest_of_equals():
+def test_the_best_weight_has_the_best_mean_and_is_the_smallest_of_equals():
     qrels = make_qrels({"a": {"d3": 1}})
-    weight, table = tune_weight(MODEL, FIRST, qrels)
-    best = table["value"].max()
-    assert best == 1.0 and weight == table.loc[table["value"] == best, "weight"].min() > 0
-    for row in table.itertuples():
-        assert row.value == per_query(interpolate(MODEL, FIRST, row.weight), qrels, ["RR@100"])["RR@100"].mean()
-    assert tune_weight(FIRST, FIRST, qrels)[0] == 0.0
+    values = weight_values(MODEL, FIRST, qrels)
+    best = values.mean().max()
+    assert best == 1.0 and best_weight(values) == min(w for w in values if values[w].mean() == best) > 0
+    for weight in values:
+        assert values[weight].tolist() == per_query(interpolate(MODEL, FIRST, weight), qrels, ["RR@100"])["RR@100"].tolist()
+    assert best_weight(weight_values(FIRST, FIRST, qrels)) == 0.0
+
+
+def test_a_querys_judgement_has_no_say_in_the_weight_it_is_mixed_with():
+    ids, generator = [f"q{n:02d}" for n in range(20)], np.random.default_rng(0)
+    documents = [f"d{n}" for n in range(6)]
+    first, model = (make_run({q: dict(zip(documents, generator.permutation(6), strict=True)) for q in ids}) for _ in range(2))
+    dev = pd.DataFrame([[0.5, 0.6, 0.5]], index=["dev query"], columns=[0.0, 0.5, 1.0])
+    judged = {q: {documents[generator.integers(6)]: 1} for q in ids}
+    run, weights = interpolate_tuned(model, first, make_qrels(judged), dev, folds=4)
+    assert len(weights) == 4 and sorted(set(run["query_id"])) == ids
+    values = weight_values(model, first, make_qrels(judged), weights=dev.columns)
+    for number, fold in enumerate(np.array_split(np.array(ids), 4)):
+        assert weights[number] == best_weight(pd.concat([dev, values.drop(fold)]))
+        mixed = interpolate(model, first, weights[number])
+        for query_id in fold:
+            assert order(run, query_id) == order(mixed, query_id)
+        changed = judged | {q: {d: 1 - judged[q].get(d, 0) for d in documents} for q in fold}
+        assert interpolate_tuned(model, first, make_qrels(changed), dev, folds=4)[1][number] == weights[number]
+    assert len(set(weights)) > 1
+
+
+def test_without_other_judgements_the_dev_queries_decide():
+    dev = pd.DataFrame([[0.1, 0.9]], index=["dev query"], columns=[0.0, 1.0])
+    run, weights = interpolate_tuned(MODEL, FIRST, make_qrels({"a": {"d3": 1}}), dev, folds=1)
+    assert weights == [1.0] and order(run, "a") == order(interpolate(MODEL, FIRST, 1.0), "a")
 
 
 def test_an_identity_reranker_reproduces_the_first_stage_exactly():

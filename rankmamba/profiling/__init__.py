@@ -150,7 +150,14 @@ def measure_together(
 
 
 def _turns(
-    mode: str, subjects: Sequence[Subject], length: int, batch: int, group_size: int, repeats: int, seconds: float, stop: threading.Event
+    mode: str,
+    subjects: Sequence[Subject],
+    length: int,
+    batch: int,
+    group_size: int,
+    repeats: int,
+    seconds: float,
+    stop: threading.Event,
 ) -> tuple[dict[Subject, float | None], dict[Subject, list[float]], list[Subject]]:
     """Run one mode; return the memory in MiB of the systems that ran, the seconds of each one's turns, and who ran out of memory."""
     runs = {subject: [_pass(mode, reranker, length, batch, group_size) for reranker in subject.rerankers] for subject in subjects}
