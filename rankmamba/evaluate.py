@@ -284,7 +284,10 @@ def weight_values(
     run: pd.DataFrame, candidates: pd.DataFrame, qrels: pd.DataFrame, measure: str = PRIMARY, weights: Sequence[float] = WEIGHTS
 ) -> pd.DataFrame:
     """A measure of `interpolate` for every weight: a row a judged query, a column a weight."""
-    aligned = _align(run, candidates)
+    return _weight_values(_align(run, candidates), qrels, measure, weights)
+
+
+def _weight_values(aligned, qrels, measure, weights):
     return pd.DataFrame({weight: per_query(_mix(aligned, weight), qrels, [measure])[measure] for weight in weights})
 
 
@@ -307,7 +310,8 @@ def interpolate_tuned(
     dev: `weight_values` of the dev queries. Folds are neighbours in the order of the query ids; no query's judgement has a say in its
     own weight.
     """
-    aligned, values = _align(run, candidates), weight_values(run, candidates, qrels, measure, dev.columns)
+    aligned = _align(run, candidates)
+    values = _weight_values(aligned, qrels, measure, dev.columns)
     query_ids, mixed, weights = np.sort(aligned["query_id"].unique()), [], []
     for fold in np.array_split(query_ids, min(folds, len(query_ids))):
         weights.append(best_weight(pd.concat([dev, values[~values.index.isin(fold)]])))

@@ -218,10 +218,8 @@ class Reranker:
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0
         bar = tqdm(total=sum(map(len, batches)), unit="pair", desc="scoring", mininterval=1, disable=not show_progress_bar)
-        with (
-            bar,
-            autocast(self.device, self.dtype),
-        ):  # around all batches: it converts the weights once, though not in inference mode
+        # one autocast for all batches converts the weights once; in inference mode it would do so for every batch
+        with bar, autocast(self.device, self.dtype):
             while batches:
                 batch = batches[0]
                 pairs = [self.inputs.join(queries[query_of[i]], documents[document_of[i]]) for i in batch]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
 from rankmamba.backbones import SYSTEMS, build
@@ -40,6 +41,30 @@ def test_the_order_of_pairs_and_the_token_budget_change_nothing(reranker):
     pairs = [(query, text) for query in ("river", "a mountain in winter") for text in TEXTS]
     scores = reranker.predict(pairs)
     assert np.allclose(scores[::-1], reranker.predict(pairs[::-1], batch_tokens=70), atol=1e-5)
+
+
+class Conversions(TorchDispatchMode):
+    """Counts how often one of the parameters is converted to another format."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.places, self.count = {parameter.data_ptr() for parameter in model.parameters()}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.count += arguments[0].data_ptr() in self.places
+        return function(*arguments, **(settings or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_scoring_converts_the_weights_once_whatever_the_number_of_batches(family):
+    reranker = Reranker.from_pretrained(family, dtype=torch.bfloat16, max_length=64, max_query_length=20)
+    counts = []
+    for copies in (1, 4):
+        with Conversions(reranker.model) as conversions:
+            reranker.predict([("which river", f"text {copy}") for copy in range(copies)], batch_tokens=1)
+        counts.append(conversions.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_saving_and_loading_keeps_every_weight_and_score(reranker, tmp_path):

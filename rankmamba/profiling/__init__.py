@@ -138,7 +138,7 @@ def measure_together(
         }
     first = subjects[0].first
     for mode in modes:
-        # around all passes of scoring, as around all batches: it converts the weights once; a step of training does so each time
+        # scoring converts the weights once for all its batches (Reranker._score), a step of training has to do it again
         with autocast(first.device, first.dtype) if mode == "inference" else contextlib.nullcontext():
             memory, times, failed = _turns(mode, subjects, length, batch, group_size, repeats, seconds, stop)
         for subject in failed:
@@ -165,7 +165,8 @@ def _turns(
     for subject in subjects:
         try:
             if not stop.is_set():
-                with _without_weight_cache():  # what is allocated once is no part of a pass, but converted weights are
+                # what is allocated once is no part of a pass; converted weights are, so they are not kept here
+                with torch.autocast(subject.first.device.type, enabled=False, cache_enabled=False):
                     _pass(mode, subject.first, 8, group_size, group_size)()
                 first, memory[subject] = _first(subject, runs[subject])
                 times[subject] = [subject.whole(first)] if sum(first) > 3 * seconds else []
@@ -186,16 +187,6 @@ def _turns(
             if not stop.is_set():
                 times[subject].append(subject.whole([timed(run, subject.first.device) for run in runs[subject]]))
     return memory, times, failed
-
-
-@contextlib.contextmanager
-def _without_weight_cache():
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _summary(times: list[float], peak_mib: float | None, batch: int, length: int, best_seconds: float) -> dict:

@@ -251,7 +251,7 @@ class DocumentStates:
         with (
             ThreadPoolExecutor(1, thread_name_prefix="states") as loader,
             tqdm(total=len(rows), unit="pair", desc="scoring from states", mininterval=1, disable=not show_progress_bar) as bar,
-            autocast(self.reranker.device, self.reranker.dtype),  # around all batches: it converts the weights once
+            autocast(self.reranker.device, self.reranker.dtype),  # one for all batches, as in Reranker._score
         ):
             coming = loader.submit(self._load, rows[batches[0]]) if batches else None
             for place, batch in enumerate(batches):

@@ -111,5 +111,5 @@ def store_block(
             waiting = []
 
     numbers = [kind.numbers(len(pair)) for pair in pairs]
-    with autocast(reranker.device, reranker.dtype):  # around all batches: it converts the weights once
+    with autocast(reranker.device, reranker.dtype):  # one for all batches, as in Reranker._score
         writer.add(doc_ids, [len(pair) for pair in pairs], numbers, records(), digests[-1])

@@ -44,8 +44,7 @@ def _workers(u, A):
 
 
 def _groups(u, A):
-    """Into how many parts a sequence's channels are dealt: one, which reads the rows of memory as they lie, where that keeps all threads
-    busy."""
+    """Into how many parts a sequence's channels are dealt: one reads whole rows, more are for threads that had nothing to do."""
     threads, batch = _workers(u, A), u.shape[0]
     return 1 if batch % threads == 0 else min(-(-u.shape[2] // BLOCK), -(-4 * threads // batch))
 

@@ -85,7 +85,7 @@ inline void decays(const float *delta, const vf *A2, vf *a) {
         for (int c = 0; c < VECTORS; c++) a[c] *= A2[c];
         exp2_clamped<VECTORS>(a);
     } else if (HOW == Decay::bfloat16) {
-        exp2_product_split<VECTORS>(a, A2);
+        exp2_product_bf16<VECTORS>(a, A2);
     } else {
         exp2_product<DEGREE, VECTORS>(a, A2);
     }
