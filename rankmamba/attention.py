@@ -2,7 +2,7 @@
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, logging
 
 from .backbones import infer_family
 from .systems import FAMILIES
@@ -13,7 +13,15 @@ def choose_attention(backbone: PreTrainedModel, device: torch.device, dtype: tor
     family = FAMILIES.get(backbone.config.model_type) or infer_family(backbone.config)
     name, reason = _choose(family.attention, device, dtype)
     if name != "none":
-        backbone.set_attn_implementation(name)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # flash attention would warn of float32 weights, as if there were no autocast
+        try:
+            backbone.set_attn_implementation(name)
+        finally:
+            logging.set_verbosity(verbosity)
+    if name == "sdpa" and device.type == "cuda":
+        # cuDNN's attention builds a plan for every new shape of a batch: a step of nano-t5 took 0.9 s instead of 0.2 (LOG.md)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return f"{name}: {reason}"
 
 

@@ -1,18 +1,22 @@
 """The first stage: BM25 candidates, and the groups of one relevant and several hard negative documents that training reads."""
 
+import os
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
-import bm25s
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from .errors import InputError
 from .formats import Documents, sort_run
+
+# bm25s imports JAX where it is installed, and JAX would take three quarters of a GPU's memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+import bm25s  # noqa: E402
 
 K1, B = 0.9, 0.4  # Anserini's defaults, usual for passages
 GRID = tuple(product((0.6, 0.9, 1.2, 1.6, 2.0), (0.2, 0.4, 0.6, 0.8)))

@@ -208,13 +208,20 @@ class _ScanMixer:
         return y if fused else self.act(y), last
 
 
+def _by_channel(linear, x, bias=True):
+    """linear(x): (B, L, D) -> (B, L, W). On a GPU each channel's tokens lie side by side: Mamba's CUDA kernels read them so."""
+    if not x.is_cuda or type(linear) is not nn.Linear or (bias and linear.bias is not None):
+        return linear(x) if bias else F.linear(x, linear.weight)
+    return (linear.weight @ x.flatten(0, 1).T).unflatten(1, x.shape[:2]).permute(1, 2, 0)
+
+
 class _ScanMamba(_ScanMixer):
     """Mamba's mixer (arXiv 2312.00752, figure 3), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, state, padding):
         past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
         record = state is not None and state.record
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = _by_channel(self.in_proj, hidden_states).chunk(2, dim=-1)
         u, last_inputs = self._convolve(x, past_conv, padding, record)
         low_rank, B, C = self._select(u)
         delta, delta_bias = self._delta(low_rank)
@@ -246,7 +253,7 @@ class _ScanMamba(_ScanMixer):
         """(B, L, R) -> the step before its softplus, (B, L, E), and the bias that is still to be added to it."""
         if type(self.dt_proj) is nn.Linear:
             # The bias decides the step's size (softplus of about -5); adding it in bfloat16 would move the step by a percent.
-            return F.linear(low_rank, self.dt_proj.weight), self.dt_proj.bias.float()
+            return _by_channel(self.dt_proj, low_rank, bias=False), self.dt_proj.bias.float()
         # LoRA, a quantised layer: only its own call is right, and there the bias is inside. So not in autocast's bfloat16.
         with torch.autocast(low_rank.device.type, enabled=False):
             return self.dt_proj(low_rank.to(self.dt_proj.bias.dtype)), None
@@ -287,8 +294,7 @@ class _ScanMamba2(_ScanMixer):
         if record:
             y, last_state = y
             state._write(self.layer_idx, last_inputs, last_state)
-        groups = self.intermediate_size // self.norm.group_size
-        return self.out_proj(rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, groups))
+        return self.out_proj(rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups))
 
 
 class _RMSNorm:
@@ -301,12 +307,12 @@ class _RMSNorm:
 
 # Our name: where transformers' class is, our forward pass, the modules whose weights it reads directly.
 _FAMILIES = {
-    "ScanMambaMixer": ("transformers.models.mamba.modeling_mamba", "MambaMixer", _ScanMamba, ["conv1d", "dt_proj"]),
+    "ScanMambaMixer": ("transformers.models.mamba.modeling_mamba", "MambaMixer", _ScanMamba, ["in_proj", "conv1d", "dt_proj"]),
     "ScanFalconMambaMixer": (
         "transformers.models.falcon_mamba.modeling_falcon_mamba",
         "FalconMambaMixer",
         _ScanFalconMamba,
-        ["conv1d", "dt_proj"],
+        ["in_proj", "conv1d", "dt_proj"],
     ),
     "ScanMamba2Mixer": ("transformers.models.mamba2.modeling_mamba2", "Mamba2Mixer", _ScanMamba2, ["conv1d"]),
     "ScanNemotronHMixer": (

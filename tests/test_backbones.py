@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model, ViTConfig
 
+from rankmamba.attention import choose_attention
 from rankmamba.backbones import find, infer_family
 from rankmamba.collection import load
 from rankmamba.embedded import TINY
@@ -280,6 +281,18 @@ def test_the_attention_implementations_of_a_family_are_those_that_transformers_h
         with torch.no_grad():
             outputs.append(backbone(input_ids=ids, **kinds).last_hidden_state)
     assert all(torch.allclose(outputs[0], other, atol=1e-5) for other in outputs)
+
+
+def test_on_a_gpu_torch_attends_without_cudnn_which_plans_anew_for_every_shape():
+    backbone, before = Reranker.from_pretrained("tiny-bert").model.backbone, torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        choose_attention(backbone, torch.device("cpu"), torch.float32)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        choose_attention(backbone, torch.device("cuda"), torch.float32)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_the_last_layer_skips_in_every_family_that_it_knows(reranker):

@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import bm25s
@@ -155,3 +157,14 @@ def test_too_few_negatives_without_documents_to_fill_up_are_refused(tiny):
         lce_groups(tiny.candidates, tiny.qrels)
     with pytest.raises(InputError, match="got 5 documents in all"):
         lce_groups(tiny.candidates, tiny.qrels, doc_ids=list(tiny.documents)[:5])
+
+
+def test_jax_which_bm25s_imports_where_it_is_installed_takes_no_gpu_memory_for_itself(tmp_path):
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text(
+        "import os, sys\nprint('preallocate', os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'])\nraise ImportError"
+    )
+    code = f"import os, sys; os.environ.pop('XLA_PYTHON_CLIENT_PREALLOCATE', None); sys.path[:0] = {[str(tmp_path)] + sys.path!r}"
+    run = f"{code}; import rankmamba.candidates"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert done.stdout.splitlines()[:1] == ["preallocate false"], done.stderr

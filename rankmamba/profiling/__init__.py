@@ -112,7 +112,8 @@ def measure_together(
     """Measure systems in turns, A B A B, after a pass of each that warms up and whose memory is measured.
 
     length, batch: tokens of a pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: after so many for each
-    system no further turn begins, though there is one; a pass of more than three times that needs no warming up, and counts at once.
+    system no further turn begins, though there is one; on a CPU a pass of more than three times that needs no warming up, and counts
+    at once.
     stop: set it from another thread to end after the pass that is running.
 
     Returns {system: {"parameters" (outside the embeddings), "layers" and the "depths" that ran, "flops": {mode: operations of the
@@ -169,7 +170,8 @@ def _turns(
                 with torch.autocast(subject.first.device.type, enabled=False, cache_enabled=False):
                     _pass(mode, subject.first, 8, group_size, group_size)()
                 first, memory[subject] = _first(subject, runs[subject])
-                times[subject] = [subject.whole(first)] if sum(first) > 3 * seconds else []
+                warm = subject.first.device.type == "cpu" and sum(first) > 3 * seconds  # a GPU's first pass builds its kernels
+                times[subject] = [subject.whole(first)] if warm else []
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise

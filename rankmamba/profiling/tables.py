@@ -102,11 +102,13 @@ def verdict(records: Sequence[dict]) -> str:
     if compared.empty:
         return "There is no Mamba and no Transformer of the same size in these records, so nothing to compare."
     machine = records[0]["environment"]
-    name = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+    on_cpu = machine["device"] == "cpu"
+    name = machine["cpu"] if on_cpu else machine["device"]
+    how = f"{machine['dtype']}, {machine['threads']} threads" if on_cpu else machine["dtype"]
     training = compared[compared["mode"] == "training"]
     slower = training["standing"].eq("slower")
     holds = "**holds**" if slower.all() else "**does not hold**" if not slower.any() else "**holds in part**"
-    lines = [f"On {name} ({machine['dtype']}, {machine['threads']} threads) the claim that Mamba trains slower {holds}:", ""]
+    lines = [f"On {name} ({how}) the claim that Mamba trains slower {holds}:", ""]
     for (mode, _, system), part in compared.groupby(["mode", "size", "system"], sort=False):
         standings = [
             f"{standing} at {_lengths(rows)} tokens ({_span(rows['ratio'])})"

@@ -10,6 +10,8 @@ from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
+from . import portable
+
 CHUNK = 64  # tokens at a time for the part of the scan the kernel lacks; (B, CHUNK, E, N) float32 in memory
 
 
@@ -17,27 +19,52 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
     """See `rankmamba.scan.selective_scan`."""
     delta, B, C = (t.to(u.dtype) for t in (delta, B, C))
     A, D, delta_bias = (None if t is None else t.float() for t in (A, D, delta_bias))
-    # The kernel starts from a zero state. The scan is linear in its state, so what a given one adds is added afterwards.
-    gate = None if initial_state is not None or z is None else z.to(u.dtype).transpose(1, 2)
+    learnt = return_final_state and torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B))
+    if initial_state is None and not learnt:
+        gate = None if z is None else z.to(u.dtype)
+        y, final_state = _kernel(u, delta, A, B, C, D, gate, delta_bias)
+    else:
+        y, final_state = (_readable if learnt else _kernel)(u, delta, A, B, C, D, None, delta_bias)
+        if initial_state is not None:
+            # The kernel starts from a zero state. The scan is linear in its state, so what a given one adds is added afterwards.
+            step = F.softplus(delta.float() if delta_bias is None else delta.float() + delta_bias)
+            carried, decay = _decayed(step, A, C.float(), initial_state.float())
+            y, final_state = y.float() + carried, final_state + decay * initial_state.float()
+        if z is not None:
+            y = y * F.silu(z.float())
+    y = y.to(u.dtype)
+    return (y, final_state) if return_final_state else y
+
+
+def _kernel(u, delta, A, B, C, D, z, delta_bias):
     y, final_state = selective_scan_fn(
         *(t.transpose(1, 2) for t in (u, delta)),
         A,
         *(t.transpose(1, 2) for t in (B, C)),
         D,
-        z=gate,
+        z=None if z is None else z.transpose(1, 2),
         delta_bias=delta_bias,
         delta_softplus=True,
         return_last_state=True,
     )
-    y = y.transpose(1, 2)
-    if initial_state is not None:
-        step = F.softplus(delta.float() if delta_bias is None else delta.float() + delta_bias)
-        carried, decay = _decayed(step, A, C.float(), initial_state.float())
-        y, final_state = y.float() + carried, final_state + decay * initial_state.float()
-        if z is not None:
-            y = y * F.silu(z.float())
-    y = y.to(u.dtype)
-    return (y, final_state) if return_final_state else y
+    return y.transpose(1, 2), final_state
+
+
+def _readable(u, delta, A, B, C, D, z, delta_bias):
+    """`_kernel` for a final state that is learnt from: the kernel's own lets no gradient through.
+
+    N more tokens with a step of zero leave the state as it is, and token n reads its n-th number as its y.
+    """
+    batch, length, inner = u.shape
+    n = A.shape[1]
+    nothing = u.new_zeros(batch, n, inner)
+    still = nothing - 1e4  # softplus gives a step of zero
+    u, delta, B = torch.cat([u, nothing], 1), torch.cat([delta, still], 1), torch.cat([B, B.new_zeros(batch, n, n)], 1)
+    C = torch.cat([C, torch.eye(n, dtype=C.dtype, device=C.device).expand(batch, n, n)], 1)
+    y, final_state = _kernel(u, delta, A, B, C, D, z, delta_bias)
+    y, read = y.split([length, n], 1)
+    read = read.transpose(1, 2).float()
+    return y, final_state.detach() + (read - read.detach())  # the value in float32, the gradient of what was read
 
 
 def _decayed(step, A, C, state):
@@ -53,19 +80,20 @@ def _decayed(step, A, C, state):
 def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
     """See `rankmamba.scan.causal_conv1d`."""
     taps = weight.shape[1]
-    state = None if initial_state is None else initial_state.to(x.dtype)
+    if not 2 <= taps <= 4:
+        return portable.causal_conv1d(x, weight, bias, initial_state, return_final_state, activation)
+    # The kernel takes initial states only for channels in multiples of 8: here they are tokens in front, whose values are dropped.
+    past = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
+    tokens = x if initial_state is None else torch.cat([past, x], 1)
+    side_by_side = tokens.stride(2) == 1 and all(size % 8 == 0 for size in (x.shape[2], tokens.stride(0), tokens.stride(1)))
+    rows = tokens.transpose(1, 2)
     y = causal_conv1d_fn(
-        # The kernel takes initial states only where a token's channels lie together.
-        (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2),
+        rows if side_by_side else rows.contiguous(),
         weight.to(x.dtype),
         None if bias is None else bias.to(x.dtype),
-        initial_states=None if state is None else state.contiguous().transpose(1, 2),
         activation=activation,
-    ).transpose(1, 2)
-    if not return_final_state:
-        return y
-    past = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if state is None else state
-    return y, torch.cat([past, x[:, -taps:]], 1)[:, -(taps - 1) :] if taps > 1 else past
+    ).transpose(1, 2)[:, tokens.shape[1] - x.shape[1] :]
+    return (y, torch.cat([past, x[:, 1 - taps :]], 1)[:, 1 - taps :]) if return_final_state else y
 
 
 def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):

@@ -46,8 +46,8 @@ def forced(kernel: str | object):
 
 def implementation(tensor: torch.Tensor) -> ModuleType:
     """Return the module whose functions take `tensor`."""
-    if tensor.dtype == torch.float64 or torch.compiler.is_compiling():
-        return portable  # the kernels know no float64, and the compiler cannot look into them
+    if tensor.dtype == torch.float64 or tensor.numel() == 0 or torch.compiler.is_compiling():
+        return portable  # the kernels know no float64 and those of CUDA no empty tensor, and the compiler cannot look into them
     return _forced.get() or _choose(tensor.device.type)[1]
 
 
