@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, Tables, summarise
@@ -243,6 +243,35 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     panels[0].errorbar(-0.4, table["mean"].mean(), yerr=half, color="black", capsize=4, linewidth=1.5)
     figure.supxlabel("words before the paragraph that answers, at least", fontsize=12)
     figure.supylabel(f"{measure} (bar: a typical 95% interval)", fontsize=12)
+    return figure
+
+
+@_styled
+def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
+    """A measure by the tokens read of a document: a panel a collection, a line a system, the first stage's dotted.
+
+    table: `transfer.by_length`.
+    """
+    collections = list(dict.fromkeys(table["collection"]))
+    figure = Chart(figsize=(2.4 + 2.9 * len(collections), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(collections), sharey=True, squeeze=False)[0]
+    for axes, collection in zip(panels, collections, strict=True):
+        here = table[table["collection"] == collection].sort_values("tokens")
+        for system, part in here.groupby("system", sort=False):
+            if part["tokens"].isna().all():
+                axes.axhline(part["mean"].iloc[0], color=look(system).color, linestyle=":", linewidth=1.8, label=system)
+            else:
+                style = _marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}
+                axes.plot(part["tokens"], part["mean"], **style, label=system)
+        axes.set(title=collection.removeprefix("rankmamba/").removesuffix("/test"), xscale="log")
+        axes.xaxis.set(major_locator=FixedLocator(sorted(set(here["tokens"].dropna()))), minor_locator=NullLocator())
+        axes.xaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"))
+    lines = {line.get_label(): line for axes in panels for line in axes.lines}
+    order = sorted(lines, key=lambda system: -table.loc[table["system"] == system, "mean"].max())
+    figure.legend([lines[system] for system in order], order, loc="outside right center", frameon=False, handlelength=3)
+    half = (table["high"] - table["low"]).median() / 2
+    figure.supxlabel("tokens read of a document", fontsize=12)
+    figure.supylabel(f"{measure} (typical 95% interval: ±{half:.2f})", fontsize=12)
     return figure
 
 

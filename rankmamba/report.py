@@ -51,14 +51,20 @@ def _differences(rows: pd.DataFrame) -> str:
 def provenance(records: list[dict], scale: str) -> str:
     """Say in Markdown where and how the records came about, and the command that makes them again."""
     # of the study as a whole there is a record too, made without measuring anything
-    newest = max((record for record in records if record["environment"]), key=lambda record: record["created"])
+    measured = [record for record in records if record["environment"]]
     trained = [record for record in records if record["kind"] == "train"]
-    machine = newest["environment"]
+    newest = max(measured, key=lambda record: record["created"])
     lines = [
-        f"- made by rankmamba {newest['version']} on {machine['cpu']} ({machine['cpus']} cores, {machine['cpu_capability']}), "
-        f"device {machine['device']}, threads: {machine['threads']}, torch {machine['torch']}, finished {newest['created']}",
+        f"- made by rankmamba {newest['version']}, finished {newest['created']}",
         f"- seeds: {', '.join(str(seed) for seed in sorted({record['seed'] for record in records}))}",
     ]
+    machines: dict[str, list[str]] = {}
+    for record in measured:
+        ran = record["environment"]
+        machine = f"{ran['cpu']} ({ran['cpus']} cores, {ran['cpu_capability']})"
+        machine += f", device {ran['device']}, threads: {ran['threads']}, torch {ran['torch']}"
+        machines.setdefault(machine, []).append(record["kind"].replace("_", " "))
+    lines += [f"- {', '.join(dict.fromkeys(kinds))}: on {machine}" for machine, kinds in machines.items()]
     for record in trained:
         ran, config = record["environment"], record["config"]
         lines.append(

@@ -126,6 +126,22 @@ def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = 
     )
 
 
+def by_length(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
+    """Mean and 95% interval by the tokens that were read of a document's beginning: what a longer look gains or costs.
+
+    A row each: collection, system, tokens (NaN for the first stage, "bm25"), mean, low, high. MaxP is left out.
+    """
+    rows = []
+    # squad before squad-long/600 before squad-long/1500
+    for collection in sorted({record["collection"] for record in records}, key=lambda name: (len(name), name)):
+        here = [r for r in records if r["collection"] == collection and r["config"]["max_passages"] == 1]
+        tokens = {record["system"]: record["config"]["max_length"] for record in here}
+        for name, series in values(here, measure).items():
+            system = name.partition(", ")[0]
+            rows.append((collection, system, tokens.get(name, np.nan), *mean_interval(series.to_numpy())))
+    return pd.DataFrame(rows, columns=["collection", "system", "tokens", "mean", "low", "high"])
+
+
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The table of `by_domain` or `by_start` as text: a row a reading and system, a column a group of queries."""
     title = table.columns[0]

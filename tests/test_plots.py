@@ -54,6 +54,14 @@ POSITIONS = pd.DataFrame(
     ],
     columns=["words before the answer", "queries", "reading", "system", "mean", "low", "high"],
 )
+LENGTHS = pd.DataFrame(
+    [
+        (f"rankmamba/{name}/test", system, tokens, 0.5, 0.4, 0.6)
+        for name in ("squad", "squad-long/600")
+        for system, tokens in (("bm25", math.nan), ("nano-mamba", 512), ("nano-mamba", 1024), ("nano-bert", 512))
+    ],
+    columns=["collection", "system", "tokens", "mean", "low", "high"],
+)
 FIGURES = {
     "forest": lambda: plots.forest(VALUES, ["RR@100", "nDCG@10"]),
     "cost": lambda: plots.cost(FINAL),
@@ -63,6 +71,7 @@ FIGURES = {
     "wins and losses": lambda: plots.wins_and_losses(VALUES),
     "document lengths": lambda: plots.document_lengths(range(5, 400), 128),
     "answer positions": lambda: plots.answer_positions(POSITIONS),
+    "reading lengths": lambda: plots.reading_lengths(LENGTHS),
     "weight curves": lambda: plots.weight_curves({"nano-mamba": WEIGHTS}),
 }
 

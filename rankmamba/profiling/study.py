@@ -51,6 +51,13 @@ def _speed(folder, scale, systems, subjects, batch, length, longest, settings) -
     return list(done.values())
 
 
+def recorded(folders: Sequence[str | Path]) -> list[list[dict]]:
+    """The records of speed in each of these folders that holds some: a list a machine."""
+    found = [read_records(folder, "profile") for folder in map(Path, folders) if (folder / "records").is_dir()]
+    found = [[record for record in records if record["collection"].endswith(TOKENS)] for records in found]
+    return [records for records in found if records]
+
+
 def texts(
     folder: str | Path,
     scale: str,
