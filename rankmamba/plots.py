@@ -250,13 +250,13 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
 def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     """A measure by the tokens read of a document: a panel a collection, a line a system, the first stage's dotted.
 
-    table: `transfer.by_length`.
+    table: `transfer.by_reading`; its MaxP is left out.
     """
     collections = list(dict.fromkeys(table["collection"]))
     figure = Chart(figsize=(2.4 + 2.9 * len(collections), 4.4), layout="constrained")
     panels = figure.subplots(1, len(collections), sharey=True, squeeze=False)[0]
     for axes, collection in zip(panels, collections, strict=True):
-        here = table[table["collection"] == collection].sort_values("tokens")
+        here = table[(table["collection"] == collection) & (table["tokens"].notna() | (table["system"] == BASELINE))]
         for system, part in here.groupby("system", sort=False):
             if part["tokens"].isna().all():
                 axes.axhline(part["mean"].iloc[0], color=look(system).color, linestyle=":", linewidth=1.8, label=system)

@@ -126,20 +126,32 @@ def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = 
     )
 
 
-def by_length(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
-    """Mean and 95% interval by the tokens that were read of a document's beginning: what a longer look gains or costs.
+def by_reading(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
+    """Mean and 95% interval by how documents were read: what a longer look gains or costs.
 
-    A row each: collection, system, tokens (NaN for the first stage, "bm25"), mean, low, high. MaxP is left out.
+    A row each: collection, reading, tokens read of a document's beginning (NaN for MaxP and for the first stage, "bm25", which is
+    the same beside every reading), system, mean, low, high. Shorter collections and readings come first.
     """
     rows = []
-    # squad before squad-long/600 before squad-long/1500
     for collection in sorted({record["collection"] for record in records}, key=lambda name: (len(name), name)):
-        here = [r for r in records if r["collection"] == collection and r["config"]["max_passages"] == 1]
-        tokens = {record["system"]: record["config"]["max_length"] for record in here}
-        for name, series in values(here, measure).items():
-            system = name.partition(", ")[0]
-            rows.append((collection, system, tokens.get(name, np.nan), *mean_interval(series.to_numpy())))
-    return pd.DataFrame(rows, columns=["collection", "system", "tokens", "mean", "low", "high"])
+        here = [record for record in records if record["collection"] == collection]
+        here.sort(key=lambda record: (record["config"]["max_passages"], record["config"]["max_length"], record["system"]))
+        tokens = {r["system"]: r["config"]["max_length"] for r in here if r["config"]["max_passages"] == 1}
+        found = values(here, measure)
+        first_stage = mean_interval(found.pop("bm25").to_numpy())
+        for name, series in found.items():
+            system, _, read = name.partition(", ")
+            rows.append((collection, read, tokens.get(name, np.nan), system, *mean_interval(series.to_numpy())))
+        readings = dict.fromkeys(name.partition(", ")[2] for name in found)
+        rows += [(collection, read, np.nan, "bm25", *first_stage) for read in readings]
+    return pd.DataFrame(rows, columns=["collection", "reading", "tokens", "system", "mean", "low", "high"])
+
+
+def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
+    """The means of `by_reading` as text: a row a system, a column a collection and reading."""
+    cells = table.assign(cell=table["mean"].map("{:.3f}".format), collection=table["collection"].str.removeprefix("rankmamba/"))
+    wide = cells.pivot(index="system", columns=["collection", "reading"], values="cell").fillna("")
+    return wide[pd.MultiIndex.from_frame(cells[["collection", "reading"]].drop_duplicates())]
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:

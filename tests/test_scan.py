@@ -365,10 +365,11 @@ def cuda(monkeypatch):
         y = reference.selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D, z, delta_bias, None, return_last_state)
         return (y[0].mT, y[1].detach()) if return_last_state else y.mT  # no gradient comes through the last state
 
-    def causal_conv1d_fn(x, weight, bias=None, initial_states=None, activation=None):
-        state = None if initial_states is None else initial_states.mT
-        assert x.stride(1) == 1 and (state is None or initial_states.stride(1) == 1)
-        return reference.causal_conv1d(x.mT, weight, bias, state, activation=activation).mT
+    def causal_conv1d_fn(x, weight, bias=None, activation=None):
+        assert 2 <= weight.shape[1] <= 4
+        eights = x.stride(1) == 1 and x.shape[1] % 8 == x.stride(0) % 8 == x.stride(2) % 8 == 0
+        assert x.stride(2) == 1 or eights  # what the kernel's own checks ask for
+        return reference.causal_conv1d(x.mT, weight, bias, activation=activation).mT
 
     def chunk_scan(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False):
         return reference.ssd_scan(x, dt, A, B, C, D, initial_states, return_final_states)
@@ -400,8 +401,16 @@ def test_cuda_calls_fit_and_continue_a_prefix_rightly(cuda):
     check("selective_scan", "cuda", tensors, 1e-6, 2e-6, return_final_state=True)
     check("selective_scan", "cuda", mamba(2, 150, 8, 4, optional=False), 1e-6, 2e-6, return_final_state=True)
     check("ssd_scan", "cuda", mamba2(2, 40, 4, 8, 2, 4), 1e-6, 1e-5, return_final_state=True)
-    conv = {"x": tensors["u"], "weight": torch.randn(8, 4), "bias": torch.randn(8), "initial_state": torch.randn(2, 3, 8)}
-    check("causal_conv1d", "cuda", conv, 1e-6, 2e-6, return_final_state=True, activation="silu")
+    for inner, taps in ((8, 4), (5, 4), (8, 1), (16, 7)):
+        x = torch.randn(2, 50, 2 * inner)[..., inner:]
+        conv = {
+            "x": x,
+            "weight": torch.randn(inner, taps),
+            "bias": torch.randn(inner),
+            "initial_state": torch.randn(2, taps - 1, inner),
+        }
+        check("causal_conv1d", "cuda", conv, 1e-6, 2e-6, return_final_state=True, activation="silu")
+        check("causal_conv1d", "cuda", conv | {"initial_state": None}, 1e-6, 2e-6, return_final_state=True)
     norm = {"y": tensors["u"], "z": tensors["z"], "weight": torch.randn(8)}
     check("rms_norm", "cuda", norm, 1e-6, 4e-6, epsilon=1e-5, groups=2)
     check("rms_norm", "cuda", norm | {"z": None}, 1e-6, 4e-6, epsilon=1e-5, groups=2)

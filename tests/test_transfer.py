@@ -86,14 +86,17 @@ def test_the_readable_table_has_a_row_a_reading_and_system_and_a_column_a_group(
     assert table.loc[("512 tokens", "x"), "nyt (n=1)"].startswith("0.250 [") and table.notna().all(axis=None)
 
 
-def test_by_length_orders_the_collections_and_leaves_out_the_best_of_several_passages():
+def test_readings_stand_in_order_beside_the_first_stage_and_only_beginnings_have_tokens():
     def read(collection, tokens, passages=1, value=0.25):
         made = record(f"a, {transfer.reading(tokens, passages)}", {"wiki-1": value, "wiki-2": value})
         return made | {"collection": collection, "config": {"max_length": tokens, "max_passages": passages}}
 
     long, short = "rankmamba/squad-long/600/test", "rankmamba/squad/test"
-    table = transfer.by_length([read(long, 512), read(long, 1024, value=0.75), read(long, 512, 4), read(short, 512)])
+    table = transfer.by_reading([read(long, 512, 4), read(long, 1024, value=0.75), read(long, 512), read(short, 512)])
     assert list(dict.fromkeys(table["collection"])) == [short, long]
-    ours = table[table["system"] == "a"].set_index(["collection", "tokens"])["mean"].to_dict()
+    ours = table[(table["system"] == "a") & table["tokens"].notna()].set_index(["collection", "tokens"])["mean"].to_dict()
     assert ours == {(short, 512): 0.25, (long, 512): 0.25, (long, 1024): 0.75}
-    assert table[table["system"] == "bm25"]["tokens"].isna().all() and (table["low"] <= table["mean"]).all()
+    assert (table["low"] <= table["mean"]).all() and (table["mean"] <= table["high"]).all()
+    wide = transfer.side_by_side(table)
+    assert [read for _, read in wide.columns] == ["512 tokens", "512 tokens", "1024 tokens", "MaxP, 4 x 512 tokens"]
+    assert wide.loc["a"].tolist() == ["0.250", "0.250", "0.750", "0.250"] and set(wide.loc["bm25"]) == {"0.500"}
