@@ -1,6 +1,7 @@
 """The tables of the study, made from records (`results`): per-query values, the final table, and how it is printed."""
 
 import math
+from collections import Counter
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -92,13 +93,14 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
 
     Columns: collection, system, queries, seeds, parameters (outside embeddings); of every measure the mean, "<measure> low" and
     "<measure> high"; difference, low, high, effect, p and p_holm of `measure` to `baseline` (NaN without one); tokens and minutes
-    of training; pairs_per_s, pairs_per_s_from_states; note; measure; baseline. Means over seeds, 95% intervals. A system
-    "X + Y" is X mixed with Y and has X's size and costs.
+    of training; pairs_per_s, pairs_per_s_from_states; note; timed_on; measure; baseline. Means over seeds, 95% intervals. A system
+    "X + Y" is X mixed with Y and has X's size and costs. Where seeds ran on several devices, times are of the one of most
+    trainings, `timed_on`; else that is empty.
 
     Raises:
         InputError: there are no "evaluate" records, or the systems of a collection were measured on different queries.
     """
-    rows = []
+    rows, devices = [], _devices(records)
     for collection in sorted({record["collection"] for record in records if record["kind"] == "evaluate"}) or [None]:
         values = per_query_values(records, collection)
         differences = compare(values, baseline, measure).set_index("system") if baseline in values else pd.DataFrame()
@@ -108,23 +110,33 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
                 row |= {name: interval["mean"], f"{name} low": interval["low"], f"{name} high": interval["high"]}
             for name in ("difference", "low", "high", "effect", "p", "p_holm"):
                 row[name] = differences[name].get(system, math.nan) if name in differences else math.nan
-            rows.append(row | _costs(records, system, collection) | {"measure": measure, "baseline": baseline})
+            row |= _costs(records, system, collection, devices[0] if devices else None)
+            rows.append(row | {"timed_on": devices[0] if len(devices) > 1 else "", "measure": measure, "baseline": baseline})
     return pd.DataFrame(rows)
 
 
-def _costs(records: list[dict], system: str, collection: str) -> dict:
-    """Size, training and speed of a system; means over seeds, NaN where nothing is recorded."""
+def _devices(records: list[dict]) -> list[str]:
+    """What trainings ran on, the device of most of them first."""
+    return [name for name, _ in Counter(r["environment"].get("device") for r in records if r["kind"] == "train").most_common()]
+
+
+def _costs(records: list[dict], system: str, collection: str, device: str | None) -> dict:
+    """Size, training and speed of a system; means over seeds, of times only those on `device`; NaN where nothing is recorded."""
     own = [record for record in records if record["system"] == base(system)]
     # /train, /dev and /test of one collection belong together; a system tested elsewhere was trained where it was trained
     here = [record for record in own if PurePosixPath(record["collection"]).parent == PurePosixPath(collection).parent]
     trained, ranked = ([record for record in here if record["kind"] == kind] for kind in ("train", "rerank"))
     trained = trained or [record for record in own if record["kind"] == "train"]
+
+    def times(found: list[dict], name: str) -> float:
+        return _mean([record["timing"][name] for record in found if record["environment"].get("device") == device])
+
     return {
         "parameters": trained[-1]["result"]["parameters_outside_embeddings"] if trained else math.nan,
         "tokens": _mean([record["result"]["tokens"] for record in trained]),
-        "minutes": _mean([record["timing"]["seconds"] / 60 for record in trained]),
-        "pairs_per_s": _mean([record["timing"]["pairs_per_s"] for record in ranked]),
-        "pairs_per_s_from_states": _mean([record["timing"]["pairs_per_s"] for record in here if record["kind"] == "states"]),
+        "minutes": times(trained, "seconds") / 60,
+        "pairs_per_s": times(ranked, "pairs_per_s"),
+        "pairs_per_s_from_states": times([record for record in here if record["kind"] == "states"], "pairs_per_s"),
         "note": next((record["note"] for record in own if record.get("note")), ""),
     }
 
@@ -155,6 +167,7 @@ def caption(table: pd.DataFrame) -> str:
     lines.append(
         "params: outside the embeddings. Tokens and minutes of training, pairs/s: mean over seeds. X + Y: their scores mixed."
     )
+    lines += [f"Minutes and pairs/s: of the seeds that ran on {device}." for device in table["timed_on"].unique() if device]
     return "\n".join(lines + [f"[{place}] {note}" for place, note in enumerate(_notes(table), 1)])
 
 

@@ -251,6 +251,17 @@ def test_seeds_are_averaged_and_counted(tmp_path):
     assert table.loc["bm25", "seeds"] == 1
 
 
+def test_times_of_several_devices_have_no_mean_and_the_caption_says_whose_they_are(tmp_path):
+    records = read_records(study(tmp_path, seeds=3))
+    for one in records:
+        one["environment"]["device"] = "cpu" if one["seed"] == 2 else "NVIDIA H200"
+        if one["seed"] == 2 and "pairs_per_s" in one["timing"]:
+            one["timing"]["pairs_per_s"] = 7
+    table = final_table(records)
+    assert table.set_index("system").loc["nano-mamba", ["seeds", "pairs_per_s"]].tolist() == [3, 150.5]
+    assert caption(table).endswith(f"Minutes and pairs/s: of the seeds that ran on NVIDIA H200.\n[1] {NOTE}")
+
+
 def test_each_seed_is_compared_alone_and_corrected_within_itself(tmp_path):
     records = read_records(study(tmp_path, seeds=3))
     table = seed_by_seed(records).set_index(["seed", "system"])
