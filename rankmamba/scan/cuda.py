@@ -19,7 +19,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
     """See `rankmamba.scan.selective_scan`."""
     delta, B, C = (t.to(u.dtype) for t in (delta, B, C))
     A, D, delta_bias = (None if t is None else t.float() for t in (A, D, delta_bias))
-    learnt = return_final_state and torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B))
+    makes_state = [t for t in (u, delta, A, B, delta_bias) if t is not None]
+    learnt = return_final_state and torch.is_grad_enabled() and any(t.requires_grad for t in makes_state)
     if initial_state is None and not learnt:
         gate = None if z is None else z.to(u.dtype)
         y, final_state = _kernel(u, delta, A, B, C, D, gate, delta_bias)
