@@ -130,9 +130,10 @@ def by_reading(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
     """Mean and 95% interval by how documents were read: what a longer look gains or costs.
 
     A row each: collection, reading, tokens read of a document's beginning (NaN for MaxP and for the first stage, "bm25", which is
-    the same beside every reading), system, mean, low, high. Shorter collections and readings come first.
+    the same beside every reading), system, mean, low, high. Shorter readings come first.
     """
     rows = []
+    # by the name's length: squad, squad-long/600, squad-long/1500
     for collection in sorted({record["collection"] for record in records}, key=lambda name: (len(name), name)):
         here = [record for record in records if record["collection"] == collection]
         here.sort(key=lambda record: (record["config"]["max_passages"], record["config"]["max_length"], record["system"]))

@@ -24,9 +24,14 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 CUDA_LIMITS = {"selective_scan": 1e-5, "ssd_scan": 5e-3, "causal_conv1d": 1e-5, "rms_norm": 1e-5}
 
 
+def runs_on_gpu(kernel):
+    """A stand-in for "cuda" runs on a CPU, too."""
+    return kernel == "cuda" and "cuda" in KERNELS
+
+
 def on(kernel, tensors):
-    """The tensors on the device that `kernel` runs on: a stand-in for "cuda" runs on a CPU, too."""
-    device = "cuda" if kernel == "cuda" and "cuda" in KERNELS else "cpu"
+    """The tensors on the device that `kernel` runs on."""
+    device = "cuda" if runs_on_gpu(kernel) else "cpu"
     return {name: None if t is None else t.to(device) for name, t in tensors.items()}
 
 
@@ -53,7 +58,7 @@ def check(name, kernel, tensors, forward, backward, **options):
     )
     with scan.forced(kernel):
         got = values_and_gradients(getattr(scan, name), on(kernel, tensors), **options)
-    if "cuda" in KERNELS and kernel == "cuda":
+    if runs_on_gpu(kernel):
         forward, backward = (max(limit, CUDA_LIMITS[name]) for limit in (forward, backward))
     errors = {key: error(got[key], exact[key]) for key in exact}
     limits = {key: forward if key.startswith("output") else backward for key in exact}

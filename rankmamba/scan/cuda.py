@@ -23,9 +23,9 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
     learnt = return_final_state and torch.is_grad_enabled() and any(t.requires_grad for t in makes_state)
     if initial_state is None and not learnt:
         gate = None if z is None else z.to(u.dtype)
-        y, final_state = _kernel(u, delta, A, B, C, D, gate, delta_bias)
+        y, final_state = _kernel(u, delta, A, B, C, D, delta_bias, gate)
     else:
-        y, final_state = (_readable if learnt else _kernel)(u, delta, A, B, C, D, None, delta_bias)
+        y, final_state = (_readable if learnt else _kernel)(u, delta, A, B, C, D, delta_bias)
         if initial_state is not None:
             # The kernel starts from a zero state. The scan is linear in its state, so what a given one adds is added afterwards.
             step = F.softplus(delta.float() if delta_bias is None else delta.float() + delta_bias)
@@ -37,7 +37,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
     return (y, final_state) if return_final_state else y
 
 
-def _kernel(u, delta, A, B, C, D, z, delta_bias):
+def _kernel(u, delta, A, B, C, D, delta_bias, z=None):
     y, final_state = selective_scan_fn(
         *(t.transpose(1, 2) for t in (u, delta)),
         A,
@@ -51,7 +51,7 @@ def _kernel(u, delta, A, B, C, D, z, delta_bias):
     return y.transpose(1, 2), final_state
 
 
-def _readable(u, delta, A, B, C, D, z, delta_bias):
+def _readable(u, delta, A, B, C, D, delta_bias):
     """`_kernel` for a final state that is learnt from: the kernel's own lets no gradient through.
 
     N more tokens with a step of zero leave the state as it is, and token n reads its n-th number as its y.
@@ -62,7 +62,7 @@ def _readable(u, delta, A, B, C, D, z, delta_bias):
     still = nothing - 1e4  # softplus gives a step of zero
     u, delta, B = torch.cat([u, nothing], 1), torch.cat([delta, still], 1), torch.cat([B, B.new_zeros(batch, n, n)], 1)
     C = torch.cat([C, torch.eye(n, dtype=C.dtype, device=C.device).expand(batch, n, n)], 1)
-    y, final_state = _kernel(u, delta, A, B, C, D, z, delta_bias)
+    y, final_state = _kernel(u, delta, A, B, C, D, delta_bias)
     y, read = y.split([length, n], 1)
     read = read.transpose(1, 2).float()
     return y, final_state.detach() + (read - read.detach())  # the value in float32, the gradient of what was read
