@@ -6,6 +6,7 @@ scores stay the same, and a sixth of a six-layer encoder's work goes away.
 """
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,11 +44,12 @@ class LastLayer:
     inside `only(positions)`.
 
     Outside of it, with a backbone that is not in `TOKENWISE`, or while layers are recomputed for gradient checkpointing (when the
-    positions of an earlier batch would be wrong), the backbone computes everything.
+    positions of an earlier batch would be wrong), the backbone computes everything. Threads may share the backbone: each has its
+    own positions.
     """
 
     def __init__(self, backbone: nn.Module):
-        self._positions, self._layer, self._attention = None, None, None
+        self._batch, self._layer, self._attention = _Batch(), None, None
         if backbone.config.model_type not in TOKENWISE:
             return
         layers, names = TOKENWISE[backbone.config.model_type]
@@ -59,56 +61,65 @@ class LastLayer:
                 modules[name].register_forward_hook(self._put_back)
         self._attention = modules.get(ATTENTION.get(backbone.config.model_type))
         if self._attention is not None:
-            self._pooled_config = copy.copy(self._attention.config)
+            self._config, self._pooled_config = self._attention.config, copy.copy(self._attention.config)
             self._pooled_config._attn_implementation = POOLED
+            self._attention.pooled_batch = self._batch
 
     @contextmanager
     def only(self, positions: torch.Tensor) -> Iterator[None]:
         """positions: int64 (B,), the token of each sequence whose output is needed."""
-        attention, config = self._attention, getattr(self._attention, "config", None)
+        if self._attention is not None:
+            self._attention.config = self._pooled_config if self._config._attn_implementation == "sdpa" else self._config
         if not getattr(self._layer, "gradient_checkpointing", False):
-            self._positions = positions
-            if config is not None and config._attn_implementation == "sdpa":
-                attention.config, attention.pooled_positions = self._pooled_config, positions
+            self._batch.positions = positions
         try:
             yield
         finally:
-            self._positions = None
-            if config is not None:
-                attention.config = config
+            self._batch.positions = None
 
     def _take(self, module: nn.Module, inputs: tuple[torch.Tensor]):
-        if self._positions is None:
+        if self._batch.positions is None:
             return None
         (hidden,) = inputs
-        self._shape = hidden.shape[:-1]  # (B, L), or (B L,) where a family flattens its tokens
+        self._batch.shape = hidden.shape[:-1]  # (B, L), or (B L,) where a family flattens its tokens
         pooled = hidden.flatten(0, -2)[self._rows(hidden)]
         return (pooled if hidden.dim() == 2 else pooled[:, None],)
 
     def _put_back(self, module: nn.Module, inputs, output: torch.Tensor):
-        if self._positions is None:
+        if self._batch.positions is None:
             return None
-        whole = output.new_zeros(*self._shape, output.shape[-1])
+        whole = output.new_zeros(*self._batch.shape, output.shape[-1])
         whole.view(-1, output.shape[-1])[self._rows(whole)] = output.flatten(0, -2)
         return whole
 
     def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """The place of each pooled token among all tokens."""
-        tokens, batch = hidden.shape[:-1].numel(), len(self._positions)
-        return torch.arange(batch, device=hidden.device) * (tokens // batch) + self._positions
+        positions, tokens = self._batch.positions, hidden.shape[:-1].numel()
+        return torch.arange(len(positions), device=hidden.device) * (tokens // len(positions)) + positions
+
+
+class _Batch(threading.local):
+    """What a thread is computing: the positions (B,) that are needed, or None for all, and the shape of what a map was given."""
+
+    positions, shape = None, None
+
+    def __reduce__(self):
+        return _Batch, ()  # a copy of a model computes nothing yet
 
 
 def pooled_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """SDPA for the token `module.pooled_positions` (B,) of each sequence; at all others the output is 0.
+    """SDPA for the token `module.pooled_batch.positions` (B,) of each sequence; at all others the output is 0.
 
     query: (B, heads, L, head size). key, value: the same with K >= L tokens, where the last L are those of the query.
     attention_mask: None or (B or 1, 1, L, K). Returns (B, L, heads, head size).
     """
+    if module.pooled_batch.positions is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, heads, length, size = query.shape
     keys = key.shape[2]
-    positions = module.pooled_positions.view(-1, 1, 1, 1)
+    positions = module.pooled_batch.positions.view(-1, 1, 1, 1)
     if attention_mask is not None:
         attention_mask = attention_mask.expand(batch, -1, length, -1)
         attention_mask = attention_mask.gather(2, positions.expand(-1, attention_mask.shape[1], 1, keys))

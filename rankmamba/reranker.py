@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +24,14 @@ from .memory import free_memory, out_of_memory
 from .model import RerankerModel
 from .passages import best_of, cut, spread, tokens_needed
 from .precision import autocast, autocast_dtype
+from .threads import at_once, even_batches, side_by_side
 from .token_store import document_tokens
 
 if TYPE_CHECKING:
     from .states import DocumentStates
 
 # Tokens of a batch when scoring: for each thread of a CPU what stays in its cache, many for anything else.
-TOKENS_PER_THREAD, TOKENS_ON_A_GPU = 1024, 16384
+TOKENS_PER_THREAD, TOKENS_ON_A_GPU = 2048, 16384
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class Reranker:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a batch where nothing else is said."""
+        """Tokens that are computed at a time where nothing else is said."""
         return TOKENS_PER_THREAD * torch.get_num_threads() if self.device.type == "cpu" else TOKENS_ON_A_GPU
 
     @property
@@ -121,7 +123,8 @@ class Reranker:
     ) -> np.ndarray:
         """Score [(query, document)]: float32 (n,), raw logits, in the order given.
 
-        batch_tokens: tokens in one batch after padding, default `self.batch_tokens`; it changes speed and memory, not the scores.
+        batch_tokens: tokens computed at a time after padding (on a CPU in a batch a thread), default `self.batch_tokens`; it changes
+        speed and memory, not the scores.
         cross_encoder: what else sentence-transformers' evaluators pass (`cross_encoder.check_arguments`).
         """
         if cross_encoder:
@@ -207,40 +210,48 @@ class Reranker:
         share: each process computes some of the batches. They are the batches of one process, so the scores are too.
         """
         started = time.perf_counter()
-        distinct, place = np.unique(np.stack([query_of, document_of]), axis=1, return_inverse=True)
+        distinct, recurring = np.unique(np.stack([query_of, document_of]), axis=1, return_inverse=True)
         query_of, document_of = distinct
         specials = len(self.inputs.before) + len(self.inputs.between) + len(self.inputs.after)
         query_lengths = np.array([len(ids) for ids in queries], dtype=int)
         document_lengths = np.array([len(ids) for ids in documents], dtype=int)
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
-        batches = list(token_batches(lengths, batch_tokens or self.batch_tokens))
+        count = at_once(self.device)
+        batches = even_batches(lengths, batch_tokens or self.batch_tokens, count)
         if share:
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0
+
+        def compute(batch: np.ndarray) -> tuple[np.ndarray, int] | None:
+            pairs = [self.inputs.join(queries[query_of[i]], documents[document_of[i]]) for i in batch]
+            return self._score_batch(pairs, alone=count == 1)
+
         bar = tqdm(total=sum(map(len, batches)), unit="pair", desc="scoring", mininterval=1, disable=not show_progress_bar)
         # one autocast for all batches converts the weights once; in inference mode it would do so for every batch
         with bar, autocast(self.device, self.dtype):
             while batches:
-                batch = batches[0]
-                pairs = [self.inputs.join(queries[query_of[i]], documents[document_of[i]]) for i in batch]
-                computed = self._score_batch(pairs)
-                if computed is None:
-                    batches = self._smaller(batches, lengths)
-                    continue
-                scores[batch], size = computed
-                padded_tokens += size
-                bar.update(len(batch))
-                del batches[0]
+                count, left = min(count, len(batches)), dict(enumerate(batches))
+                with closing(side_by_side(compute, batches, count, self.device, self.dtype)) as results:
+                    for place, computed in results:
+                        if computed is None:
+                            break
+                        batch = left.pop(place)
+                        scores[batch], size = computed
+                        padded_tokens += size
+                        bar.update(len(batch))
+                batches = list(left.values())
+                if batches:
+                    batches, count = self._smaller(batches, lengths), 1
         if share:
             scores, padded_tokens = _sum_over_processes(scores, padded_tokens, self.device)
         self.cost = Cost(len(lengths), int(lengths.sum()), padded_tokens, time.perf_counter() - started)
-        return scores[place]
+        return scores[recurring]
 
-    def _score_batch(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, int] | None:
+    def _score_batch(self, pairs: Sequence[Pair], alone: bool) -> tuple[np.ndarray, int] | None:
         """Score a batch: float32 (B,) and its padded tokens, or None if the memory is too small for it.
 
         Raises:
-            InputError: the memory is too small for one pair.
+            InputError: the memory is too small for one pair, and it was `alone`: no other batch was being computed.
         """
         try:
             features = {name: tensor.to(self.device) for name, tensor in self.inputs.collate(pairs).items()}
@@ -248,7 +259,7 @@ class Reranker:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            if len(pairs) == 1:
+            if len(pairs) == 1 and alone:
                 raise InputError(
                     f"expected a pair of {len(pairs[0])} tokens to fit into the memory of {self.device}, got: {error}; "
                     "load the model with a smaller max_length"

@@ -1,11 +1,15 @@
 """Reranker: scores, rankings, saving and loading, for every family."""
 
-from contextlib import nullcontext
+import threading
+import time
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
@@ -15,9 +19,21 @@ from rankmamba.errors import InputError
 from rankmamba.last_layer import LastLayer
 from rankmamba.nano import NANO
 from rankmamba.reranker import Reranker
+from rankmamba.threads import even_batches
 
 FAMILIES = [f"tiny-{name}" for name in NANO]
 TEXTS = ["short", "a longer text about rivers and bridges " * 3, "", "snow on the mountain", "a book " * 30]
+
+
+@contextmanager
+def threads(count: int):
+    """Let torch compute on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -56,15 +72,86 @@ class Conversions(TorchDispatchMode):
         return function(*arguments, **(settings or {}))
 
 
+def conversions_of_weights(reranker: Reranker, batches: int, monkeypatch) -> int:
+    """How often a weight is converted while so many batches are scored, on whatever threads."""
+    modes, score_batch = [], reranker._score_batch
+
+    def counted(*arguments, **settings):
+        with Conversions(reranker.model) as mode:
+            modes.append(mode)
+            return score_batch(*arguments, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reranker, "_score_batch", counted)
+        reranker.predict([("which river", f"text {copy}") for copy in range(batches)], batch_tokens=1)
+    assert len(modes) == batches
+    return sum(mode.count for mode in modes)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_scoring_converts_the_weights_once_whatever_the_number_of_batches(family):
+def test_bf16_scoring_converts_the_weights_once_whatever_the_number_of_batches(family, monkeypatch):
     reranker = Reranker.from_pretrained(family, dtype=torch.bfloat16, max_length=64, max_query_length=20)
-    counts = []
-    for copies in (1, 4):
-        with Conversions(reranker.model) as conversions:
-            reranker.predict([("which river", f"text {copy}") for copy in range(copies)], batch_tokens=1)
-        counts.append(conversions.count)
-    assert counts[0] == counts[1] > 0
+    with threads(1):
+        once = conversions_of_weights(reranker, 1, monkeypatch)
+        assert conversions_of_weights(reranker, 4, monkeypatch) == once > 0
+    with threads(2):  # two may convert one at the same time
+        assert once <= conversions_of_weights(reranker, 12, monkeypatch) <= 2 * once
+
+
+def test_batches_side_by_side_score_as_one_after_the_other_and_leave_torch_its_threads(reranker):
+    pairs = [(query, text) for query in ("river", "a mountain in winter", "who") for text in TEXTS]
+    with threads(1):
+        expected = reranker.predict(pairs)
+    for count in (2, 3, 6):
+        with threads(count):
+            assert np.abs(reranker.predict(pairs, batch_tokens=300) - expected).max() <= 1e-5
+            assert reranker.cost.pairs == len(pairs) and torch.get_num_threads() == count and torch.is_grad_enabled()
+
+
+def test_an_error_in_one_of_the_batches_side_by_side_ends_the_call(monkeypatch):
+    reranker, computed = Reranker.from_pretrained("tiny-bert", dtype=torch.float32, max_length=64, max_query_length=20), []
+
+    def fail(pairs, alone):
+        computed.append(pairs)
+        raise ZeroDivisionError("of this batch")
+
+    monkeypatch.setattr(reranker, "_score_batch", fail)
+    with threads(2), pytest.raises(ZeroDivisionError, match="of this batch"):
+        reranker.predict([("river", f"text {i}") for i in range(200)], batch_tokens=1)
+    assert len(computed) < 100
+
+
+def test_batches_that_do_not_fit_side_by_side_are_computed_alone_before_anything_is_refused(monkeypatch):
+    reranker = Reranker.from_pretrained("tiny-mamba", dtype=torch.float32, max_length=64, max_query_length=20)
+    pairs, forward, active = [("river", "stone " * (3 + i)) for i in range(12)], reranker.model.forward, []
+    with threads(1):
+        expected = reranker.predict(pairs)
+    lock = threading.Lock()
+
+    def small_memory(**features):
+        with lock:
+            active.append(None)
+            crowded = len(active) > 1
+        try:
+            time.sleep(0.01)
+            if crowded:
+                raise MemoryError
+            return forward(**features)
+        finally:
+            active.pop()
+
+    monkeypatch.setattr(reranker.model, "forward", small_memory)
+    with threads(2):
+        assert np.abs(reranker.predict(pairs, batch_tokens=1) - expected).max() <= 1e-6
+
+
+@given(st.lists(st.integers(1, 600), max_size=60), st.integers(1, 3000), st.integers(1, 5))
+def test_batches_for_several_threads_hold_every_sequence_once_and_keep_within_the_budget(lengths, budget, count):
+    lengths = np.array(lengths, dtype=int)
+    batches = even_batches(lengths, budget, count)
+    assert sorted(np.concatenate([*batches, []])) == list(range(len(lengths)))
+    sizes = [int(lengths[batch].max()) * len(batch) for batch in batches]
+    assert all(size <= max(1, budget // count) or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
 
 
 def test_saving_and_loading_keeps_every_weight_and_score(reranker, tmp_path):

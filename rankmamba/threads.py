@@ -1,0 +1,59 @@
+"""Batches side by side on the threads of a CPU: a batch a thread, where one batch on all threads would wait at every small operation.
+
+Measured on two cores: `Reranker.predict` is 1.1 to 1.3 times as fast so, and as much again because batches may then be larger.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import numpy as np
+import torch
+
+from .inputs import token_batches
+from .precision import autocast
+
+MOST = 4  # more would wait for Python's lock; each then computes on several threads
+
+
+def at_once(device: torch.device) -> int:
+    """How many batches a device computes side by side."""
+    return min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
+
+
+def even_batches(lengths: np.ndarray, batch_tokens: int, count: int) -> list[np.ndarray]:
+    """Cut sequences into batches (`inputs.token_batches`), `count` of which together have at most `batch_tokens` tokens; those of the
+    last round are smaller and alike, so that all threads end together."""
+    most = max(1, batch_tokens // count)
+    batches = list(token_batches(lengths, most))
+    whole = len(batches) // count * count
+    if whole < len(batches):
+        rest = np.concatenate(batches[whole:])
+        share = min(most, math.ceil(lengths[rest].sum() / count))
+        batches[whole:] = [rest[part] for part in token_batches(lengths[rest], share)]
+    return batches
+
+
+def side_by_side(
+    compute: Callable, items: Sequence, count: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[int, object]]:
+    """Yield (place, compute(items[place])) as they come, `count` of them at a time, each on its share of torch's threads, without
+    gradients and in autocast to `dtype`. Once it is closed nothing more is computed."""
+    if count == 1:
+        yield from enumerate(map(compute, items))
+        return
+    threads = torch.get_num_threads()
+
+    def begin() -> None:  # all of this is a thread's own
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(threads // count)
+        autocast(device, dtype).__enter__()  # ends with the thread; the weights that it converts are everyone's
+
+    pool = ThreadPoolExecutor(count, initializer=begin)
+    try:
+        places = {pool.submit(compute, item): place for place, item in enumerate(items)}
+        for future in as_completed(places):
+            yield places[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads that are still to come
