@@ -195,6 +195,15 @@ class Experiment:
         result = measured(per_query(run, test.qrels)) | result
         return self._leave("evaluate", name, "test", self._config(**config), result, {}, note=note)
 
+    def relevant_words(self) -> dict:
+        """Count the words of each test query's relevant document (the longest, if several); returns the record."""
+        test = self.split("test")
+        relevant = test.qrels[test.qrels["relevance"] > 0]
+        texts = test.documents.get_many(set(relevant["doc_id"]))
+        words = relevant["doc_id"].map(lambda doc_id: len(texts[doc_id].split()))
+        result = {"words": words.groupby(relevant["query_id"]).max().to_dict()}
+        return self._leave("lengths", "documents", "test", self._config(), result, {})
+
     def weight_tables(self, systems: Sequence[str], mixed_with: str = "bm25") -> dict[str, pd.DataFrame]:
         """{system: table of weight and value on dev} from the records of `evaluate`."""
         records = {system: self._last("evaluate", f"{system} + {mixed_with}", "test") for system in systems}

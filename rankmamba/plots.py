@@ -247,6 +247,27 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
 
 
 @_styled
+def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY, baseline: str = BASELINE) -> Figure:
+    """Each system's difference to the baseline by the words of the relevant document: a line a system.
+
+    table: `tables.by_words`.
+    """
+    groups = table.drop_duplicates("words")
+    half = (table["high"] - table["low"]).median() / 2
+    figure, axes = _figure(
+        "words of the relevant document", f"{measure} - {baseline}\n(typical 95% interval: ±{half:.2f})", height=4.4
+    )
+    axes.axhline(0, color=look(baseline).color, linestyle=look(baseline).line)
+    ends = {}
+    for system, part in table.groupby("system", sort=False):
+        axes.plot(range(len(groups)), part["difference"], **_marker(system) | {"linestyle": look(system).line})
+        ends[system] = part["difference"].iloc[-1]
+    axes.set_xticks(range(len(groups)), [f"{row.words}\n({row.queries:,} queries)" for row in groups.itertuples()])
+    _end_labels(axes, ends)
+    return figure
+
+
+@_styled
 def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     """A measure by the tokens read of a document: a panel a collection, a line a system, the first stage's dotted.
 

@@ -62,6 +62,14 @@ LENGTHS = pd.DataFrame(
     ],
     columns=["collection", "system", "tokens", "mean", "low", "high"],
 )
+WORDS = pd.DataFrame(
+    [
+        (words, 10, system, difference, difference - 0.1, difference + 0.1)
+        for words, difference in (("up to 48", 0.1), ("49 to 81", 0.0), ("82 to 500", -0.1))
+        for system in ("nano-mamba", "nano-bert")
+    ],
+    columns=["words", "queries", "system", "difference", "low", "high"],
+)
 FIGURES = {
     "forest": lambda: plots.forest(VALUES, ["RR@100", "nDCG@10"]),
     "cost": lambda: plots.cost(FINAL),
@@ -71,6 +79,7 @@ FIGURES = {
     "wins and losses": lambda: plots.wins_and_losses(VALUES),
     "document lengths": lambda: plots.document_lengths(range(5, 400), 128),
     "answer positions": lambda: plots.answer_positions(POSITIONS),
+    "differences by words": lambda: plots.differences_by_words(WORDS),
     "reading lengths": lambda: plots.reading_lengths(LENGTHS),
     "weight curves": lambda: plots.weight_curves({"nano-mamba": WEIGHTS}),
 }

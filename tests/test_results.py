@@ -15,6 +15,7 @@ from rankmamba import report, results
 from rankmamba.errors import InputError
 from rankmamba.results import environment, fingerprint, new_record, read_records, write_record
 from rankmamba.tables import (
+    by_words,
     caption,
     curves,
     final_table,
@@ -279,6 +280,20 @@ def test_each_seed_is_compared_alone_and_corrected_within_itself(tmp_path):
     listed = ", ".join(f"{system} with {better[system]} of 3" for system in ("nano-mamba", "nano-mamba + bm25"))
     assert report.seeds(table.reset_index()).endswith(f": {listed}.")
     assert report.seeds(seed_by_seed(read_records(study(tmp_path / "one")))).startswith("One seed")
+
+
+@given(words=st.lists(st.integers(0, 90), min_size=8, max_size=40), parts=st.integers(1, 5))
+def test_by_words_every_query_counts_once_and_the_parts_make_up_the_whole_difference(words, parts):
+    base, system = values(1, len(words)), values(2, len(words), gain=0.2)
+    given = dict(zip(base.index, words, strict=True))
+    table = by_words({"bm25": [base], "x": [system, system]}, given, parts=parts)
+    assert table["queries"].sum() == len(words) and len(table) <= parts and (table["queries"] > 0).all()
+    whole = (system - base)["RR@100"].mean()
+    assert (table["difference"] * table["queries"]).sum() / len(words) == pytest.approx(whole)
+    bounds = [row["words"].removeprefix("up to ").split(" to ") for _, row in table.iterrows()]
+    for (*low, high), difference in zip(bounds, table["difference"], strict=True):
+        inside = [query for query, count in given.items() if int((low or [0])[0]) <= count <= int(high)]
+        assert difference == pytest.approx((system - base).loc[inside, "RR@100"].mean())
 
 
 def test_the_printed_table_fits_120_columns_and_says_the_test_and_the_number_of_queries(tmp_path):
