@@ -27,10 +27,11 @@ def use_scan(backbone: nn.Module) -> nn.Module:
     it is 0 touches no other token and no state.
     `cache_params` may be a `MambaState`: the tokens then continue what the state has read, whatever their number.
     """
-    for module in backbone.modules():
+    for name, module in backbone.named_modules():
         ours = _OURS.get((type(module).__module__, type(module).__name__))
         if ours is not None:
             module.__class__ = _class(ours)  # the same object: hooks, sharing and the optimizer's parameters survive
+            module.before_products = name.endswith(".norm")  # a block's norm, not the one behind all blocks
     return backbone
 
 
@@ -301,8 +302,11 @@ class _RMSNorm:
     """The norm before each block, which transformers makes of seven passes over the tokens."""
 
     def forward(self, hidden_states):
-        """(B, L, D) -> (B, L, D)."""
-        return rms_norm(hidden_states, self.weight, epsilon=self.variance_epsilon)
+        """(B, L, D) -> (B, L, D). Before products it rounds as autocast would for them, which saves a pass over the tokens."""
+        device = hidden_states.device.type
+        rounds = self.before_products and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if rounds else None
+        return rms_norm(hidden_states, self.weight, epsilon=self.variance_epsilon, dtype=dtype)
 
 
 # Our name: where transformers' class is, our forward pass, the modules whose weights it reads directly.

@@ -142,6 +142,26 @@ def test_rms_norm_equals_its_definition_in_float64(kernel, shape):
 
 
 @every_kernel
+@pytest.mark.parametrize("gated", [False, True])
+def test_rms_norm_rounds_its_result_to_another_format_and_takes_its_gradient_in_it(kernel, gated):
+    g = torch.Generator().manual_seed(0)
+    tensors = {"y": torch.randn(2, 40, 96, generator=g), "weight": torch.randn(96, generator=g)}
+    tensors |= {"z": torch.randn(2, 40, 96, generator=g)} if gated else {}
+
+    def run(round_after):
+        given = {name: t.clone().requires_grad_() for name, t in on(kernel, tensors).items()}
+        with scan.forced(kernel):
+            out = scan.rms_norm(**given, dtype=None if round_after else torch.bfloat16)
+        out = out.to(torch.bfloat16)
+        return out, torch.autograd.grad(out.float().square().sum(), list(given.values()))
+
+    (late, expected), (early, gradients) = run(True), run(False)
+    assert torch.equal(early, late)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@every_kernel
 def test_bfloat16_inputs_cost_no_more_than_their_rounding(kernel):
     # one rounding of the result is 2^-9; the gradients of bfloat16 inputs are rounded too
     check("selective_scan", kernel, mamba(2, 70, 37, 16, dtype=torch.bfloat16), 2**-8, 2**-7, return_final_state=True)

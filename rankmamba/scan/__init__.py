@@ -128,11 +128,16 @@ def ssd_scan(
 
 @without_autocast
 def rms_norm(
-    y: torch.Tensor, weight: torch.Tensor, z: torch.Tensor | None = None, epsilon: float = 1e-5, groups: int = 1
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor | None = None,
+    epsilon: float = 1e-5,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Divide y, or y silu(z), by its root mean square over each of `groups` parts of the channels; times weight.
 
-    y, z: (B, L, E). weight: (E,). Returns (B, L, E) in y's precision.
+    y, z: (B, L, E). weight: (E,). Returns (B, L, E) in `dtype`, by default y's.
 
     Raises:
         InputError: shapes that do not fit.
@@ -142,7 +147,7 @@ def rms_norm(
     _check("y", y, {"z": (z, tuple(y.shape)), "weight": (weight, (inner,))})
     if groups < 1 or inner % groups:
         raise InputError(f"expected channels in equal groups, got {inner} channels and {groups} groups")
-    return implementation(y).rms_norm(y, weight, z, epsilon, groups)
+    return implementation(y).rms_norm(y, weight, z, epsilon, groups, dtype or y.dtype)
 
 
 def _shape(name, tensor, dims):

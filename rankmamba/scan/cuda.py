@@ -113,6 +113,7 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     return (y, final_state.float()) if return_final_state else y
 
 
-def rms_norm(y, weight, z=None, epsilon=1e-5, groups=1):
+def rms_norm(y, weight, z, epsilon, groups, dtype):
     """See `rankmamba.scan.rms_norm`."""
-    return rmsnorm_fn(y, weight, None, z=z, eps=epsilon, group_size=y.shape[-1] // groups, norm_before_gate=False)
+    out = rmsnorm_fn(y, weight, None, z=z, eps=epsilon, group_size=y.shape[-1] // groups, norm_before_gate=False)
+    return out.to(dtype)

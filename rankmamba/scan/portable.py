@@ -189,9 +189,9 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     return (y, state) if return_final_state else y
 
 
-def rms_norm(y, weight, z=None, epsilon=1e-5, groups=1):
+def rms_norm(y, weight, z, epsilon, groups, dtype):
     """See `rankmamba.scan.rms_norm`."""
     gated = _wide(y) if z is None else _wide(y) * F.silu(_wide(z))
     parts = gated.unflatten(-1, (groups, -1))
     parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + epsilon)
-    return (weight * parts.flatten(-2)).to(y.dtype)
+    return (weight * parts.flatten(-2)).to(dtype)

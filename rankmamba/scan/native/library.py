@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+PRECISIONS = torch.float32, torch.bfloat16  # what rows may be in
 _SMALL = 1 << 18  # multiplications that take some 60 microseconds: less is not worth another thread
 
 
@@ -121,7 +122,7 @@ def as_rows(tensor):
     if tensor is None:
         return None
     tensor = tensor.detach()
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
+    if tensor.dtype not in PRECISIONS:
         tensor = tensor.float()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 

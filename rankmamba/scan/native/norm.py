@@ -5,31 +5,31 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import Norm, as_plain, as_rows, call, pointer, rows, tracked, workers
+from .library import PRECISIONS, Norm, as_plain, as_rows, call, pointer, rows, tracked, workers
 
 NORM_ROWS = 32  # tokens, as in rms_norm.h
 
 
-def rms_norm(y, weight, z=None, epsilon=1e-5, groups=1):
+def rms_norm(y, weight, z, epsilon, groups, dtype):
     """See `rankmamba.scan.rms_norm`."""
     if y.numel() == 0:
-        return portable.rms_norm(y, weight, z, epsilon, groups)
+        return portable.rms_norm(y, weight, z, epsilon, groups, dtype)
     if tracked((y, weight, z)):
-        return _RMSNorm.apply(y, weight, z, epsilon, groups)
-    return _forward(y, weight, z, epsilon, groups)
+        return _RMSNorm.apply(y, weight, z, epsilon, groups, dtype)
+    return _forward(y, weight, z, epsilon, groups, dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, weight, z, epsilon, groups):
+    def forward(ctx, y, weight, z, epsilon, groups, dtype):
         ctx.save_for_backward(y, weight, z)
         ctx.epsilon, ctx.groups = epsilon, groups
-        return _forward(y, weight, z, epsilon, groups)
+        return _forward(y, weight, z, epsilon, groups, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return *_backward(*ctx.saved_tensors, ctx.epsilon, ctx.groups, dout), None, None
+        return *_backward(*ctx.saved_tensors, ctx.epsilon, ctx.groups, dout), None, None, None
 
 
 def _arguments(y, weight, z, epsilon, groups):
@@ -37,12 +37,12 @@ def _arguments(y, weight, z, epsilon, groups):
     return Norm(*y.shape, groups, epsilon, rows(alive[0]), rows(alive[2]), weight=pointer(alive[1])), alive
 
 
-def _forward(y, weight, z, epsilon, groups):
+def _forward(y, weight, z, epsilon, groups, dtype):
     arguments, alive = _arguments(y, weight, z, epsilon, groups)
-    out = torch.empty(y.shape, dtype=alive[0].dtype)
+    out = torch.empty(y.shape, dtype=dtype if dtype in PRECISIONS else alive[0].dtype)
     arguments.out = rows(out)
     call("norm_forward", arguments, workers(8 * y.numel()))
-    return out.to(y.dtype)
+    return out.to(dtype)
 
 
 @without_autocast
