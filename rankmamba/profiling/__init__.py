@@ -141,7 +141,11 @@ def measure_together(
     for mode in modes:
         # scoring converts the weights once for all its batches (Reranker._score), a step of training has to do it again
         with autocast(first.device, first.dtype) if mode == "inference" else contextlib.nullcontext():
-            memory, times, failed = _turns(mode, subjects, length, batch, group_size, repeats, seconds, stop)
+            runs = {s: [_pass(mode, reranker, length, batch, group_size) for reranker in s.rerankers] for s in subjects}
+            memory, times, failed = _first_passes(
+                runs, lambda s, mode=mode: _pass(mode, s.first, 8, group_size, group_size), seconds, stop
+            )
+            _take_turns(runs, times, repeats, seconds, stop)
         for subject in failed:
             found[subject.system]["out_of_memory"].append(mode)
         for subject in (subject for subject in memory if times[subject]):
@@ -150,25 +154,21 @@ def measure_together(
     return found
 
 
-def _turns(
-    mode: str,
-    subjects: Sequence[Subject],
-    length: int,
-    batch: int,
-    group_size: int,
-    repeats: int,
-    seconds: float,
-    stop: threading.Event,
+def _first_passes(
+    runs: dict[Subject, list[Callable]], small: Callable[[Subject], Callable], seconds: float, stop: threading.Event
 ) -> tuple[dict[Subject, float | None], dict[Subject, list[float]], list[Subject]]:
-    """Run one mode; return the memory in MiB of the systems that ran, the seconds of each one's turns, and who ran out of memory."""
-    runs = {subject: [_pass(mode, reranker, length, batch, group_size) for reranker in subject.rerankers] for subject in subjects}
-    memory, times, failed = {}, {subject: [] for subject in subjects}, []
-    for subject in subjects:
+    """Run each system once; return the memory in MiB of those that ran, their seconds if that counts, and who ran out of memory.
+
+    runs: the passes of each system's networks; those of a system that did not run are dropped. small: makes a system's pass of the
+    same kind over a few tokens.
+    """
+    memory, times, failed = {}, {}, []
+    for subject in list(runs):
         try:
             if not stop.is_set():
                 # what is allocated once is no part of a pass; converted weights are, so they are not kept here
                 with torch.autocast(subject.first.device.type, enabled=False, cache_enabled=False):
-                    _pass(mode, subject.first, 8, group_size, group_size)()
+                    small(subject)()
                 first, memory[subject] = _first(subject, runs[subject])
                 warm = subject.first.device.type == "cpu" and sum(first) > 3 * seconds  # a GPU's first pass builds its kernels
                 times[subject] = [subject.whole(first)] if warm else []
@@ -177,18 +177,26 @@ def _turns(
                 raise
             failed.append(subject)
         if subject not in memory:
-            runs.pop(subject)
+            del runs[subject]
             subject.first.model.zero_grad()
             free_memory()
-    quick = [subject for subject in memory if not times[subject]]
-    started = clock(subjects[0].first.device)
+    return memory, times, failed
+
+
+def _take_turns(
+    runs: dict[Subject, list[Callable]], times: dict[Subject, list[float]], repeats: int, seconds: float, stop: threading.Event
+) -> None:
+    """Run those systems that have no times yet in turns, and add each turn's seconds to their times."""
+    waiting = [subject for subject, taken in times.items() if not taken]
+    if not waiting:
+        return
+    started = clock(waiting[0].first.device)
     for turn in range(repeats):
-        if turn and clock(subjects[0].first.device) - started > seconds * len(quick):
+        if turn and clock(waiting[0].first.device) - started > seconds * len(waiting):
             break
-        for subject in quick:
+        for subject in waiting:
             if not stop.is_set():
                 times[subject].append(subject.whole([timed(run, subject.first.device) for run in runs[subject]]))
-    return memory, times, failed
 
 
 def _summary(times: list[float], peak_mib: float | None, batch: int, length: int, best_seconds: float) -> dict:
