@@ -266,3 +266,19 @@ def test_generate_still_works_through_hugging_faces_cache():
     prefix = ours(ids[:, :3], use_cache=True)
     rest = ours(ids[:, 3:], cache_params=prefix.cache_params, use_cache=True)
     torch.testing.assert_close(rest.logits, ours(ids).logits[:, 3:], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_turn_for_evaluation_on_a_cpu_and_back_for_training_and_are_the_same_weights(tmp_path):
+    model = use_scan(lively("mamba2"))
+    weight = model.layers[0].mixer.in_proj.weight
+    before, ids = weight.detach().clone(), tokens(2, 30)
+    row_by_row = hidden(model.train(), ids)
+    assert weight.is_contiguous()
+    model.eval()
+    assert not weight.is_contiguous() and weight.t().is_contiguous() and torch.equal(weight, before)
+    torch.testing.assert_close(hidden(model, ids), row_by_row, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = use_scan(Mamba2Model.from_pretrained(tmp_path))
+    assert torch.equal(loaded.layers[0].mixer.in_proj.weight, before) and weight is model.layers[0].mixer.in_proj.weight
+    model.train()
+    assert weight.is_contiguous() and torch.equal(weight, before)
