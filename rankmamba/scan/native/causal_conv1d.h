@@ -4,17 +4,18 @@
 
 namespace {
 
-constexpr int CONV_TILE = 32;  // tokens
+constexpr int CONV_ROWS = 8;   // tokens of an item of the forward: more are more streams than a processor follows
+constexpr int CONV_TILE = 32;  // tokens that the backward takes at a time
 
-// What an item works on: a block of channels of one sequence, and its filter (K, BLOCK).
+// A block of channels of one sequence, and its filter (K, BLOCK).
 struct Filter {
     int64_t b, first;
     int count, taps;
     float *weight, *bias;
 
-    Filter(const Conv &s, int64_t item, float *space)
-        : b(item / ceil_div(s.inner, BLOCK)),
-          first(item % ceil_div(s.inner, BLOCK) * BLOCK),
+    Filter(const Conv &s, int64_t b, int64_t block, float *space)
+        : b(b),
+          first(block * BLOCK),
           count(smaller(BLOCK, s.inner - first)),
           taps((int)s.taps),
           weight(space),
@@ -41,20 +42,21 @@ struct Filter {
     }
 };
 
-int64_t conv_items(const Conv &s) { return s.batch * ceil_div(s.inner, BLOCK); }
-int64_t conv_forward_workspace(const Conv &s) { return Filter::workspace(s) + (CONV_TILE + s.taps - 1) * BLOCK; }
+// An item of the forward is a tile of tokens with all channels: rows are read along, whose blocks would each ask for the cache lines
+// that they share with their neighbours.
+int64_t conv_forward_items(const Conv &s) { return s.batch * ceil_div(s.length, CONV_ROWS); }
+int64_t conv_forward_workspace(const Conv &s) { return Filter::workspace(s) + (CONV_ROWS + s.taps - 1) * BLOCK; }
 
 void conv_forward_run(const Conv &s, int64_t item, float *space) {
     const FlushDenormals flush;
-    const Filter filter(s, item, space);
-    const int past = filter.taps - 1;
+    const int64_t tiles = ceil_div(s.length, CONV_ROWS), b = item / tiles, t0 = item % tiles * CONV_ROWS;
+    const int past = (int)s.taps - 1, tokens = smaller(CONV_ROWS, s.length - t0);
     float *x = space + Filter::workspace(s);
-    for (int i = 0; i < past; i++) filter.load_input(s, i - past, x + i * BLOCK);
-    for (int64_t t0 = 0; t0 < s.length; t0 += CONV_TILE) {
-        const int tokens = smaller(CONV_TILE, s.length - t0), next = smaller(CONV_TILE, s.length - t0 - tokens);
-        for (int t = 0; t < tokens; t++) {
-            if (t < next) prefetch_row(s.x, filter.b, t0 + CONV_TILE + t, filter.first);
-            prefetch_row(s.y, filter.b, t0 + t, filter.first);
+    for (int64_t block = 0; block < ceil_div(s.inner, BLOCK); block++) {
+        const Filter filter(s, b, block, space);
+        for (int t = -past; t < tokens; t++) {
+            if (t >= 0) prefetch_row(s.y, b, t0 + t, filter.first);
+            if (t0 + t >= 0 && filter.first + BLOCK < s.inner) prefetch_row(s.x, b, t0 + t, filter.first + BLOCK);
             filter.load_input(s, t0 + t, x + (past + t) * BLOCK);
         }
         for (int t = 0; t < tokens; t++) {
@@ -64,19 +66,21 @@ void conv_forward_run(const Conv &s, int64_t item, float *space) {
                 sigmoid<VECTORS>(y, gate);
                 for (int c = 0; c < VECTORS; c++) y[c] *= gate[c];
             }
-            store_block(s.y, filter.b, t0 + t, filter.first, filter.count, y);
+            store_block(s.y, b, t0 + t, filter.first, filter.count, y);
         }
-        memmove(x, x + tokens * BLOCK, past * BLOCK * sizeof(float));
     }
 }
 
+// An item of the backward is a block of channels of one sequence, which sums the gradient of its own filter.
+int64_t conv_backward_items(const Conv &s) { return s.batch * ceil_div(s.inner, BLOCK); }
 int64_t conv_backward_workspace(const Conv &s) {
     return Filter::workspace(s) + (2 * (CONV_TILE + s.taps - 1) + s.taps + 1) * BLOCK;
 }
 
 void conv_backward_run(const Conv &s, int64_t item, float *space) {
     const FlushDenormals flush;
-    const Filter filter(s, item, space);
+    const int64_t blocks = ceil_div(s.inner, BLOCK);
+    const Filter filter(s, item / blocks, item % blocks, space);
     const int past = filter.taps - 1;
     const int64_t b = filter.b, first = filter.first, tiles = ceil_div(s.length, CONV_TILE);
     // x begins K-1 tokens before the tile; dy, the gradient before the silu, goes on K-1 tokens after it.
