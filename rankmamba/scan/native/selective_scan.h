@@ -10,6 +10,9 @@ namespace {
 
 // Tokens. With AVX-512 a block is twice as wide, and the buffers of 32 tokens leave the first-level cache in the backward pass.
 constexpr int TILE = W == 16 ? 24 : 32;
+// The forward takes fewer tokens at a time: a row of each is a stream, and a processor follows only so many.
+constexpr int STEP = 8;
+static_assert(TILE % STEP == 0);
 // One (TILE, BLOCK) buffer. Not a multiple of 4 kB: the same place in several buffers would compete for the same lines of the
 // cache.
 constexpr int BUFFER = TILE * BLOCK + 2 * 16;
@@ -126,9 +129,8 @@ void forward_run(const Scan &s, int64_t item, float *space) {
         block.read(s);
         turn_state(s.initial, s, block, states_before + (i - from) * state_size);
     }
-    for (int64_t tile = 0; tile < shape.tiles; tile++) {
-        const int64_t t0 = tile * TILE;
-        const int tokens = smaller(TILE, s.length - t0);
+    for (int64_t t0 = 0; t0 < s.length; t0 += STEP) {
+        const int tokens = smaller(STEP, s.length - t0);
         load_states(s.B, b, t0, tokens, states, B);
         load_states(s.C, b, t0, tokens, states, C);
         for (int64_t i = from; i < to; i++) {
@@ -136,7 +138,8 @@ void forward_run(const Scan &s, int64_t item, float *space) {
             const int64_t first = block.first, ahead = first + BLOCK;
             const int count = block.count;
             float *h = states_before + (i - from) * state_size;
-            if (s.checkpoints) memcpy(s.checkpoints + shape.checkpoint(s, b, i, tile), h, state_size * sizeof(float));
+            if (s.checkpoints && t0 % TILE == 0)
+                memcpy(s.checkpoints + shape.checkpoint(s, b, i, t0 / TILE), h, state_size * sizeof(float));
             vf largest = vf{};
             for (int t = 0; t < tokens; t++) {
                 if (i + 1 < to)
