@@ -9,7 +9,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from contextlib import nullcontext
 from functools import partial
 
@@ -21,6 +20,7 @@ from sentence_transformers import CrossEncoder
 
 from rankmamba.collection import load
 from rankmamba.precision import autocast
+from rankmamba.profiling import clock
 from rankmamba.reranker import Reranker
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: both under autocast")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock, unit = (time.process_time, "CPU second") if options.threads == 1 else (time.perf_counter, "second")
+    unit = "CPU second" if options.threads == 1 else "second"
     pairs = nq_pairs(options.queries, options.depth)
     by_query = [pairs[start : start + options.depth] for start in range(0, len(pairs), options.depth)]
 
@@ -67,12 +67,12 @@ def main() -> None:
         seconds, scores, padded, real = {name: [] for name in variants}, {}, 0, 0
         for _ in range(options.repeats):
             for name, predict in variants.items():
-                started = clock()
+                started = clock(reranker.device)
                 parts = []
                 for call in calls:
                     parts.append(predict(call))
                     padded, real = padded + reranker.cost.padded_tokens, real + reranker.cost.tokens
-                seconds[name].append(clock() - started)
+                seconds[name].append(clock(reranker.device) - started)
                 scores[name] = np.concatenate(parts)
         rates = {name: len(pairs) / statistics.median(values) for name, values in seconds.items()}
         print(title)

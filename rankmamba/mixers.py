@@ -31,7 +31,8 @@ def use_scan(backbone: nn.Module) -> nn.Module:
         ours = _OURS.get((type(module).__module__, type(module).__name__))
         if ours is not None:
             module.__class__ = _class(ours)  # the same object: hooks, sharing and the optimizer's parameters survive
-            module.before_products = name.endswith(".norm")  # a block's norm, not the one behind all blocks
+            if isinstance(module, _RMSNorm):
+                module.before_products = name.endswith(".norm")  # a block's norm, not the one behind all blocks
     return backbone
 
 
@@ -309,6 +310,8 @@ class _ScanMamba2(_ScanMixer):
 
 class _RMSNorm:
     """The norm before each block, which transformers makes of seven passes over the tokens."""
+
+    before_products = False
 
     def forward(self, hidden_states):
         """(B, L, D) -> (B, L, D). Before products it rounds as autocast would for them, which saves a pass over the tokens."""

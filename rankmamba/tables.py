@@ -84,17 +84,16 @@ def by_words(
 ) -> pd.DataFrame:
     """Compare with the baseline apart for short and for long relevant documents: words, queries, and columns of `evaluate.compare`.
 
-    words: {query_id: words of its relevant document}; the queries are cut into `parts` of about the same number. words: such as
-    "up to 44" and "45 to 75", the shortest first.
+    words: {query_id: words of its relevant document}; the queries are cut into `parts` of about the same number. The column words
+    is such as "45 to 75", the shortest first.
     """
     counts = pd.Series(words)
-    edges = np.unique(np.quantile(counts, np.linspace(0, 1, parts + 1)).round().astype(int))
+    bounds = np.quantile(counts, np.linspace(0, 1, parts + 1)[1:-1])
     compared = []
-    for low, high in zip([-1, *edges[1:-1]], edges[-max(1, len(edges) - 1) :], strict=True):
-        queries = counts.index[(counts > low) & (counts <= high)]
-        here = {system: [table[table.index.isin(queries)] for table in given] for system, given in values.items()}
-        title = f"up to {high}" if low < 0 else f"{low + 1} to {high}"
-        compared.append(compare(here, baseline, measure).assign(words=title, queries=len(queries)))
+    for _, part in counts.groupby(np.searchsorted(bounds, counts)):
+        here = {system: [table[table.index.isin(part.index)] for table in given] for system, given in values.items()}
+        title = f"{part.min()} to {part.max()}"
+        compared.append(compare(here, baseline, measure).assign(words=title, queries=len(part)))
     return pd.concat(compared, ignore_index=True)
 
 

@@ -13,12 +13,12 @@ import torch
 from .inputs import token_batches
 from .precision import autocast
 
-MOST = 4  # more would wait for Python's lock; each then computes on several threads
+MOST_AT_ONCE = 4  # more would wait for Python's lock; each then computes on several threads
 
 
 def at_once(device: torch.device) -> int:
     """How many batches a device computes side by side."""
-    return min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
+    return min(torch.get_num_threads(), MOST_AT_ONCE) if device.type == "cpu" else 1
 
 
 def even_batches(lengths: np.ndarray, batch_tokens: int, count: int) -> list[np.ndarray]:

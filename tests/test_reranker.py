@@ -1,5 +1,7 @@
 """Reranker: scores, rankings, saving and loading, for every family."""
 
+import copy
+import pickle
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -113,6 +115,7 @@ def test_an_error_in_one_of_the_batches_side_by_side_ends_the_call(monkeypatch):
 
     def fail(pairs, alone):
         computed.append(pairs)
+        time.sleep(0.01)
         raise ZeroDivisionError("of this batch")
 
     monkeypatch.setattr(reranker, "_score_batch", fail)
@@ -126,7 +129,7 @@ def test_batches_that_do_not_fit_side_by_side_are_computed_alone_before_anything
     pairs, forward, active = [("river", "stone " * (3 + i)) for i in range(12)], reranker.model.forward, []
     with threads(1):
         expected = reranker.predict(pairs)
-    lock = threading.Lock()
+    lock, refused = threading.Lock(), []
 
     def small_memory(**features):
         with lock:
@@ -135,6 +138,7 @@ def test_batches_that_do_not_fit_side_by_side_are_computed_alone_before_anything
         try:
             time.sleep(0.01)
             if crowded:
+                refused.append(features)
                 raise MemoryError
             return forward(**features)
         finally:
@@ -143,6 +147,7 @@ def test_batches_that_do_not_fit_side_by_side_are_computed_alone_before_anything
     monkeypatch.setattr(reranker.model, "forward", small_memory)
     with threads(2):
         assert np.abs(reranker.predict(pairs, batch_tokens=1) - expected).max() <= 1e-6
+    assert refused
 
 
 @given(st.lists(st.integers(1, 600), max_size=60), st.integers(1, 3000), st.integers(1, 5))
@@ -152,6 +157,15 @@ def test_batches_for_several_threads_hold_every_sequence_once_and_keep_within_th
     assert sorted(np.concatenate([*batches, []])) == list(range(len(lengths)))
     sizes = [int(lengths[batch].max()) * len(batch) for batch in batches]
     assert all(size <= max(1, budget // count) or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_a_copy_of_a_model_scores_alike_and_computes_its_last_layer_by_itself(reranker, again):
+    pairs = [("which river", text) for text in TEXTS]
+    expected = reranker.predict(pairs)
+    other = Reranker(again(reranker.model), reranker.tokenizer, dtype=torch.float32)
+    assert np.array_equal(other.predict(pairs), expected)
+    assert other.model._last_layer._batch is not reranker.model._last_layer._batch
 
 
 def test_saving_and_loading_keeps_every_weight_and_score(reranker, tmp_path):

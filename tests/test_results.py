@@ -290,9 +290,9 @@ def test_by_words_every_query_counts_once_and_the_parts_make_up_the_whole_differ
     assert table["queries"].sum() == len(words) and len(table) <= parts and (table["queries"] > 0).all()
     whole = (system - base)["RR@100"].mean()
     assert (table["difference"] * table["queries"]).sum() / len(words) == pytest.approx(whole)
-    bounds = [row["words"].removeprefix("up to ").split(" to ") for _, row in table.iterrows()]
-    for (*low, high), difference in zip(bounds, table["difference"], strict=True):
-        inside = [query for query, count in given.items() if int((low or [0])[0]) <= count <= int(high)]
+    for bounds, difference in zip(table["words"].str.split(" to "), table["difference"], strict=True):
+        low, high = map(int, bounds)
+        inside = [query for query, count in given.items() if low <= count <= high]
         assert difference == pytest.approx((system - base).loc[inside, "RR@100"].mean())
 
 
