@@ -60,15 +60,10 @@ inline void load_states(const Rows &r, int64_t b, int64_t t0, int tokens, int n,
 // A sequence's state (E, N), null for zero, turned into the block's (N, BLOCK), and back.
 inline void turn_state(const float *from, const Scan &s, const Block &block, float *to) {
     memset(to, 0, s.states * BLOCK * sizeof(float));
-    if (!from) return;
-    from += (block.b * s.inner + block.first) * s.states;
-    for (int e = 0; e < block.count; e++)
-        for (int64_t n = 0; n < s.states; n++) to[n * BLOCK + e] = from[e * s.states + n];
+    if (from) turn(from + (block.b * s.inner + block.first) * s.states, s.states, block.count, s.states, to, BLOCK);
 }
 inline void turn_back_state(const float *from, const Scan &s, const Block &block, float *to) {
-    to += (block.b * s.inner + block.first) * s.states;
-    for (int e = 0; e < block.count; e++)
-        for (int64_t n = 0; n < s.states; n++) to[e * s.states + n] = from[n * BLOCK + e];
+    turn(from, BLOCK, s.states, block.count, to + (block.b * s.inner + block.first) * s.states, s.states);
 }
 
 // How the decays exp2(delta A2) of a tile are computed. A step so large that 2^x underflows is rare: only then is x clamped.

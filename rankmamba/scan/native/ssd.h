@@ -88,16 +88,12 @@ struct SsdPart {
     // (B, H, P, N), for the heads of this item, to (heads, N, P) and back.
     void load_states(const float *from, float *h) const {
         memset(h, 0, count * N * P * sizeof(float));
-        for (int64_t i = 0; from && i < count; i++)
-            for (int64_t p = 0; p < s.width; p++)
-                for (int64_t n = 0; n < s.n; n++) h[(i * N + n) * P + p] = from[state_at(i, p) + n];
+        for (int64_t i = 0; from && i < count; i++) turn(from + state_at(i), s.n, s.width, s.n, h + i * N * P, P);
     }
     void store_states(const float *h, float *to) const {
-        for (int64_t i = 0; to && i < count; i++)
-            for (int64_t p = 0; p < s.width; p++)
-                for (int64_t n = 0; n < s.n; n++) to[state_at(i, p) + n] = h[(i * N + n) * P + p];
+        for (int64_t i = 0; to && i < count; i++) turn(h + i * N * P, P, s.n, s.width, to + state_at(i), s.n);
     }
-    int64_t state_at(int64_t i, int64_t p) const { return ((b * s.heads + first + i) * s.width + p) * s.n; }
+    int64_t state_at(int64_t i) const { return (b * s.heads + first + i) * s.width * s.n; }
 
     // The states before the chunks that read one: (chunks, B, H, N, P), as rows of P.
     Rows before() const { return {(void *)s.before, 0, s.width, s.x.bfloat16}; }

@@ -316,6 +316,25 @@ inline void load_span(const float *from, int count, int size, float *to) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
+// A matrix, turned: to[c * to_stride + r] = from[r * from_stride + c].
+inline void turn(const float *from, int64_t from_stride, int64_t rows, int64_t columns, float *to, int64_t to_stride) {
+    for (int64_t r = 0; r < rows; r += W)
+        for (int64_t c = 0; c < columns; c += W) {
+            const int height = smaller(W, rows - r), width = smaller(W, columns - c);
+            const float *corner = from + r * from_stride + c;
+            float *place = to + c * to_stride + r;
+            if (height == W && width == W) {
+                vf block[W];
+                for (int i = 0; i < W; i++) block[i] = load(corner + i * from_stride);
+                transpose(block);
+                for (int i = 0; i < W; i++) store(place + i * to_stride, block[i]);
+            } else {
+                for (int i = 0; i < height; i++)
+                    for (int j = 0; j < width; j++) place[j * to_stride + i] = corner[i * from_stride + j];
+            }
+        }
+}
+
 // Denormal numbers cost a hundred cycles each on many processors, and a decaying state makes them: zero instead, meanwhile.
 struct [[maybe_unused]] FlushDenormals {
 #if defined(__x86_64__)
