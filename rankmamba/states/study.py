@@ -39,8 +39,9 @@ def trial(
 ) -> dict:
     """Store the states of `n_queries` test queries' candidates in every format and rank from them; leaves and returns the record.
 
-    For Mamba also in the last format with the first half of the layers only. Speeds are of second passes. lengths: tokens of documents (made of the
-    collection's own, put together) at which the speed of full scoring and of scoring from states in memory is compared.
+    For Mamba also in the last format with the first half of the layers only. Seconds are those of a second pass. lengths: tokens of
+    documents (made of the collection's own, put together) at which the speed of full scoring and of scoring from states in memory is
+    compared.
 
     Raises:
         InputError: the system was not trained here.
