@@ -9,7 +9,6 @@ import argparse
 import os
 import statistics
 import tempfile
-from contextlib import nullcontext
 from functools import partial
 
 os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -17,6 +16,8 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from rankmamba.collection import load
 from rankmamba.precision import autocast
@@ -30,6 +31,26 @@ def nq_pairs(queries: int, depth: int) -> list[tuple[str, str]]:
     head = collection.candidates[collection.candidates["rank"] <= depth]
     texts = collection.documents.get_many(set(head["doc_id"]))
     return [(collection.queries[q], texts[d]) for q, d in zip(head["query_id"], head["doc_id"], strict=True)]
+
+
+class FirstToken(nn.Module):
+    """In place of BERT's pooler: our head reads the first token itself."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden[:, 0]
+
+
+def as_cross_encoder(reranker: Reranker) -> CrossEncoder:
+    """Give a BERT reranker's weights to Hugging Face's classifier, loaded and run by sentence-transformers with nothing of ours."""
+    config = BertConfig(**reranker.model.config.backbone_config.to_diff_dict() | {"num_labels": 1})
+    with tempfile.TemporaryDirectory() as folder:
+        BertForSequenceClassification(config).save_pretrained(folder)
+        reranker.tokenizer.save_pretrained(folder)
+        encoder = CrossEncoder(folder, device="cpu", max_length=reranker.inputs.max_length, activation_fn=nn.Identity())
+    encoder.model.bert.load_state_dict(reranker.model.backbone.state_dict(), strict=False)
+    encoder.model.bert.pooler = FirstToken()
+    encoder.model.classifier.load_state_dict(reranker.model.score.state_dict())
+    return encoder
 
 
 def main() -> None:
@@ -47,11 +68,7 @@ def main() -> None:
 
     dtype = getattr(torch, options.dtype)
     reranker = Reranker.from_pretrained("minilm-l6", dtype=dtype, device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        reranker.save_pretrained(folder)
-        encoder = CrossEncoder(folder, device="cpu", trust_remote_code=True)
-    # its own models compute the whole last layer, which ours, loaded by it, would not
-    encoder.model._last_layer.only = lambda positions: nullcontext()
+    encoder = as_cross_encoder(reranker)
 
     def predict_theirs(call, size: int) -> np.ndarray:
         with autocast("cpu", dtype):

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .native_attention import NATIVE, sdpa_mask
+
 # For each type of backbone: its list of layers, and the linear maps in a layer whose output at other tokens is read by nobody.
 BERT = ("encoder.layer", ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"))
 TOKENWISE = {
@@ -40,8 +42,8 @@ POOLED = "rankmamba_pooled_sdpa"  # Hugging Face finds an implementation of atte
 
 
 class LastLayer:
-    """Makes the token-wise maps and the attention (PyTorch's SDPA) of a backbone's last layer skip every token but the pooled one,
-    inside `only(positions)`.
+    """Makes the token-wise maps and the attention (SDPA, also where our kernel serves the other layers) of a backbone's last layer skip
+    every token but the pooled one, inside `only(positions)`.
 
     Outside of it, with a backbone that is not in `TOKENWISE`, or while layers are recomputed for gradient checkpointing (when the
     positions of an earlier batch would be wrong), the backbone computes everything. Threads may share the backbone: each has its
@@ -69,7 +71,9 @@ class LastLayer:
     def only(self, positions: torch.Tensor) -> Iterator[None]:
         """positions: int64 (B,), the token of each sequence whose output is needed."""
         if self._attention is not None:
-            self._attention.config = self._pooled_config if self._config._attn_implementation == "sdpa" else self._config
+            self._attention.config = (
+                self._pooled_config if self._config._attn_implementation in ("sdpa", NATIVE) else self._config
+            )
         if not getattr(self._layer, "gradient_checkpointing", False):
             self._batch.positions = positions
         try:
@@ -113,8 +117,10 @@ def pooled_attention(
     """SDPA for the token `module.pooled_batch.positions` (B,) of each sequence; at all others the output is 0.
 
     query: (B, heads, L, head size). key, value: the same with K >= L tokens, where the last L are those of the query.
-    attention_mask: None or (B or 1, 1, L, K). Returns (B, L, heads, head size).
+    attention_mask: None, (B or 1, 1, L, K), or (B, K). Returns (B, L, heads, head size).
     """
+    if attention_mask is None or attention_mask.dim() == 2:
+        attention_mask = sdpa_mask(attention_mask, module.is_causal, query, key)
     if module.pooled_batch.positions is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, heads, length, size = query.shape

@@ -105,6 +105,15 @@ def run_all_shapes() -> None:
                 backward(scan.ssd_scan(x, delta, A, B, C, D, state, return_final_state=True))
                 backward([scan.ssd_scan(x, delta, A, B, C, D, state)])
                 count += 2
+        with torch.no_grad():
+            for batch, heads, shared, queries, keys, width in [
+                (1, 1, 1, 1, 1, 1), (2, 3, 1, 7, 7, 5), (1, 4, 2, 33, 50, 16), (2, 2, 2, 8, 70, 31), (1, 2, 1, 65, 65, 32)
+            ]:  # fmt: skip
+                sizes = (heads, queries), (heads // shared, keys), (heads // shared, keys)
+                tensors = [make(batch, *size, width) for size in sizes]
+                for seen, causal in itertools.product((None, torch.ones(batch, keys)), (True, False)):
+                    scan.native.attention(*tensors, seen, causal, 0.5)
+                    count += 1
     print(f"{count} calls, forward and backward, without a finding", flush=True)
 
 

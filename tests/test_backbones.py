@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model, ViTConfig
 
+from rankmamba import native_attention
 from rankmamba.attention import choose_attention
 from rankmamba.backbones import find, infer_family
 from rankmamba.collection import load
@@ -275,12 +276,16 @@ def test_the_attention_implementations_of_a_family_are_those_that_transformers_h
         assert family.attention == infer_family(config).attention
     ids = torch.arange(10, 40)[None]
     kinds = {"decoder_input_ids": ids[:, :1]} if family.kind == "encoder-decoder" else {}
-    outputs = []
-    for name in set(family.attention) & {"eager", "sdpa"}:  # what a CPU runs
-        backbone = AutoModel.from_pretrained(checkpoint, attn_implementation=name, dtype=torch.float32).eval()
-        with torch.no_grad():
-            outputs.append(backbone(input_ids=ids, **kinds).last_hidden_state)
-    assert all(torch.allclose(outputs[0], other, atol=1e-5) for other in outputs)
+    names = set(family.attention) & {"eager", "sdpa"}  # what a CPU runs
+    if native_attention.runs(config.model_type, torch.device("cpu"), torch.float32):
+        names.add(native_attention.NATIVE)
+    for mask in (torch.ones_like(ids), torch.ones_like(ids).index_fill(1, torch.arange(25, 30), 0)):
+        outputs = []
+        for name in names:
+            backbone = AutoModel.from_pretrained(checkpoint, attn_implementation=name, dtype=torch.float32).eval()
+            with torch.no_grad():
+                outputs.append(backbone(input_ids=ids, attention_mask=mask, **kinds).last_hidden_state[:, :25])
+        assert all(torch.allclose(outputs[0], other, atol=1e-5) for other in outputs)
 
 
 def test_on_a_gpu_torch_attends_without_cudnn_which_plans_anew_for_every_shape():

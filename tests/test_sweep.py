@@ -38,7 +38,7 @@ from rankmamba.results import new_record, write_record
 sweep = Path(results).parent
 with open(sweep / f"began-{seed}", "a") as log:
     log.write("x")
-while (sweep / "hold").exists():
+while (sweep / f"hold-{seed}").exists():
     time.sleep(0.05)
 if seed == 13:
     raise RuntimeError("unlucky")
@@ -95,6 +95,18 @@ def wait_for(condition, seconds=300):
     return found
 
 
+def hold(folder, *seeds):
+    """Let the runs of these seeds wait once they have begun, until `release`."""
+    (folder / "out").mkdir()
+    for seed in seeds:
+        (folder / "out" / f"hold-{seed}").touch()
+
+
+def release(folder, *seeds):
+    for seed in seeds:
+        (folder / "out" / f"hold-{seed}").unlink()
+
+
 def begun(folder):
     """{seed: how often a run with it began} from what the notebooks wrote."""
     return {int(path.name.rpartition("-")[2]): len(path.read_text()) for path in (folder / "out").glob("began-*")}
@@ -130,15 +142,13 @@ def test_a_failed_run_is_reported_with_its_reason_and_the_others_stand_in_the_ta
 
 def test_after_a_sigkill_what_is_finished_is_not_done_again(start, tmp_path):
     text = "[{seed: 1}, {seed: 2}]"
-    (tmp_path / "out").mkdir()
+    hold(tmp_path, 2)
     first = start(text)
-    wait_for(lambda: 1 in begun(tmp_path))
-    (tmp_path / "out" / "hold").touch()
     wait_for(lambda: 2 in begun(tmp_path))
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     assert records(tmp_path) == once(1)
-    (tmp_path / "out" / "hold").unlink()
+    release(tmp_path, 2)
     code, _, err = finish(start(text))
     assert code == 0 and "2 runs, 1 of them finished before" in err
     assert records(tmp_path) == once(1, 2) and begun(tmp_path) == {1: 1, 2: 2}
@@ -149,8 +159,7 @@ def test_after_a_sigkill_what_is_finished_is_not_done_again(start, tmp_path):
 
 def test_a_cluster_of_two_workers_of_which_one_is_killed_leaves_every_record_once(start, tmp_path):
     pytest.importorskip("submitit", reason="the cluster extra is not installed")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "hold").touch()
+    hold(tmp_path, 1, 2)
     process = start("seed: [1, 2]", "--submitit", "cluster=local")
     wait_for(lambda: set(begun(tmp_path)) == {1, 2})
 
@@ -160,7 +169,7 @@ def test_a_cluster_of_two_workers_of_which_one_is_killed_leaves_every_record_onc
 
     kernels = wait_for(lambda: len(working()) == 2 and working())
     kernels[0].parent().kill()
-    (tmp_path / "out" / "hold").unlink()
+    release(tmp_path, 1, 2)
     code, _, err = finish(process)
     assert code == 0, err
     assert err.count("died, submitted again") == 1

@@ -20,7 +20,14 @@ PARTS = {
     "tokeniser": ("rankmamba::tokenise",),
     "scan": ("rankmamba::scan", "_SelectiveScanBackward", "_SsdScanBackward"),
     "convolution": ("rankmamba::convolution", "_CausalConv1dBackward"),
-    "attention": ("aten::scaled_dot_product", "ScaledDotProduct", "FlashAttn", "aten::bmm", "aten::_softmax"),
+    "attention": (
+        "rankmamba::attention",
+        "aten::scaled_dot_product",
+        "ScaledDotProduct",
+        "FlashAttn",
+        "aten::bmm",
+        "aten::_softmax",
+    ),
     "projections": ("aten::mm", "aten::addmm"),
     "optimizer": ("Optimizer.",),
 }

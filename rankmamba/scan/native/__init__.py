@@ -1,8 +1,9 @@
 """The native CPU kernels: C++ without Python or torch in it. Where they were not built, importing this raises ImportError."""
 
+from .attention import attention
 from .library import description
 from .mamba import causal_conv1d, selective_scan
 from .mamba2 import ssd_scan
 from .norm import rms_norm
 
-__all__ = ["causal_conv1d", "description", "rms_norm", "selective_scan", "ssd_scan"]
+__all__ = ["attention", "causal_conv1d", "description", "rms_norm", "selective_scan", "ssd_scan"]

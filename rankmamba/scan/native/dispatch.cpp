@@ -119,4 +119,5 @@ ENTRY(ssd_forward, SsdForward)
 ENTRY(ssd_backward, SsdBackward)
 ENTRY(norm_forward, Norm)
 ENTRY(norm_backward, Norm)
+ENTRY(attention, Attention)
 }

@@ -1,4 +1,5 @@
 // One build of all kernels. Compiled several times, with WIDTH lanes for an instruction set called ISA.
+#include "attention.h"
 #include "causal_conv1d.h"
 #include "rms_norm.h"
 #include "selective_scan.h"
@@ -21,4 +22,5 @@ extern "C" const Kernels JOIN(rankmamba_kernels_, ISA) = {
     {ssd_items<SsdBackward>, ssd_workspace<SsdBackwardPart, SsdBackward>, ssd_run<SsdBackwardPart, SsdBackward>},
     {norm_items, norm_workspace, norm_forward_run},
     {norm_items, norm_workspace, norm_backward_run},
+    {attention_items, attention_workspace, attention_run},
 };

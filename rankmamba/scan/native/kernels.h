@@ -76,6 +76,17 @@ struct Norm {
     Rows dout, dy, dz;
     float *dweight;  // (items, E), to be summed
 };
+
+// Attention without gradients, float32. q, out (B, L, .), k, v (B, K, .): their heads of P numbers lie *_head apart; in out P.
+struct Attention {
+    int64_t batch, heads, width, queries, keys;  // B, H, P, L, K
+    int64_t shared;                              // so many heads read the same keys and values
+    int64_t causal;                              // 1: the last query sees all keys, each before it one less
+    float scale;
+    Rows q, k, v, out;
+    int64_t q_head, k_head, v_head;
+    const float *hidden;  // (B, K): 0, or minus infinity where nobody looks; or null
+};
 }
 
 // One build of a kernel: `items` independent pieces of work; each needs `workspace` floats, 64-byte aligned.
@@ -93,4 +104,5 @@ struct Kernels {
     Kernel<SsdForward> ssd_forward;
     Kernel<SsdBackward> ssd_backward;
     Kernel<Norm> norm_forward, norm_backward;
+    Kernel<Attention> attention;
 };

@@ -63,6 +63,14 @@ Norm = _structure(
     ("dout dy dz", Rows),
     ("dweight", c_void_p),
 )
+Attention = _structure(
+    "Attention",
+    ("batch heads width queries keys shared causal", c_int64),
+    ("scale", c_float),
+    ("q k v out", Rows),
+    ("q_head k_head v_head", c_int64),
+    ("hidden", c_void_p),
+)
 _KERNELS = {
     "scan_forward": Scan,
     "scan_backward": Scan,
@@ -72,6 +80,7 @@ _KERNELS = {
     "ssd_backward": SsdBackward,
     "norm_forward": Norm,
     "norm_backward": Norm,
+    "attention": Attention,
 }
 
 

@@ -9,33 +9,35 @@ namespace {
 
 inline int padded(int64_t n, int unit) { return (int)(ceil_div(n, unit) * unit); }
 
-constexpr int ROWS = 4;  // rows of a product computed together: each loaded vector serves all of them
+// Rows of a product computed together: each loaded vector serves all of them. Wide vectors come with registers for more.
+constexpr int ROWS = W == 16 ? 8 : 4;
 
-// out (ROWS, vectors W) = [out +] left (ROWS, depth) right (depth, vectors W)
-template <bool ADD>
-inline void product(int depth, int vectors, const float *__restrict left, int left_stride, const float *__restrict right,
-                    int right_stride, float *__restrict out, int out_stride) {
+// out (R, vectors W) = [out +] left (R, depth) right (depth, vectors W)
+template <bool ADD, int R = ROWS>
+inline void product(int depth, int vectors, const float *__restrict left, int64_t left_stride, const float *__restrict right,
+                    int64_t right_stride, float *__restrict out, int64_t out_stride) {
     constexpr int V = 2;
     int v = 0;
     for (; v + V <= vectors; v += V) {
-        vf sums[ROWS][V] = {};
-        for (int k = 0; k < depth; k++)
-            for (int c = 0; c < V; c++) {
-                const vf r = load(right + k * right_stride + (v + c) * W);
-                for (int i = 0; i < ROWS; i++) sums[i][c] += broadcast(left[i * left_stride + k]) * r;
+        vf sums[R][V] = {};
+        const float *row = right + v * W;
+        for (int64_t k = 0; k < depth; k++, row += right_stride)
+            for (int i = 0; i < R; i++) {
+                const vf l = broadcast(left[i * left_stride + k]);
+                for (int c = 0; c < V; c++) sums[i][c] = fma(l, load(row + c * W), sums[i][c]);
             }
-        for (int i = 0; i < ROWS; i++)
+        for (int i = 0; i < R; i++)
             for (int c = 0; c < V; c++) {
                 float *to = out + i * out_stride + (v + c) * W;
                 store(to, ADD ? load(to) + sums[i][c] : sums[i][c]);
             }
     }
     for (; v < vectors; v++) {
-        vf sums[ROWS] = {};
+        vf sums[R] = {};
         for (int k = 0; k < depth; k++)
-            for (int i = 0; i < ROWS; i++)
-                sums[i] += broadcast(left[i * left_stride + k]) * load(right + k * right_stride + v * W);
-        for (int i = 0; i < ROWS; i++) {
+            for (int i = 0; i < R; i++)
+                sums[i] = fma(broadcast(left[i * left_stride + k]), load(right + k * right_stride + v * W), sums[i]);
+        for (int i = 0; i < R; i++) {
             float *to = out + i * out_stride + v * W;
             store(to, ADD ? load(to) + sums[i] : sums[i]);
         }

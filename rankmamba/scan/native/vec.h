@@ -196,6 +196,22 @@ inline void exp2_clamped(vf *x) {
     exp2_product<5, M>(x, one);
 }
 
+// x = 2^x for x <= 0, minus infinity among them: what underflows becomes 0 or 2^-125.
+template <int M>
+inline void exp2_up_to_1(vf *x) {
+#if defined(__AVX512DQ__) && WIDTH == 16
+    vf q[M], f[M];
+    for (int i = 0; i < M; i++) f[i] = (vf)_mm512_reduce_ps((__m512)x[i], 0);
+    for (int i = 0; i < M; i++) q[i] = Exp2<5>::q[0] * f[i] + Exp2<5>::q[1];
+    for (int k = 2; k < 5; k++)
+        for (int i = 0; i < M; i++) q[i] = q[i] * f[i] + Exp2<5>::q[k];
+    for (int i = 0; i < M; i++) q[i] = q[i] * f[i] + 1.f;
+    for (int i = 0; i < M; i++) x[i] = (vf)_mm512_scalef_ps((__m512)q[i], (__m512)(x[i] - f[i]));
+#else
+    exp2_clamped<M>(x);
+#endif
+}
+
 // x = exp(-x) for |x| <= EXP_LIMIT
 template <int M>
 inline void exp_minus(vf *x) {

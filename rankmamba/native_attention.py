@@ -1,0 +1,68 @@
+"""Transformers' attention on our own CPU kernel, as the scan is for Mamba: for scoring in float32, under a name of Hugging Face's.
+
+PyTorch's SDPA reaches a fifth to a third of the processor's speed on texts of a hundred or two tokens; what is compared here on a
+CPU are architectures, not how much care each one's kernel got. Training and other precisions stay with SDPA.
+"""
+
+import torch
+from torch.profiler import record_function
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
+
+from . import scan
+
+NATIVE = "rankmamba_native"
+MOST = 1 << 17  # numbers in the keys of a head: more do not stay in the cache, and SDPA is as fast (2,048 tokens of 64)
+# Families (transformers' `model_type`) whose attention is plain: neither a bias between positions nor a window.
+PLAIN = {"bert", "roberta", "electra", "opt", "gpt_neox", "gpt2", "llama", "nemotron_h"}
+
+
+def native_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attend; with SDPA where a gradient or another precision is wanted, or texts are very long.
+
+    query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size), K >= L. attention_mask: None, or
+    (B, K), false where a key is hidden. Returns (B, L, heads, head size).
+    """
+    causal = module.is_causal if is_causal is None else is_causal
+    served = query.dtype == torch.float32 and query.device.type == "cpu" and key[0, 0].numel() <= MOST
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not served:
+        mask = sdpa_mask(attention_mask, causal, query, key)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=causal, **kwargs)
+    from .scan import native
+
+    with record_function("rankmamba::attention"):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return native.attention(query, key, value, attention_mask, causal, scale), None
+
+
+def sdpa_mask(seen: torch.Tensor | None, causal: bool, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """Return what SDPA needs to hide the same keys: bool (B or 1, 1, L or 1, K), or None where its own causal kernel does.
+
+    seen: None or (B, K). causal: the last query sees all keys, each before it one less. query, key: as in `native_attention`.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if seen is not None:
+        seen = seen.bool()[:, None, None]
+    if not causal or seen is None and queries in (1, keys):
+        return seen
+    below = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    return below[None, None] if seen is None else seen & below
+
+
+def runs(model_type: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether the kernel serves a family on a device, with products in `dtype`."""
+    return model_type in PLAIN and device.type == "cpu" and dtype == torch.float32 and scan.kernel(device).name == "native"
+
+
+AttentionInterface.register(NATIVE, native_attention)
+AttentionMaskInterface.register(NATIVE, flash_attention_mask)

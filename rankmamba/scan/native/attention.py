@@ -1,0 +1,44 @@
+"""Attention for scoring, on the native kernels."""
+
+import torch
+
+from .library import Attention, Rows, call, pointer, rows, workers
+
+
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None, causal: bool, scale: float
+) -> torch.Tensor:
+    """softmax(query key^T scale) value, without gradients: float32 (B, L, H, P).
+
+    query: float32 (B, H, L, P). key, value: float32 (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where nobody looks.
+    causal: the last query sees all keys, each before it one less. Every query must see a key.
+    """
+    query, key, value = (t.detach() if t.stride(-1) == 1 else t.detach().contiguous() for t in (query, key, value))
+    batch, heads, length, width = query.shape
+    keys = key.shape[2]
+    out = query.new_empty(batch, length, heads * width)
+    hidden = None if seen is None else torch.where(seen.bool(), 0.0, -torch.inf)
+    arguments = Attention(
+        batch,
+        heads,
+        width,
+        length,
+        keys,
+        heads // key.shape[1],
+        causal,
+        scale,
+        _rows(query),
+        _rows(key),
+        _rows(value),
+        rows(out),
+        query.stride(1),
+        key.stride(1),
+        value.stride(1),
+        pointer(hidden),
+    )
+    call("attention", arguments, workers(2 * batch * heads * length * keys * width))
+    return out.view(batch, length, heads, width)
+
+
+def _rows(tensor: torch.Tensor) -> Rows:
+    return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(2), 0)

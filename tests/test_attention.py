@@ -1,0 +1,99 @@
+"""Our attention against its definition, in every layout, and SDPA wherever it steps back."""
+
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankmamba import native_attention, scan
+from rankmamba.native_attention import native_attention as attend
+
+compiled = pytest.mark.skipif(scan.kernel("cpu").name != "native", reason="no compiler was there")
+
+
+def exact(query, key, value, seen, causal, scale):
+    """softmax(q k^T scale) v in float64: (B, L, H, P)."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (t.double().repeat_interleave(shared, 1) for t in (key, value))
+    scores = query.double() @ key.transpose(2, 3) * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    if causal:
+        queries, keys = scores.shape[2:]
+        scores = scores.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def laid_out(tensor, layout):
+    """The same numbers elsewhere in memory: as they are, head beside head in a token, or with others between them."""
+    if layout == "heads first":
+        return tensor
+    if layout == "tokens first":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "among others":
+        return (
+            torch.stack([torch.full_like(tensor, torch.nan), tensor], 3).transpose(1, 2).contiguous().transpose(1, 2)[..., 1, :]
+        )
+    return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@compiled
+@given(
+    shape=st.tuples(
+        st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), st.integers(0, 70), st.integers(1, 70)
+    ),
+    layout=st.sampled_from(["heads first", "tokens first", "among others", "numbers apart"]),
+    causal=st.booleans(),
+    hidden=st.booleans(),
+    large=st.booleans(),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
+    shape, layout, causal, hidden, large, threads, seed
+):
+    batch, heads, shared, queries, past, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (heads * shared, queries), (heads, queries + past), (heads, queries + past)
+    query, key, value = (torch.randn(batch, *size, width, generator=generator) * (30 if large else 1) for size in sizes)
+    seen = None
+    if hidden:
+        seen = torch.rand(batch, queries + past, generator=generator) < 0.7
+        seen[:, 0] = True  # every query sees a key
+    tensors = [laid_out(tensor, layout) for tensor in (query, key, value)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            got, _ = attend(types.SimpleNamespace(is_causal=causal), *tensors, seen, scaling=width**-0.5)
+    finally:
+        torch.set_num_threads(before)
+    expected = exact(query, key, value, seen, causal, width**-0.5)
+    # a score of some thousands is rounded to 1e-4 before its exponential is taken
+    assert (got - expected).abs().max() <= (1e-3 if large else 2e-6) * value.abs().max()
+
+
+@compiled
+@pytest.mark.parametrize("past", [0, 7])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_keys(past, causal, hidden, monkeypatch):
+    query, key, value = (torch.randn(2, 3, 12 + more, 16, requires_grad=True) for more in (0, past, past))
+    seen = torch.rand(2, 12 + past) < 0.7 if hidden else None
+    if hidden:
+        seen[:, 0] = True
+    module = types.SimpleNamespace(is_causal=causal)
+    expected = exact(query, key, value, seen, causal, 0.25)
+    gradients = torch.autograd.grad(attend(module, query, key, value, seen)[0].square().sum(), (query, key, value))
+    for got, right in zip(gradients, torch.autograd.grad(expected.square().sum(), (query, key, value)), strict=True):
+        assert torch.allclose(got, right, atol=1e-5)
+    with torch.no_grad():
+        rounded = attend(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), seen)[0]
+        compiled = torch.compile(attend, backend="eager", fullgraph=True)(module, query, key, value, seen)[0]
+        monkeypatch.setattr(native_attention, "MOST", 12 * 16 - 1)  # texts as long as these
+        monkeypatch.setattr(scan.native, "attention", None)
+        far = attend(module, query, key, value, seen)[0]
+    assert rounded.dtype == torch.bfloat16 and torch.allclose(rounded.double(), expected, atol=0.05)
+    assert torch.allclose(compiled.double(), expected, atol=1e-5) and torch.allclose(far.double(), expected, atol=1e-5)
