@@ -6,7 +6,7 @@ serve training, scoring and cached document states, and every text is tokenised 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -166,16 +166,30 @@ def pair_specials(tokenizer) -> tuple[list[int], list[int], list[int]]:
     return whole[:start], whole[middle : end - len(second)], whole[end:]
 
 
-def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
-    """Yield arrays of indices, longest sequences first, each batch at most `batch_tokens` tokens after padding.
+# What a batch costs beside its tokens, as a share of a full one: the small operations around the products.
+BATCH_COST = 1 / 32
 
-    Every index comes exactly once. Sequences of like length share a batch, so little is padded; the longest come first, so that
-    a batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is alone.
+
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
+    """Cut sequences, longest first, into batches of at most `batch_tokens` tokens after padding: arrays of indices.
+
+    Every index comes exactly once. Of all ways to cut the sequences in the order of their lengths, the one with the least cost is
+    taken: what is computed after padding, and `BATCH_COST` of a full batch for each batch. The longest come first, so that a batch
+    too large for the memory fails at the start and not at the end. A sequence longer than the budget is alone.
     """
-    lengths = np.asarray(lengths)
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    longest = np.maximum(1, np.asarray(lengths)[order])
+    sizes, each = np.maximum(1, batch_tokens // longest), BATCH_COST * batch_tokens
+    counts = np.arange(1, sizes.max(initial=1) + 1)
+    # cost[j]: of the first j sequences; start[j]: where the last of their batches begins
+    cost, start = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, dtype=int)
+    cost[0] = 0
+    for i, (length, size) in enumerate(zip(longest.tolist(), sizes.tolist(), strict=True)):
+        with_batch = cost[i] + each + length * counts[: min(size, len(order) - i)]
+        there = slice(i + 1, i + 1 + len(with_batch))
+        start[there] = np.where(with_batch < cost[there], i, start[there])
+        np.minimum(cost[there], with_batch, out=cost[there])
+    cuts = [len(order)]
+    while cuts[-1] > 0:
+        cuts.append(int(start[cuts[-1]]))
+    return np.split(order, cuts[-2:0:-1]) if len(order) else []

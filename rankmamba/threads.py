@@ -25,7 +25,7 @@ def even_batches(lengths: np.ndarray, batch_tokens: int, count: int) -> list[np.
     """Cut sequences into batches (`inputs.token_batches`), `count` of which together have at most `batch_tokens` tokens; those of the
     last round are smaller and alike, so that all threads end together."""
     most = max(1, batch_tokens // count)
-    batches = list(token_batches(lengths, most))
+    batches = token_batches(lengths, most)
     whole = len(batches) // count * count
     if whole < len(batches):
         rest = np.concatenate(batches[whole:])

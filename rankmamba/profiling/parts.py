@@ -1,7 +1,7 @@
 """Where the time goes when a system reads texts: torch's profiler, its events claimed by the parts of a reranker."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def fixed_batches(lengths: Sequence[int], size: int) -> Iterator[np.ndarray]:
     yield from (np.arange(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size))
 
 
-def padded_tokens(lengths: Sequence[int], batches: Iterator[np.ndarray]) -> int:
+def padded_tokens(lengths: Sequence[int], batches: Iterable[np.ndarray]) -> int:
     """Count the tokens that are computed when each batch is padded to its longest sequence."""
     lengths = np.asarray(lengths)
     return sum(int(len(batch) * lengths[batch].max()) for batch in batches)
