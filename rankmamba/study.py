@@ -52,8 +52,9 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
     with alone(folder / ".lock", f"another study writes to {folder}; waiting for it"):
         started = time.monotonic()
         for place, path in enumerate(paths, 1):
-            elapsed, left = time.monotonic() - started, sum(minutes.get(later.stem, 0) for later in paths[place - 1 :])
-            say(f"[{place}/{len(paths)}] {path.stem}  elapsed {clock(elapsed)}, remaining about {clock(60 * left)}")
+            elapsed, planned = time.monotonic() - started, [60 * minutes.get(each.stem, 0) for each in paths]
+            left = remaining(elapsed, planned[: place - 1], planned[place - 1 :])
+            say(f"[{place}/{len(paths)}] {path.stem}  elapsed {clock(elapsed)}, remaining about {clock(left)}")
             output = folder / "notebooks" / path.name
             execute(path, output, {name: value for name, value in values.items() if name in declared(path)})
             if path.stem == REPORT:
@@ -126,6 +127,12 @@ def export_report(executed: Path, target: Path) -> None:
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = ""
     body, _ = exporter.from_filename(str(executed))
     write_text(target, body.replace("</head>", f"<style>{REPORT_STYLE}</style></head>", 1))
+
+
+def remaining(elapsed: float, done: list[float], left: list[float]) -> float:
+    """Estimate the seconds that are left: as planned, or slower where this machine was slower so far; what an earlier run had done
+    takes no time and makes no machine faster."""
+    return sum(left) * (max(1.0, elapsed / sum(done)) if sum(done) else 1.0)
 
 
 def clock(seconds: float) -> str:

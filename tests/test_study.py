@@ -112,3 +112,9 @@ def test_a_command_line_answers_without_importing_what_takes_seconds(command):
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code, *command], capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "rankmamba.errors" in imported and not imported & {"torch", "transformers", "papermill", "pandas", "scipy"}
+
+
+def test_what_remains_is_the_plan_on_this_machine_and_what_was_done_before_shortens_nothing():
+    assert study.remaining(0, [], [60, 120]) == 180
+    assert study.remaining(90, [60], [120]) == 180  # half as fast again as planned
+    assert study.remaining(1, [60], [120]) == 120  # the first was found finished
