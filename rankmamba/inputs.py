@@ -166,20 +166,17 @@ def pair_specials(tokenizer) -> tuple[list[int], list[int], list[int]]:
     return whole[:start], whole[middle : end - len(second)], whole[end:]
 
 
-# What a batch costs beside its tokens, as a share of a full one: the small operations around the products.
-BATCH_COST = 1 / 32
-
-
-def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
+def token_batches(lengths: Sequence[int], batch_tokens: int, batch_cost: float) -> list[np.ndarray]:
     """Cut sequences, longest first, into batches of at most `batch_tokens` tokens after padding: arrays of indices.
 
     Every index comes exactly once. Of all ways to cut the sequences in the order of their lengths, the one with the least cost is
-    taken: what is computed after padding, and `BATCH_COST` of a full batch for each batch. The longest come first, so that a batch
-    too large for the memory fails at the start and not at the end. A sequence longer than the budget is alone.
+    taken: what is computed after padding, and for each batch `batch_cost` of a full one (`threads.batch_cost`). The longest come
+    first, so that a batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is
+    alone.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     longest = np.maximum(1, np.asarray(lengths)[order])
-    sizes, each = np.maximum(1, batch_tokens // longest), BATCH_COST * batch_tokens
+    sizes, each = np.maximum(1, batch_tokens // longest), batch_cost * batch_tokens
     counts = np.arange(1, sizes.max(initial=1) + 1)
     # cost[j]: of the first j sequences; start[j]: where the last of their batches begins
     cost, start = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, dtype=int)

@@ -24,7 +24,7 @@ from .memory import free_memory, out_of_memory
 from .model import RerankerModel
 from .passages import best_of, cut, spread, tokens_needed
 from .precision import autocast, autocast_dtype
-from .threads import at_once, even_batches, side_by_side
+from .threads import at_once, batch_cost, even_batches, side_by_side
 from .token_store import document_tokens
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Reranker:
         document_lengths = np.array([len(ids) for ids in documents], dtype=int)
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
         count = at_once(self.device)
-        batches = even_batches(lengths, batch_tokens or self.batch_tokens, count)
+        batches = even_batches(lengths, batch_tokens or self.batch_tokens, count, batch_cost(self.device))
         if share:
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0
@@ -274,7 +274,7 @@ class Reranker:
             self._said_smaller = True
             _log.warning("a batch does not fit into the memory of %s: going on with batch_tokens=%d", self.device, batch_tokens)
         left = np.concatenate(batches)
-        return [left[batch] for batch in token_batches(lengths[left], batch_tokens)]
+        return [left[batch] for batch in token_batches(lengths[left], batch_tokens, batch_cost(self.device))]
 
 
 def _sum_over_processes(scores: np.ndarray, count: int, device: torch.device) -> tuple[np.ndarray, int]:

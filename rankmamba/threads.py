@@ -21,16 +21,24 @@ def at_once(device: torch.device) -> int:
     return min(torch.get_num_threads(), MOST_AT_ONCE) if device.type == "cpu" else 1
 
 
-def even_batches(lengths: np.ndarray, batch_tokens: int, count: int) -> list[np.ndarray]:
+def batch_cost(device: torch.device) -> float:
+    """What a batch costs beside its tokens, as a share of a full one: small operations on a CPU, the launching of kernels on a GPU.
+
+    On a CPU 1/64 and 1/16 are no better; the GPU's is a guess from how its speed grows with the batch (LOG.md).
+    """
+    return 1 / 32 if device.type == "cpu" else 1 / 2
+
+
+def even_batches(lengths: np.ndarray, batch_tokens: int, count: int, cost: float) -> list[np.ndarray]:
     """Cut sequences into batches (`inputs.token_batches`), `count` of which together have at most `batch_tokens` tokens; those of the
     last round are smaller and alike, so that all threads end together."""
     most = max(1, batch_tokens // count)
-    batches = token_batches(lengths, most)
+    batches = token_batches(lengths, most, cost)
     whole = len(batches) // count * count
     if whole < len(batches):
         rest = np.concatenate(batches[whole:])
         share = min(most, math.ceil(lengths[rest].sum() / count))
-        batches[whole:] = [rest[part] for part in token_batches(lengths[rest], share)]
+        batches[whole:] = [rest[part] for part in token_batches(lengths[rest], share, cost)]
     return batches
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rankmamba.collection import load
 from rankmamba.errors import InputError
-from rankmamba.inputs import BATCH_COST, KINDS, MOST_MATCHES, PairTokenizer, token_batches
+from rankmamba.inputs import KINDS, MOST_MATCHES, PairTokenizer, token_batches
 from rankmamba.packages import package_folder
 from rankmamba.reranker import Reranker
 from rankmamba.training.groups import TrainingGroups
@@ -91,28 +91,28 @@ def test_padding_is_on_the_right_and_hidden_by_the_mask(tokenizer):
 
 @given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 4096))
 def test_batches_hold_every_index_once_within_the_budget(lengths, budget):
-    batches = token_batches(lengths, budget)
+    batches = token_batches(lengths, budget, 1 / 32)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
 
 
-@given(st.lists(st.integers(1, 600), min_size=1, max_size=9), st.integers(1, 4096))
-def test_no_other_way_to_cut_sequences_in_order_of_length_costs_less(lengths, budget):
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=9), st.integers(1, 4096), st.sampled_from([0, 1 / 32, 1 / 2]))
+def test_no_other_way_to_cut_sequences_in_order_of_length_costs_less(lengths, budget, batch_cost):
     def cost(batches):
         fit = all(len(batch) == 1 or batch[0] * len(batch) <= budget for batch in batches)
-        return sum(batch[0] * len(batch) + BATCH_COST * budget for batch in batches) if fit else np.inf
+        return sum(batch[0] * len(batch) + batch_cost * budget for batch in batches) if fit else np.inf
 
     order = sorted(lengths, reverse=True)
     gaps = itertools.product([False, True], repeat=len(order) - 1)
     every = [np.split(order, [i for i, cut in enumerate(cuts, 1) if cut]) for cuts in gaps]
-    ours = [[lengths[i] for i in batch] for batch in token_batches(lengths, budget)]
+    ours = [[lengths[i] for i in batch] for batch in token_batches(lengths, budget, batch_cost)]
     assert cost(ours) == pytest.approx(min(map(cost, every)))
 
 
 def test_batches_of_ordinary_passages_pad_less_than_a_tenth():
     lengths = np.random.default_rng(0).gamma(3, 40, 3000).astype(int) + 12
-    padded = sum(max(lengths[b]) * len(b) for b in token_batches(lengths, 4096))
+    padded = sum(max(lengths[b]) * len(b) for b in token_batches(lengths, 4096, 1 / 32))
     assert padded / lengths.sum() <= 1.10
 
 

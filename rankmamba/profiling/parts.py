@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ..inputs import token_batches
 from ..precision import autocast
 from ..reranker import Reranker
+from ..threads import batch_cost
 from ..training.losses import lce_loss
 from . import timed
 
@@ -76,7 +77,9 @@ class TextPass:
         return padded_tokens(self.lengths, self._indices())
 
     def _indices(self):
-        return fixed_batches(self.lengths, self.fixed) if self.fixed else token_batches(self.lengths, self.batch_tokens)
+        if self.fixed:
+            return fixed_batches(self.lengths, self.fixed)
+        return token_batches(self.lengths, self.batch_tokens, batch_cost(self.reranker.device))
 
     def _batches(self):
         inputs = self.reranker.inputs

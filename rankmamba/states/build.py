@@ -11,6 +11,7 @@ from ..collection import Documents
 from ..inputs import Pair, token_batches
 from ..precision import autocast
 from ..reranker import Reranker
+from ..threads import batch_cost
 from .formats import FLOATS, encode, encode_ids
 from .kinds import Attention, Recurrent
 from .store import Writer
@@ -94,7 +95,7 @@ def store_block(
         waiting, computed = [], 0
         # a state of fixed size makes short documents as large as long ones
         lengths = np.maximum([len(pair) for pair in pairs], 16 if kind.fixed else 1)
-        for batch in token_batches(lengths, batch_tokens):
+        for batch in token_batches(lengths, batch_tokens, batch_cost(reranker.device)):
             features = reranker.inputs.collate([pairs[i] for i in batch])
             ids, mask = (features[name].to(reranker.device) for name in ("input_ids", "attention_mask"))
             states = kind.read(ids, mask)
