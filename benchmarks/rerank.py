@@ -53,6 +53,12 @@ def as_cross_encoder(reranker: Reranker) -> CrossEncoder:
     return encoder
 
 
+def is_whole(reranker: Reranker, pair: tuple[str, str]) -> bool:
+    """Say whether a pair fits uncut; longer ones the two cut at different places."""
+    query, document = (len(reranker.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in pair)
+    return document <= reranker.inputs.document_limit and query <= reranker.inputs.query_limit
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--queries", type=int, default=10)
@@ -69,6 +75,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     reranker = Reranker.from_pretrained("minilm-l6", dtype=dtype, device="cpu")
     encoder = as_cross_encoder(reranker)
+    whole = np.array([is_whole(reranker, pair) for pair in pairs])
 
     def predict_theirs(call, size: int) -> np.ndarray:
         with autocast("cpu", dtype):
@@ -95,8 +102,10 @@ def main() -> None:
         print(title)
         for name, rate in rates.items():
             print(f"  {name:40} {rate:6.1f} pairs per {unit}; rankmamba is {rates['rankmamba'] / rate:.2f} times as fast")
-        worst = max(np.abs(scores[name] - scores["rankmamba"]).max() for name in rates)
-        print(f"  largest difference of scores {worst:.1e} (over 462 tokens they cut elsewhere); padded/real {padded / real:.3f}")
+        worst = max(np.abs(scores[name] - scores["rankmamba"])[whole].max() for name in rates)
+        print(
+            f"  largest difference of scores {worst:.1e} where nothing is cut ({whole.sum()} pairs); padded/real {padded / real:.3f}"
+        )
 
 
 if __name__ == "__main__":

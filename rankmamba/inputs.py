@@ -166,23 +166,22 @@ def pair_specials(tokenizer) -> tuple[list[int], list[int], list[int]]:
     return whole[:start], whole[middle : end - len(second)], whole[end:]
 
 
-def token_batches(lengths: Sequence[int], batch_tokens: int, batch_cost: float) -> list[np.ndarray]:
+def token_batches(lengths: Sequence[int], batch_tokens: int, batch_cost: int) -> list[np.ndarray]:
     """Cut sequences, longest first, into batches of at most `batch_tokens` tokens after padding: arrays of indices.
 
     Every index comes exactly once. Of all ways to cut the sequences in the order of their lengths, the one with the least cost is
-    taken: what is computed after padding, and for each batch `batch_cost` of a full one (`threads.batch_cost`). The longest come
-    first, so that a batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is
-    alone.
+    taken: the tokens computed after padding, and for each batch `batch_cost` of them (`threads.batch_cost`). The longest come first,
+    so that a batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is alone.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     longest = np.maximum(1, np.asarray(lengths)[order])
-    sizes, each = np.maximum(1, batch_tokens // longest), batch_cost * batch_tokens
+    sizes = np.maximum(1, batch_tokens // longest)
     counts = np.arange(1, sizes.max(initial=1) + 1)
     # cost[j]: of the first j sequences; start[j]: where the last of their batches begins
     cost, start = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, dtype=int)
     cost[0] = 0
     for i, (length, size) in enumerate(zip(longest.tolist(), sizes.tolist(), strict=True)):
-        with_batch = cost[i] + each + length * counts[: min(size, len(order) - i)]
+        with_batch = cost[i] + batch_cost + length * counts[: min(size, len(order) - i)]
         there = slice(i + 1, i + 1 + len(with_batch))
         start[there] = np.where(with_batch < cost[there], i, start[there])
         np.minimum(cost[there], with_batch, out=cost[there])

@@ -1,6 +1,6 @@
 """Transformers' attention on our own CPU kernel, as the scan is for Mamba: for scoring in float32, under a name of Hugging Face's.
 
-PyTorch's SDPA reaches a fifth to a third of the processor's speed on texts of a hundred or two tokens; what is compared here on a
+PyTorch's SDPA reaches an eighth to a quarter of the processor's speed on texts of a hundred or two tokens; what is compared here on a
 CPU are architectures, not how much care each one's kernel got. Training and other precisions stay with SDPA.
 """
 
@@ -13,7 +13,7 @@ from transformers.masking_utils import flash_attention_mask
 from . import scan
 
 NATIVE = "rankmamba_native"
-MOST = 1 << 17  # numbers in the keys of a head: more do not stay in the cache, and SDPA is as fast (2,048 tokens of 64)
+LARGEST_KEYS = 1 << 17  # numbers in a head's keys: more do not stay in the cache, and SDPA is as fast (2,048 tokens of 64)
 # Families (transformers' `model_type`) whose attention is plain: neither a bias between positions nor a window.
 PLAIN = {"bert", "roberta", "electra", "opt", "gpt_neox", "gpt2", "llama", "nemotron_h"}
 
@@ -34,7 +34,7 @@ def native_attention(
     (B, K), false where a key is hidden. Returns (B, L, heads, head size).
     """
     causal = module.is_causal if is_causal is None else is_causal
-    served = query.dtype == torch.float32 and query.device.type == "cpu" and key[0, 0].numel() <= MOST
+    served = query.dtype == torch.float32 and query.device.type == "cpu" and key[0, 0].numel() <= LARGEST_KEYS
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not served:
         mask = sdpa_mask(attention_mask, causal, query, key)
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=causal, **kwargs)

@@ -217,7 +217,7 @@ class Reranker:
         document_lengths = np.array([len(ids) for ids in documents], dtype=int)
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
         count = at_once(self.device)
-        batches = even_batches(lengths, batch_tokens or self.batch_tokens, count, batch_cost(self.device))
+        batches = even_batches(lengths, batch_tokens or self.batch_tokens, count, batch_cost(self.device, count))
         if share:
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0

@@ -50,9 +50,9 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
     with refusals(folder):
         (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     with alone(folder / ".lock", f"another study writes to {folder}; waiting for it"):
-        started = time.monotonic()
+        started, planned = time.monotonic(), [60 * minutes.get(path.stem, 0) for path in paths]
         for place, path in enumerate(paths, 1):
-            elapsed, planned = time.monotonic() - started, [60 * minutes.get(each.stem, 0) for each in paths]
+            elapsed = time.monotonic() - started
             left = remaining(elapsed, planned[: place - 1], planned[place - 1 :])
             say(f"[{place}/{len(paths)}] {path.stem}  elapsed {clock(elapsed)}, remaining about {clock(left)}")
             output = folder / "notebooks" / path.name

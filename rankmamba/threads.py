@@ -13,6 +13,7 @@ import torch
 from .inputs import token_batches
 from .precision import autocast
 
+COST_OF_A_THREAD, COST_ON_A_GPU = 128, 8192  # tokens, see `batch_cost`
 MOST_AT_ONCE = 4  # more would wait for Python's lock; each then computes on several threads
 
 
@@ -21,15 +22,16 @@ def at_once(device: torch.device) -> int:
     return min(torch.get_num_threads(), MOST_AT_ONCE) if device.type == "cpu" else 1
 
 
-def batch_cost(device: torch.device) -> float:
-    """What a batch costs beside its tokens, as a share of a full one: small operations on a CPU, the launching of kernels on a GPU.
+def batch_cost(device: torch.device, count: int = 1) -> int:
+    """What a batch takes beside its tokens, in tokens that could be computed meanwhile, where `count` batches run side by side.
 
-    On a CPU 1/64 and 1/16 are no better; the GPU's is a guess from how its speed grows with the batch (LOG.md).
+    On a CPU small operations, which more threads do not shorten; on a GPU the launching of kernels, a guess from how its speed grows
+    with the batch (LOG.md).
     """
-    return 1 / 32 if device.type == "cpu" else 1 / 2
+    return COST_OF_A_THREAD * torch.get_num_threads() // count if device.type == "cpu" else COST_ON_A_GPU
 
 
-def even_batches(lengths: np.ndarray, batch_tokens: int, count: int, cost: float) -> list[np.ndarray]:
+def even_batches(lengths: np.ndarray, batch_tokens: int, count: int, cost: int) -> list[np.ndarray]:
     """Cut sequences into batches (`inputs.token_batches`), `count` of which together have at most `batch_tokens` tokens; those of the
     last round are smaller and alike, so that all threads end together."""
     most = max(1, batch_tokens // count)

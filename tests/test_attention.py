@@ -91,9 +91,9 @@ def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_key
         assert torch.allclose(got, right, atol=1e-5)
     with torch.no_grad():
         rounded = attend(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), seen)[0]
-        compiled = torch.compile(attend, backend="eager", fullgraph=True)(module, query, key, value, seen)[0]
-        monkeypatch.setattr(native_attention, "MOST", 12 * 16 - 1)  # texts as long as these
+        traced = torch.compile(attend, backend="eager", fullgraph=True)(module, query, key, value, seen)[0]
+        monkeypatch.setattr(native_attention, "LARGEST_KEYS", 12 * 16 - 1)  # texts as long as these
         monkeypatch.setattr(scan.native, "attention", None)
         far = attend(module, query, key, value, seen)[0]
     assert rounded.dtype == torch.bfloat16 and torch.allclose(rounded.double(), expected, atol=0.05)
-    assert torch.allclose(compiled.double(), expected, atol=1e-5) and torch.allclose(far.double(), expected, atol=1e-5)
+    assert torch.allclose(traced.double(), expected, atol=1e-5) and torch.allclose(far.double(), expected, atol=1e-5)

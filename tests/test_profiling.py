@@ -100,7 +100,7 @@ def test_batches_by_length_pad_no_more_than_as_many_shuffled_pairs_at_a_time(siz
         budget = size * int(np.median(lengths))
         assert (
             lengths.sum()
-            <= padded_tokens(lengths, token_batches(lengths, budget, 1 / 32))
+            <= padded_tokens(lengths, token_batches(lengths, budget, 64))
             <= padded_tokens(lengths, fixed_batches(lengths, size))
         )
 

@@ -289,7 +289,7 @@ def with_little_memory(folder: Path) -> None:
     assert "a step does not fit into memory: it runs in 8 chunks" in said[0]
     assert limited.curve[0]["loss"] == pytest.approx(whole.curve[0]["loss"], abs=1e-6)
     said.clear()
-    limit_memory(20)
+    limit_memory(8)
     np.testing.assert_allclose(limited.reranker.predict(pairs, batch_tokens=100_000), scores, rtol=0, atol=1e-4)
     assert len(said) == 1 and "a batch does not fit into the memory of cpu" in said[0]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .library import Attention, Rows, call, pointer, rows, workers
+from .library import Attention, call, pointer, rows, workers
 
 
 def attention(
@@ -13,7 +13,7 @@ def attention(
     query: float32 (B, H, L, P). key, value: float32 (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where nobody looks.
     causal: the last query sees all keys, each before it one less. Every query must see a key.
     """
-    query, key, value = (t.detach() if t.stride(-1) == 1 else t.detach().contiguous() for t in (query, key, value))
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, length, width = query.shape
     keys = key.shape[2]
     out = query.new_empty(batch, length, heads * width)
@@ -27,9 +27,7 @@ def attention(
         heads // key.shape[1],
         causal,
         scale,
-        _rows(query),
-        _rows(key),
-        _rows(value),
+        *(rows(t.transpose(1, 2)) for t in (query, key, value)),
         rows(out),
         query.stride(1),
         key.stride(1),
@@ -38,7 +36,3 @@ def attention(
     )
     call("attention", arguments, workers(2 * batch * heads * length * keys * width))
     return out.view(batch, length, heads, width)
-
-
-def _rows(tensor: torch.Tensor) -> Rows:
-    return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(2), 0)

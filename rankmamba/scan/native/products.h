@@ -12,36 +12,31 @@ inline int padded(int64_t n, int unit) { return (int)(ceil_div(n, unit) * unit);
 // Rows of a product computed together: each loaded vector serves all of them. Wide vectors come with registers for more.
 constexpr int ROWS = W == 16 ? 8 : 4;
 
+// out (R, V W) = [out +] left (R, depth) right (depth, V W)
+template <bool ADD, int R, int V>
+inline void product_tile(int depth, const float *__restrict left, int64_t left_stride, const float *__restrict right,
+                         int64_t right_stride, float *__restrict out, int64_t out_stride) {
+    vf sums[R][V] = {};
+    for (int64_t k = 0; k < depth; k++, right += right_stride)
+        for (int i = 0; i < R; i++) {
+            const vf l = broadcast(left[i * left_stride + k]);
+            for (int c = 0; c < V; c++) sums[i][c] = fma(l, load(right + c * W), sums[i][c]);
+        }
+    for (int i = 0; i < R; i++)
+        for (int c = 0; c < V; c++) {
+            float *to = out + i * out_stride + c * W;
+            store(to, ADD ? load(to) + sums[i][c] : sums[i][c]);
+        }
+}
+
 // out (R, vectors W) = [out +] left (R, depth) right (depth, vectors W)
 template <bool ADD, int R = ROWS>
-inline void product(int depth, int vectors, const float *__restrict left, int64_t left_stride, const float *__restrict right,
-                    int64_t right_stride, float *__restrict out, int64_t out_stride) {
-    constexpr int V = 2;
+inline void product(int depth, int vectors, const float *left, int64_t left_stride, const float *right, int64_t right_stride, float *out,
+                    int64_t out_stride) {
     int v = 0;
-    for (; v + V <= vectors; v += V) {
-        vf sums[R][V] = {};
-        const float *row = right + v * W;
-        for (int64_t k = 0; k < depth; k++, row += right_stride)
-            for (int i = 0; i < R; i++) {
-                const vf l = broadcast(left[i * left_stride + k]);
-                for (int c = 0; c < V; c++) sums[i][c] = fma(l, load(row + c * W), sums[i][c]);
-            }
-        for (int i = 0; i < R; i++)
-            for (int c = 0; c < V; c++) {
-                float *to = out + i * out_stride + (v + c) * W;
-                store(to, ADD ? load(to) + sums[i][c] : sums[i][c]);
-            }
-    }
-    for (; v < vectors; v++) {
-        vf sums[R] = {};
-        for (int k = 0; k < depth; k++)
-            for (int i = 0; i < R; i++)
-                sums[i] = fma(broadcast(left[i * left_stride + k]), load(right + k * right_stride + v * W), sums[i]);
-        for (int i = 0; i < R; i++) {
-            float *to = out + i * out_stride + v * W;
-            store(to, ADD ? load(to) + sums[i] : sums[i]);
-        }
-    }
+    for (; v + 2 <= vectors; v += 2)
+        product_tile<ADD, R, 2>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
+    if (v < vectors) product_tile<ADD, R, 1>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
 }
 
 struct Vectors {

@@ -141,6 +141,15 @@ struct Exp2<6> {
     static constexpr float q[] = {1.5467357e-4f, 1.33867494e-3f, 9.61804035e-3f, 5.5503697e-2f, 0.24022651f, LN2};
 };
 
+// q = 2^f for |f| <= 1/2
+template <int DEGREE, int M>
+inline void exp2_fraction(const vf *f, vf *q) {
+    for (int i = 0; i < M; i++) q[i] = Exp2<DEGREE>::q[0] * f[i] + Exp2<DEGREE>::q[1];
+    for (int k = 2; k < DEGREE; k++)
+        for (int i = 0; i < M; i++) q[i] = q[i] * f[i] + Exp2<DEGREE>::q[k];
+    for (int i = 0; i < M; i++) q[i] = q[i] * f[i] + 1.f;
+}
+
 // x = 2^(x y), as 2^n (1 + f q(f)) with n = round(x y). Right for -126 < x y < 127. Where the processor does not split numbers
 // itself, product and range reduction round once.
 template <int DEGREE, int M>
@@ -158,10 +167,7 @@ inline void exp2_product(vf *x, const vf *y) {
     for (int i = 0; i < M; i++) q[i] = shifted[i] - magic;
     for (int i = 0; i < M; i++) x[i] = fma(x[i], y[i], -q[i]);
 #endif
-    for (int i = 0; i < M; i++) q[i] = Exp2<DEGREE>::q[0] * x[i] + Exp2<DEGREE>::q[1];
-    for (int k = 2; k < DEGREE; k++)
-        for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + Exp2<DEGREE>::q[k];
-    for (int i = 0; i < M; i++) q[i] = q[i] * x[i] + 1.f;
+    exp2_fraction<DEGREE, M>(x, q);
 #if defined(__AVX512DQ__) && WIDTH == 16
     for (int i = 0; i < M; i++) x[i] = (vf)_mm512_scalef_ps((__m512)q[i], (__m512)n[i]);
 #else
@@ -202,10 +208,7 @@ inline void exp2_up_to_1(vf *x) {
 #if defined(__AVX512DQ__) && WIDTH == 16
     vf q[M], f[M];
     for (int i = 0; i < M; i++) f[i] = (vf)_mm512_reduce_ps((__m512)x[i], 0);
-    for (int i = 0; i < M; i++) q[i] = Exp2<5>::q[0] * f[i] + Exp2<5>::q[1];
-    for (int k = 2; k < 5; k++)
-        for (int i = 0; i < M; i++) q[i] = q[i] * f[i] + Exp2<5>::q[k];
-    for (int i = 0; i < M; i++) q[i] = q[i] * f[i] + 1.f;
+    exp2_fraction<5, M>(f, q);
     for (int i = 0; i < M; i++) x[i] = (vf)_mm512_scalef_ps((__m512)q[i], (__m512)(x[i] - f[i]));
 #else
     exp2_clamped<M>(x);
