@@ -28,7 +28,7 @@ case "$*" in
     "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip "*) if [ -e pip_fails ]; then cat pip_fails; exit 1; fi ;;
     "-m rankmamba.study sleep") echo started; exec sleep 60 ;;
-    *) echo "$OMP_WAIT_POLICY ${{PATH%%:*}} $GLIBC_TUNABLES" > seen; exit 7 ;;
+    *) echo "$OMP_WAIT_POLICY ${{PATH%%:*}} $GLIBC_TUNABLES ${{PYTHONDONTWRITEBYTECODE-kept}}" > seen; exit 7 ;;
 esac
 """
 PROJECT = ["--no-deps torch", "--require-hashes --requirement requirements.txt", "--no-build-isolation --editable ."]
@@ -80,7 +80,10 @@ def test_a_first_start_installs_torch_then_what_has_hashes_then_the_project_and_
     assert checkout.calls() == [PYTEST]
 
 
-def test_the_command_gets_its_arguments_a_passive_openmp_large_pages_and_the_venv_first_on_its_path(checkout, monkeypatch):
+def test_the_command_gets_its_arguments_a_passive_openmp_large_pages_kept_bytecode_and_the_venv_first_on_its_path(
+    checkout, monkeypatch
+):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     for name in checkout.run.SETTINGS:
         monkeypatch.delenv(name, raising=False)
     installed(checkout)
@@ -90,6 +93,7 @@ def test_the_command_gets_its_arguments_a_passive_openmp_large_pages_and_the_ven
         "passive",
         f"{checkout.folder}/.venv/bin",
         checkout.run.SETTINGS["GLIBC_TUNABLES"],
+        "kept",
     ]
 
 
