@@ -248,7 +248,7 @@ def write_run(path: str | Path, run: pd.DataFrame, tag: str) -> None:
     _id(tag, "tag", path)
     run = sort_run(run)
     for column in ("query_id", "doc_id"):
-        for name in dict.fromkeys(run[column]):
+        for name in run[column].unique():
             _id(name, column, path)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
         columns = (run[column].tolist() for column in RUN_COLUMNS)

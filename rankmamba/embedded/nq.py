@@ -132,6 +132,8 @@ def _join(line: str) -> str:
 
 def _sides(token: str, before: str, after: str, second_after: str) -> tuple[str, bool, bool]:
     """Return the token as it is written, and whether it touches the one before and the one after."""
+    if token.isalnum() and token != "n" and token.lower() not in _SPLIT_WORDS:  # most are plain words
+        return token, False, False
     digits_before, digits_after = before[-1:].isdigit(), after[:1].isdigit()
     word_before, word_after = before[-1:].isalnum() or before[-1:] == ".", after[:1].isalnum()
     if token == "``":
