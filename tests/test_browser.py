@@ -15,6 +15,7 @@ import urllib.request
 
 import nbformat
 import papermill
+import psutil
 import pytest
 from papermill.parameterize import parameterize_notebook
 
@@ -43,12 +44,23 @@ KERNEL_IS_READY = """async () => {
 }"""
 
 
-def within(seconds: float) -> float:
-    """A limit for this machine as it is: longer where its cores are slower than the idle one's, and where they are shared."""
-    started = time.process_time()
-    sum(i * i for i in range(1_000_000))
-    slower = (time.process_time() - started) / SECONDS_FOR_A_MILLION
-    return seconds * max(1.0, slower) * max(1.0, os.getloadavg()[0] / os.cpu_count())
+class Stopwatch:
+    """Seconds since it was made, as the idle machine would count them that the limits were made for."""
+
+    def __init__(self):
+        self.started, self.stolen = time.monotonic(), self._stolen()
+
+    @staticmethod
+    def _stolen() -> float:
+        """Seconds that a host took from this machine's processors, all together."""
+        return getattr(psutil.cpu_times(), "steal", 0.0)
+
+    def seconds(self) -> float:
+        passed = (time.monotonic() - self.started) - (self._stolen() - self.stolen) / os.cpu_count()
+        started = time.process_time()
+        sum(i * i for i in range(1_000_000))
+        slower = (time.process_time() - started) / SECONDS_FOR_A_MILLION
+        return passed / max(1.0, slower) / max(1.0, os.getloadavg()[0] / os.cpu_count())
 
 
 class Sheet:
@@ -56,8 +68,8 @@ class Sheet:
 
     def __init__(self, page, url: str):
         self.page, self.complaints, self.seconds = page, [], None
-        page.set_default_timeout(1000 * within(60))
-        expect.set_options(timeout=1000 * within(30))
+        page.set_default_timeout(300_000)
+        expect.set_options(timeout=120_000)
         page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.goto(url)
@@ -66,9 +78,9 @@ class Sheet:
 
     def run_all(self) -> float:
         """Run all cells; seconds until the last one is done."""
-        started = time.monotonic()
+        watch = Stopwatch()
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        return time.monotonic() - started
+        return watch.seconds()
 
     @property
     def panel(self):
@@ -156,7 +168,7 @@ def server(tmp_path_factory, results):
 def browser():
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS.split())
-        yield chromium
+        yield chromium.new_context(viewport={"width": 1300, "height": 1600})  # one for all: JupyterLab's code is compiled once
         chromium.close()
 
 
@@ -173,8 +185,7 @@ def sheet(request, server, browser, sheets):
 
     def take(stem: str) -> Sheet:
         if stem not in sheets:
-            context = browser.new_context(viewport={"width": 1300, "height": 1600})
-            sheets[stem] = Sheet(context.new_page(), f"{server}/lab/tree/{stem}.ipynb?token=token&reset")
+            sheets[stem] = Sheet(browser.new_page(), f"{server}/lab/tree/{stem}.ipynb?token=token&reset")
         used.append(sheets[stem])
         if sheets[stem].seconds is None:
             sheets[stem].seconds = sheets[stem].run_all()
@@ -196,7 +207,7 @@ def sources(stem: str) -> str:
 @pytest.mark.parametrize("stem", STEMS)
 def test_run_all_shows_every_figure_and_panel_and_no_error_within_thirty_seconds(stem, sheet):
     notebook = sheet(stem)
-    assert notebook.seconds < within(SECONDS_TO_RUN_ALL)
+    assert notebook.seconds < SECONDS_TO_RUN_ALL
     outputs = notebook.page.locator(".jp-OutputArea-output")
     assert outputs.filter(has_text="Traceback").count() == 0
     pictures = outputs.locator("img")
@@ -245,10 +256,10 @@ def test_stop_ends_a_training_within_a_second_and_keeps_it_marked_partial(sheet)
     notebook.press("Enter")  # the kernel hears this while it trains, and sets the steps of the other backbone
     expect(notebook.panel.get_by_label("steps")).not_to_have_value("3000")
     notebook.tab_to(notebook.button("Stop"))
-    pressed = time.monotonic()
+    pressed = Stopwatch()
     notebook.press("Enter")
     expect(notebook.button("Train")).to_be_enabled()
-    assert time.monotonic() - pressed < within(SECONDS_TO_STOP)
+    assert pressed.seconds() < SECONDS_TO_STOP
     expect(notebook.panel.locator("tr.rm-now")).to_contain_text("(partial)")
     expect(notebook.panel.locator(".rm-status")).to_contain_text("stopped")
     assert notebook.complaints == []
@@ -258,7 +269,7 @@ def test_a_second_run_all_ends_the_panel_of_the_first_and_shows_one_that_works(s
     notebook = sheet("02_train")
     train_with(notebook, steps=3_000, seed=13)
     expect(notebook.panel.locator(".rm-status")).to_contain_text("left")
-    assert notebook.run_all() < within(SECONDS_TO_RUN_ALL)
+    assert notebook.run_all() < SECONDS_TO_RUN_ALL
     expect(notebook.panel).to_have_count(1)
     expect(notebook.panel.locator(".rm-table")).to_contain_text("(partial)")
     expect(notebook.button("Train")).to_be_enabled()
@@ -270,7 +281,7 @@ def test_after_a_restart_of_the_kernel_the_panel_is_there_again_and_works(sheet)
     notebook = sheet("02_train")
     notebook.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
     notebook.page.evaluate(KERNEL_IS_READY)
-    assert notebook.run_all() < within(SECONDS_TO_RUN_ALL)
+    assert notebook.run_all() < SECONDS_TO_RUN_ALL
     expect(notebook.panel).to_have_count(1)
     train_with(notebook, steps=3, seed=14)
     expect(notebook.panel.locator("tr.rm-now td").nth(4)).to_have_text("14")
