@@ -65,7 +65,7 @@ def texts(
     collection: Collection,
     n_pairs: int,
     max_length: int,
-    batch_tokens: int = 1024,
+    batch_tokens: int = 2048,
     group_size: int = 8,
     repeats: int = 3,
 ) -> list[dict]:
