@@ -264,7 +264,7 @@ def child(command, **streams):
     """Start a process in this folder with .venv first on its path; an interruption ends it, too."""
     path = os.pathsep.join([str(PYTHON.parent), os.environ.get("PATH", os.defpath)])
     environment = {**SETTINGS, **os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV), "PIP_USER": "0"}
-    # compiled modules are kept whatever the user's habit: without them each notebook would spend ten seconds on its imports
+    # pip leaves modules uncompiled: unless the first import keeps what it compiles, every notebook compiles all of it again
     for name in ("PYTHONHOME", "PYTHONDONTWRITEBYTECODE"):
         environment.pop(name, None)
     process = subprocess.Popen([str(part) for part in command], cwd=str(ROOT), env=environment, **streams)

@@ -12,6 +12,7 @@ from .. import scan
 from ..collection import Collection
 from ..errors import InputError
 from ..precision import autocast_dtype
+from ..reranker import TOKENS_PER_THREAD
 from ..results import environment, new_record, read_records, write_record
 from . import MODES, Subject, measure_together, timed
 from .parts import TextPass, breakdown
@@ -65,7 +66,7 @@ def texts(
     collection: Collection,
     n_pairs: int,
     max_length: int,
-    batch_tokens: int = 2048,
+    batch_tokens: int = TOKENS_PER_THREAD,
     group_size: int = 8,
     repeats: int = 3,
 ) -> list[dict]:
