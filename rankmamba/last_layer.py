@@ -17,19 +17,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .native_attention import NATIVE, sdpa_mask
 
-# For each type of backbone: its list of layers, and the linear maps in a layer whose output at other tokens is read by nobody.
-BERT = ("encoder.layer", ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"))
+# For each type of backbone: its list of layers, and what in a layer works token by token, with an output at other tokens that nobody
+# reads: a module, or from one (its inputs are cut) to another (its output is filled up), "" being the layer.
+BERT = ("encoder.layer", ("attention.self.query", ("attention.output", "")))
+MAMBA = ("layers", ("mixer.out_proj",))
 TOKENWISE = {
     "bert": BERT,
     "roberta": BERT,
     "electra": BERT,
-    "gpt_neox": ("layers", ("attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
+    "gpt_neox": ("layers", ("attention.dense", "mlp")),
     # OPT's keys and values, unlike its queries, are read from every token
-    "opt": ("decoder.layers", ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")),
-    "mamba": ("layers", ("mixer.out_proj",)),
-    "mamba2": ("layers", ("mixer.out_proj",)),
-    "falcon_mamba": ("layers", ("mixer.out_proj",)),
-    "nemotron_h": ("layers", ("mixer.out_proj",)),
+    "opt": ("decoder.layers", ("self_attn.q_proj", "self_attn.out_proj", ("fc1", "fc2"))),
+    "mamba": MAMBA,
+    "mamba2": MAMBA,
+    "falcon_mamba": MAMBA,
+    "nemotron_h": MAMBA,
 }
 ATTENTION = {
     "bert": "attention.self",
@@ -42,7 +44,7 @@ POOLED = "rankmamba_pooled_sdpa"  # Hugging Face finds an implementation of atte
 
 
 class LastLayer:
-    """Makes the token-wise maps and the attention (SDPA, also where our kernel serves the other layers) of a backbone's last layer skip
+    """Makes the token-wise parts and the attention (SDPA, also where our kernel serves the other layers) of a backbone's last layer skip
     every token but the pooled one, inside `only(positions)`.
 
     Outside of it, with a backbone that is not in `TOKENWISE`, or while layers are recomputed for gradient checkpointing (when the
@@ -54,13 +56,14 @@ class LastLayer:
         self._batch, self._layer, self._attention = _Batch(), None, None
         if backbone.config.model_type not in TOKENWISE:
             return
-        layers, names = TOKENWISE[backbone.config.model_type]
+        layers, parts = TOKENWISE[backbone.config.model_type]
         self._layer = backbone.get_submodule(layers)[-1]
         modules = dict(self._layer.named_modules())
-        for name in names:
-            if name in modules:  # a hybrid's last layer may be of another kind
-                modules[name].register_forward_pre_hook(self._take)
-                modules[name].register_forward_hook(self._put_back)
+        for part in parts:
+            first, last = (part, part) if isinstance(part, str) else part
+            if first in modules:  # a hybrid's last layer may be of another kind
+                modules[first].register_forward_pre_hook(self._take)
+                modules[last].register_forward_hook(self._put_back)
         self._attention = modules.get(ATTENTION.get(backbone.config.model_type))
         if self._attention is not None:
             self._config, self._pooled_config = self._attention.config, copy.copy(self._attention.config)
@@ -81,13 +84,12 @@ class LastLayer:
         finally:
             self._batch.positions = None
 
-    def _take(self, module: nn.Module, inputs: tuple[torch.Tensor]):
+    def _take(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]):
         if self._batch.positions is None:
             return None
-        (hidden,) = inputs
-        self._batch.shape = hidden.shape[:-1]  # (B, L), or (B L,) where a family flattens its tokens
-        pooled = hidden.flatten(0, -2)[self._rows(hidden)]
-        return (pooled if hidden.dim() == 2 else pooled[:, None],)
+        self._batch.shape = inputs[0].shape[:-1]  # (B, L), or (B L,) where a family flattens its tokens
+        rows = self._rows(inputs[0])
+        return tuple(hidden.flatten(0, -2)[rows].unflatten(0, (-1,) + (1,) * (hidden.dim() - 2)) for hidden in inputs)
 
     def _put_back(self, module: nn.Module, inputs, output: torch.Tensor):
         if self._batch.positions is None:

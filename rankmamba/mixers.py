@@ -1,39 +1,19 @@
-"""Hugging Face's Mamba, FalconMamba and Mamba-2 blocks, computed by `rankmamba.scan`: their mixers and norms.
+"""Hugging Face's Mamba, FalconMamba and Mamba-2 blocks, computed by `rankmamba.scan`: forward passes of their mixers and norms.
 
-`use_scan` gives each of them another forward pass; its modules, parameters and their names stay what they are, so weights
-load and save as before, and transformers itself is left alone.
+`substitutes.use_kernels` gives them to a backbone's modules.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .errors import InputError
 from .scan import causal_conv1d, rms_norm, selective_scan, ssd_scan
-
-
-def use_scan(backbone: nn.Module) -> nn.Module:
-    """Let `rankmamba.scan` compute every Mamba, FalconMamba and Mamba-2 (also NemotronH's) mixer and norm in `backbone`; return it.
-
-    Other models come back unchanged. `attention_mask` (B, L), or longer and then its last L columns, becomes exact: a token where
-    it is 0 touches no other token and no state.
-    `cache_params` may be a `MambaState`: the tokens then continue what the state has read, whatever their number.
-    """
-    for name, module in backbone.named_modules():
-        ours = _OURS.get((type(module).__module__, type(module).__name__))
-        if ours is not None:
-            module.__class__ = _class(ours)  # the same object: hooks, sharing and the optimizer's parameters survive
-            if isinstance(module, _RMSNorm):
-                module.before_products = name.endswith(".norm")  # a block's norm, not the one behind all blocks
-    return backbone
 
 
 def has_scan(model: nn.Module) -> bool:
@@ -217,7 +197,7 @@ def _by_channel(linear, x, bias=True):
     return (linear.weight @ x.flatten(0, 1).T).unflatten(1, x.shape[:2]).permute(1, 2, 0)
 
 
-class _ScanMamba(_ScanMixer):
+class ScanMamba(_ScanMixer):
     """Mamba's mixer (arXiv 2312.00752, figure 3), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, state, padding):
@@ -261,7 +241,7 @@ class _ScanMamba(_ScanMixer):
             return self.dt_proj(low_rank.to(self.dt_proj.bias.dtype)), None
 
 
-class _ScanFalconMamba(_ScanMamba):
+class ScanFalconMamba(ScanMamba):
     """FalconMamba's mixer, which normalises delta, B and C (arXiv 2410.05355, section 3), computed by `rankmamba.scan`."""
 
     def _select(self, u):
@@ -269,7 +249,7 @@ class _ScanFalconMamba(_ScanMamba):
         return self.dt_layernorm(low_rank), self.b_layernorm(B), self.c_layernorm(C)
 
 
-class _ScanMamba2(_ScanMixer):
+class ScanMamba2(_ScanMixer):
     """Mamba-2's mixer (arXiv 2405.21060, figure 6), computed by `rankmamba.scan`."""
 
     def train(self, mode: bool = True):
@@ -308,7 +288,7 @@ class _ScanMamba2(_ScanMixer):
         return self.out_proj(rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups))
 
 
-class _RMSNorm:
+class ScanRMSNorm:
     """The norm before each block, which transformers makes of seven passes over the tokens."""
 
     before_products = False
@@ -319,46 +299,3 @@ class _RMSNorm:
         rounds = self.before_products and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if rounds else None
         return rms_norm(hidden_states, self.weight, epsilon=self.variance_epsilon, dtype=dtype)
-
-
-# Our name: where transformers' class is, our forward pass, the modules whose weights it reads directly.
-_FAMILIES = {
-    "ScanMambaMixer": ("transformers.models.mamba.modeling_mamba", "MambaMixer", _ScanMamba, ["in_proj", "conv1d", "dt_proj"]),
-    "ScanFalconMambaMixer": (
-        "transformers.models.falcon_mamba.modeling_falcon_mamba",
-        "FalconMambaMixer",
-        _ScanFalconMamba,
-        ["in_proj", "conv1d", "dt_proj"],
-    ),
-    "ScanMamba2Mixer": ("transformers.models.mamba2.modeling_mamba2", "Mamba2Mixer", _ScanMamba2, ["conv1d"]),
-    "ScanNemotronHMixer": (
-        "transformers.models.nemotron_h.modeling_nemotron_h",
-        "NemotronHMamba2Mixer",
-        _ScanMamba2,
-        ["conv1d"],
-    ),
-}
-_FAMILIES |= {
-    f"Scan{family}RMSNorm": (f"transformers.models.{folder}.modeling_{folder}", f"{family}RMSNorm", _RMSNorm, [])
-    for folder, family in {"mamba": "Mamba", "falcon_mamba": "FalconMamba", "mamba2": "Mamba2", "nemotron_h": "NemotronH"}.items()
-}
-_OURS = {(module, name): ours for ours, (module, name, *_) in _FAMILIES.items()}
-
-
-@functools.cache
-def _class(ours: str) -> type:
-    """A subclass of transformers' class: its modules and initialisation, our forward pass; offloaded weights are fetched first.
-
-    Made when a model needs it, because importing transformers' file imports the CUDA packages wherever they are installed.
-    """
-    module, name, mixin, read_directly = _FAMILIES[ours]
-    theirs = getattr(importlib.import_module(module), name)
-    forward = force_accelerate_hooks(read_directly)(mixin.forward)
-    return type(ours, (mixin, theirs), {"forward": forward, "__module__": __name__, "__doc__": mixin.__doc__})
-
-
-def __getattr__(name: str) -> type:
-    """Let pickle and copy find the classes that `use_scan` makes."""
-    if name in _FAMILIES:
-        return _class(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

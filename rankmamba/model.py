@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from . import mixers
 from .embeddings import FixedWordEmbedding
 from .last_layer import LastLayer
+from .substitutes import use_kernels
 
 
 class RerankerConfig(PreTrainedConfig):
@@ -66,7 +66,7 @@ class RerankerModel(PreTrainedModel):
         if config.word_embeddings is not None:
             backbone.set_input_embeddings(FixedWordEmbedding(config.word_embeddings, config.backbone_config.hidden_size))
             _share_projection(backbone)
-        self.backbone = mixers.use_scan(backbone)
+        self.backbone = use_kernels(backbone)
         self._last_layer = LastLayer(backbone)
         self._typed = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.dropout = nn.Dropout(config.head_dropout)

@@ -114,6 +114,12 @@ def run_all_shapes() -> None:
                 for seen, causal in itertools.product((None, torch.ones(batch, keys)), (True, False)):
                     scan.native.attention(*tensors, seen, causal, 0.5)
                     count += 1
+            for number, width in [(1, 1), (33, 65), (7, 31), (64, 130)]:
+                x, residual = make(number, width), make(number, width)
+                for bias in (normal(width), None):
+                    scan.native.gelu_(x, bias)
+                    scan.native.add_norm_(x, bias, residual, normal(width), normal(width), 1e-5)
+                    count += 2
     print(f"{count} calls, forward and backward, without a finding", flush=True)
 
 

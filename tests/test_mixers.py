@@ -6,8 +6,6 @@ import pickle
 import pytest
 import torch
 from transformers import (
-    BertConfig,
-    BertModel,
     FalconMambaConfig,
     FalconMambaModel,
     Mamba2Config,
@@ -15,10 +13,13 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     MambaModel,
+    T5Config,
+    T5Model,
 )
 
 from rankmamba.errors import InputError
-from rankmamba.mixers import MambaState, use_scan
+from rankmamba.mixers import MambaState
+from rankmamba.substitutes import use_kernels
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3}
 FAMILIES = {
@@ -59,13 +60,13 @@ def hidden(model, ids, **options):
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
-    return use_scan(lively(request.param))
+    return use_kernels(lively(request.param))
 
 
 @every_family
 def test_values_and_gradients_equal_those_of_hugging_face(family):
     theirs, ids = lively(family), tokens(2, 23)
-    ours = use_scan(copy.deepcopy(theirs))
+    ours = use_kernels(copy.deepcopy(theirs))
     assert list(ours.state_dict()) == list(theirs.state_dict())
     outputs = []
     for model in (theirs, ours):
@@ -80,12 +81,12 @@ def test_values_and_gradients_equal_those_of_hugging_face(family):
 
 @every_family
 def test_saved_weights_load_into_either(family, tmp_path):
-    ours, ids = use_scan(lively(family)), tokens(2, 9)
+    ours, ids = use_kernels(lively(family)), tokens(2, 9)
     ours.save_pretrained(tmp_path)
     theirs = type(lively(family)).from_pretrained(tmp_path)
-    assert not any(type(m).__module__ == "rankmamba.mixers" for m in theirs.modules())
+    assert not any(type(m).__module__ == "rankmamba.substitutes" for m in theirs.modules())
     torch.testing.assert_close(hidden(theirs.eval(), ids), hidden(ours, ids), rtol=1e-4, atol=2e-5)
-    again = use_scan(type(theirs).from_pretrained(tmp_path)).eval()
+    again = use_kernels(type(theirs).from_pretrained(tmp_path)).eval()
     assert torch.equal(hidden(again, ids), hidden(ours, ids))
 
 
@@ -96,9 +97,9 @@ def test_a_model_survives_copy_and_pickle(model):
 
 
 def test_other_models_are_left_alone():
-    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20))
-    types = [type(m) for m in bert.modules()]
-    assert [type(m) for m in use_scan(bert).modules()] == types
+    t5 = T5Model(T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16, vocab_size=20))
+    types = [type(m) for m in t5.modules()]
+    assert [type(m) for m in use_kernels(t5).modules()] == types
 
 
 @torch.no_grad()
@@ -242,7 +243,7 @@ def test_lora_on_every_projection_receives_gradients(family):
     import peft
 
     targets = ["in_proj", "out_proj"] + ([] if family == "mamba2" else ["x_proj", "dt_proj"])
-    model, ids = use_scan(lively(family)), tokens(2, 12)
+    model, ids = use_kernels(lively(family)), tokens(2, 12)
     before = hidden(model, ids)
     # peft refuses out_proj in a bare Mamba, for transformers' CUDA path reads its weight directly; ours calls it
     peft.get_peft_model(torch.nn.ModuleDict({"backbone": model}), peft.LoraConfig(r=4, target_modules=targets)).eval()
@@ -258,7 +259,7 @@ def test_lora_on_every_projection_receives_gradients(family):
 def test_generate_still_works_through_hugging_faces_cache():
     torch.manual_seed(0)
     theirs = MambaForCausalLM(MambaConfig(**SIZES, state_size=8)).eval()
-    ours = use_scan(copy.deepcopy(theirs))
+    ours = use_kernels(copy.deepcopy(theirs))
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     ids = tokens(2, 5)
     assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
@@ -269,7 +270,7 @@ def test_generate_still_works_through_hugging_faces_cache():
 
 
 def test_weights_turn_for_evaluation_on_a_cpu_and_back_for_training_and_are_the_same_weights(tmp_path):
-    model = use_scan(lively("mamba2"))
+    model = use_kernels(lively("mamba2"))
     weight = model.layers[0].mixer.in_proj.weight
     before, ids = weight.detach().clone(), tokens(2, 30)
     row_by_row = hidden(model.train(), ids)
@@ -278,7 +279,7 @@ def test_weights_turn_for_evaluation_on_a_cpu_and_back_for_training_and_are_the_
     assert not weight.is_contiguous() and weight.t().is_contiguous() and torch.equal(weight, before)
     torch.testing.assert_close(hidden(model, ids), row_by_row, rtol=1e-5, atol=1e-5)
     model.save_pretrained(tmp_path)
-    loaded = use_scan(Mamba2Model.from_pretrained(tmp_path))
+    loaded = use_kernels(Mamba2Model.from_pretrained(tmp_path))
     assert torch.equal(loaded.layers[0].mixer.in_proj.weight, before) and weight is model.layers[0].mixer.in_proj.weight
     model.train()
     assert weight.is_contiguous() and torch.equal(weight, before)

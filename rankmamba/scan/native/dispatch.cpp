@@ -120,4 +120,6 @@ ENTRY(ssd_backward, SsdBackward)
 ENTRY(norm_forward, Norm)
 ENTRY(norm_backward, Norm)
 ENTRY(attention, Attention)
+ENTRY(gelu, Gelu)
+ENTRY(add_norm, AddNorm)
 }

@@ -1,6 +1,7 @@
 // One build of all kernels. Compiled several times, with WIDTH lanes for an instruction set called ISA.
 #include "attention.h"
 #include "causal_conv1d.h"
+#include "pointwise.h"
 #include "rms_norm.h"
 #include "selective_scan.h"
 #include "ssd_backward.h"
@@ -23,4 +24,6 @@ extern "C" const Kernels JOIN(rankmamba_kernels_, ISA) = {
     {norm_items, norm_workspace, norm_forward_run},
     {norm_items, norm_workspace, norm_backward_run},
     {attention_items, attention_workspace, attention_run},
+    {gelu_items, gelu_workspace, gelu_run},
+    {add_norm_items, add_norm_workspace, add_norm_run},
 };

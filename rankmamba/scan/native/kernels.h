@@ -87,6 +87,21 @@ struct Attention {
     int64_t q_head, k_head, v_head;
     const float *hidden;  // (B, K): 0, or minus infinity where nobody looks; or null
 };
+
+// x = gelu(x + bias). x: so many rows, as a batch of one. bias (E) or null.
+struct Gelu {
+    int64_t rows, inner;  // inner: E
+    Rows x;
+    const float *bias;
+};
+
+// x = (x + bias + residual - mean) / standard deviation * weight + shift, all of these over a row. bias (E) or null.
+struct AddNorm {
+    int64_t rows, inner;
+    float epsilon;
+    Rows x, residual;
+    const float *bias, *weight, *shift;
+};
 }
 
 // One build of a kernel: `items` independent pieces of work; each needs `workspace` floats, 64-byte aligned.
@@ -105,4 +120,6 @@ struct Kernels {
     Kernel<SsdBackward> ssd_backward;
     Kernel<Norm> norm_forward, norm_backward;
     Kernel<Attention> attention;
+    Kernel<Gelu> gelu;
+    Kernel<AddNorm> add_norm;
 };

@@ -71,6 +71,10 @@ Attention = _structure(
     ("q_head k_head v_head", c_int64),
     ("hidden", c_void_p),
 )
+Gelu = _structure("Gelu", ("rows inner", c_int64), ("x", Rows), ("bias", c_void_p))
+AddNorm = _structure(
+    "AddNorm", ("rows inner", c_int64), ("epsilon", c_float), ("x residual", Rows), ("bias weight shift", c_void_p)
+)
 _KERNELS = {
     "scan_forward": Scan,
     "scan_backward": Scan,
@@ -81,6 +85,8 @@ _KERNELS = {
     "norm_forward": Norm,
     "norm_backward": Norm,
     "attention": Attention,
+    "gelu": Gelu,
+    "add_norm": AddNorm,
 }
 
 

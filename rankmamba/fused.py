@@ -1,0 +1,70 @@
+"""What Transformers compute between their matrix products, in one pass each: for scoring in float32 on a CPU.
+
+A bias with its GELU, and a bias with the residual and its LayerNorm. PyTorch copies the bias before the product and passes over all
+tokens once more for each of the others, which is a tenth of MiniLM's time. As with `native_attention`: what is compared here are
+architectures, not how much care each one's kernels got. Training and other precisions stay with PyTorch.
+"""
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+from transformers.activations import GELUActivation
+
+from . import scan
+
+
+class FusedIntermediate:
+    """BERT's, RoBERTa's and ELECTRA's Intermediate: act(dense(x))."""
+
+    def forward(self, hidden_states):
+        """(..., D) -> (..., 4 D)."""
+        if not _serves(self, hidden_states, self.dense) or not isinstance(self.intermediate_act_fn, GELUActivation):
+            return super().forward(hidden_states)
+        return _gelu_of(self.dense, hidden_states)
+
+
+class FusedOutput:
+    """Their SelfOutput and Output: LayerNorm(dense(x) + input)."""
+
+    def forward(self, hidden_states, input_tensor):
+        """(..., D or 4 D) and (..., D) -> (..., D)."""
+        norm = self.LayerNorm
+        if not _serves(self, hidden_states, self.dense) or type(norm) is not nn.LayerNorm:
+            return super().forward(hidden_states, input_tensor)
+        rows = _product(self.dense, hidden_states)
+        from .scan import native
+
+        with record_function("rankmamba::pointwise"):
+            native.add_norm_(rows, self.dense.bias, input_tensor.flatten(0, -2), norm.weight, norm.bias, norm.eps)
+        return rows.view(input_tensor.shape)
+
+
+class FusedMLP:
+    """GPT-NeoX's feed-forward network: dense(act(dense(x)))."""
+
+    def forward(self, hidden_states):
+        """(..., D) -> (..., D)."""
+        if not _serves(self, hidden_states, self.dense_h_to_4h) or not isinstance(self.act, GELUActivation):
+            return super().forward(hidden_states)
+        return self.dense_4h_to_h(_gelu_of(self.dense_h_to_4h, hidden_states))
+
+
+def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
+    """Say whether the kernels may compute `module`: without gradients, dropout, autocast or anything that wraps its linear map."""
+    on_cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32 == linear.weight.dtype
+    learns = torch.is_grad_enabled() or module.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return on_cpu and not learns and type(linear) is nn.Linear and hidden.numel() > 0 and scan.kernel("cpu").name == "native"
+
+
+def _product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """(..., D) -> (all tokens, W), without the bias."""
+    return torch.mm(hidden.flatten(0, -2), linear.weight.t())
+
+
+def _gelu_of(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    rows = _product(linear, hidden)
+    from .scan import native
+
+    with record_function("rankmamba::pointwise"):
+        native.gelu_(rows, linear.bias)
+    return rows.view(*hidden.shape[:-1], -1)

@@ -1,0 +1,30 @@
+"""What a Transformer computes between two matrix products, for scoring: in place, on the native kernels."""
+
+import torch
+
+from .library import AddNorm, Gelu, as_plain, call, pointer, rows, workers
+
+
+def gelu_(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """gelu(x + bias), without gradients, in place of x. x: float32 (T, E), its channels side by side. bias: (E,)."""
+    bias = as_plain(bias)
+    call("gelu", Gelu(*x.shape, rows(x[None]), pointer(bias)), workers(8 * x.numel()))
+    return x
+
+
+def add_norm_(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    epsilon: float,
+) -> torch.Tensor:
+    """layer_norm(x + bias + residual) * weight + shift, without gradients, in place of x.
+
+    x, residual: float32 (T, E), their channels side by side. bias, weight, shift: (E,).
+    """
+    bias, weight, shift = (as_plain(t) for t in (bias, weight, shift))
+    arguments = AddNorm(*x.shape, epsilon, rows(x[None]), rows(residual[None]), *(pointer(t) for t in (bias, weight, shift)))
+    call("add_norm", arguments, workers(8 * x.numel()))
+    return x

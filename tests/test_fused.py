@@ -1,0 +1,135 @@
+"""What Transformers compute between products, in one pass: against its definition, against transformers, and where it steps back."""
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertModel,
+    ElectraConfig,
+    ElectraModel,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from rankmamba import scan
+from rankmamba.substitutes import use_kernels
+
+SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 80}
+FAMILIES = {
+    "bert": (BertModel, BertConfig, ["query", "dense"]),
+    "roberta": (RobertaModel, RobertaConfig, ["query", "dense"]),
+    "electra": (ElectraModel, ElectraConfig, ["query", "dense"]),
+    "gpt_neox": (GPTNeoXModel, GPTNeoXConfig, ["dense_h_to_4h"]),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+compiled = pytest.mark.skipif(scan.kernel("cpu").name != "native", reason="no compiler was there")
+
+
+def lively(family, **options):
+    """A random model whose biases and norms matter, too."""
+    torch.manual_seed(0)
+    model, config, _ = FAMILIES[family]
+    built = model(config(**SIZES, **options)).eval()
+    with torch.no_grad():
+        for p in built.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return built
+
+
+def hidden(model, ids):
+    return model(input_ids=ids).last_hidden_state
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the kernels that ran, in order."""
+    names = []
+
+    def counted(name):
+        kernel = getattr(scan.native, name)
+        return lambda *args: names.append(name) or kernel(*args)
+
+    for name in ("gelu_", "add_norm_"):
+        monkeypatch.setattr(scan.native, name, counted(name))
+    return names
+
+
+@compiled
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 150)),
+    biased=st.booleans(),
+    apart=st.integers(0, 3),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_both_equal_their_definitions_in_float64_in_every_shape(shape, biased, apart, threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows, width = shape
+
+    def normal(*size, scale=1.0):
+        return torch.randn(*size, generator=generator) * scale
+
+    wide = normal(rows, width + apart, scale=3)
+    bias, weight, shift = (normal(width) for _ in range(3))
+    bias = bias if biased else None
+    residual, x = normal(rows, width + apart)[:, :width], wide[:, :width]
+    added = x.double() if bias is None else x.double() + bias.double()
+    gelu = torch.nn.functional.gelu(added)
+    norm = torch.nn.functional.layer_norm(added + residual.double(), (width,), weight.double(), shift.double(), 1e-5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = scan.native.gelu_(wide.clone()[:, :width], bias)
+        beside = wide.clone()
+        normed = scan.native.add_norm_(beside[:, :width], bias, residual, weight, shift, 1e-5)
+    finally:
+        torch.set_num_threads(before)
+    assert (got - gelu).abs().max() <= 3e-6
+    # where a row is nearly constant, its deviation is all rounding
+    spread = (added + residual.double()).std(-1, correction=0, keepdim=True).clamp_min(1e-3)
+    assert ((normed - norm).abs() * spread.clamp_max(1)).max() <= 2e-5
+    assert torch.equal(beside[:, width:], wide[:, width:])  # what lies between the rows
+
+
+@compiled
+@every_family
+@torch.no_grad()
+def test_scoring_runs_them_and_gives_the_numbers_of_transformers(family, calls):
+    theirs, ids = lively(family), torch.randint(60, (3, 7))
+    ours = use_kernels(copy.deepcopy(theirs))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    torch.testing.assert_close(hidden(ours, ids), hidden(theirs, ids), rtol=1e-5, atol=1e-5)
+    assert calls.count("gelu_") == 2 and calls.count("add_norm_") == (0 if family == "gpt_neox" else 4)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(hidden(other, ids), hidden(ours, ids))
+
+
+@every_family
+def test_training_another_precision_another_activation_and_adapters_stay_with_pytorch(family, calls):
+    ids, adapted = torch.randint(60, (3, 7)), FAMILIES[family][2]
+    training = use_kernels(lively(family)).train()
+    lora = get_peft_model(use_kernels(lively(family)), LoraConfig(target_modules=adapted, init_lora_weights=False)).eval()
+    relu = use_kernels(lively(family, hidden_act="relu"))
+    gradient, steps_back = torch.enable_grad(), torch.no_grad()
+    for model, context, autocast in [
+        (use_kernels(lively(family)), gradient, nullcontext()),
+        (training, steps_back, nullcontext()),
+        (lora, steps_back, nullcontext()),
+        (use_kernels(lively(family)), steps_back, torch.autocast("cpu", torch.bfloat16)),
+        (use_kernels(lively(family)).double(), steps_back, nullcontext()),
+    ]:
+        with context, autocast:
+            assert hidden(model, ids).isfinite().all()
+    assert not calls
+    with torch.no_grad():
+        torch.testing.assert_close(hidden(relu, ids), hidden(lively(family, hidden_act="relu"), ids), rtol=1e-5, atol=1e-5)
+    assert "gelu_" not in calls
