@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .native_attention import NATIVE, sdpa_mask
 
 # For each type of backbone: its list of layers, and what in a layer works token by token, with an output at other tokens that nobody
-# reads: a module, or from one (its inputs are cut) to another (its output is filled up), "" being the layer.
+# reads: a module, or from one (its inputs are cut) to another (its output is filled up), "" being the layer. Neither end of such
+# a span is a linear map: an adapter would wrap it and see only half of this.
 BERT = ("encoder.layer", ("attention.self.query", ("attention.output", "")))
 MAMBA = ("layers", ("mixer.out_proj",))
 TOKENWISE = {
@@ -27,7 +28,7 @@ TOKENWISE = {
     "electra": BERT,
     "gpt_neox": ("layers", ("attention.dense", "mlp")),
     # OPT's keys and values, unlike its queries, are read from every token
-    "opt": ("decoder.layers", ("self_attn.q_proj", "self_attn.out_proj", ("fc1", "fc2"))),
+    "opt": ("decoder.layers", ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")),
     "mamba": MAMBA,
     "mamba2": MAMBA,
     "falcon_mamba": MAMBA,

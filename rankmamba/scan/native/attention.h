@@ -88,6 +88,10 @@ void attention_run(const Attention &s, int64_t item, float *space) {
             prefetch_row(s.k, next / s.heads, t, next % s.heads / s.shared * s.k_head, width);
             prefetch_row(s.v, next / s.heads, t, next % s.heads / s.shared * s.v_head, width);
         }
+        for (int64_t t = first; t < first + count; t++) {
+            prefetch_row(s.out, b, t, head * s.width, width);
+            if (t + QUERIES < s.queries) prefetch_row(s.q, b, t + QUERIES, head * s.q_head, width);
+        }
         float sums[QUERIES];
         for (int i = 0; i < count; i++) {
             const int own = s.causal ? seen - count + i + 1 : seen;
