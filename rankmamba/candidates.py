@@ -58,8 +58,11 @@ class BM25:
         Documents that share no word with the query are no candidates: a query may have fewer than `top_k` results, or none.
         """
         vocabulary, query_ids, documents, scores = self._index.vocab_dict, [], [], []
-        for query_id, text in tqdm(queries.items(), "BM25", unit=" queries", mininterval=1, disable=not show_progress):
-            known = [vocabulary[word] for word in words([text])[0] if word in vocabulary]
+        cut = zip(queries, words(list(queries.values())), strict=True)
+        for query_id, its_words in tqdm(
+            cut, "BM25", total=len(queries), unit=" queries", mininterval=1, disable=not show_progress
+        ):
+            known = [vocabulary[word] for word in its_words if word in vocabulary]
             if not known:
                 continue
             all_scores = self._index.get_scores_from_ids(known)
