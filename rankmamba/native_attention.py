@@ -14,8 +14,8 @@ from . import scan
 
 NATIVE = "rankmamba_native"
 LARGEST_KEYS = 1 << 17  # numbers in a head's keys: more do not stay in the cache, and SDPA is as fast (2,048 tokens of 64)
-# Families (transformers' `model_type`) whose attention is plain: neither a bias between positions nor a window.
-PLAIN = {"bert", "roberta", "electra", "opt", "gpt_neox", "gpt2", "llama", "nemotron_h"}
+# Families (transformers' `model_type`) whose attention is plain: no window, and no bias between positions but one that is handed over, as T5's.
+PLAIN = {"bert", "roberta", "electra", "opt", "gpt_neox", "gpt2", "llama", "nemotron_h", "t5"}
 
 
 def native_attention(
@@ -26,23 +26,26 @@ def native_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attend; with SDPA where a gradient or another precision is wanted, or texts are very long.
 
     query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size), K >= L. attention_mask: None, or
-    (B, K), false where a key is hidden. Returns (B, L, heads, head size).
+    (B, K), false where a key is hidden. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
     """
     causal = module.is_causal if is_causal is None else is_causal
     served = query.dtype == torch.float32 and query.device.type == "cpu" and key[0, 0].numel() <= LARGEST_KEYS
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not served:
         mask = sdpa_mask(attention_mask, causal, query, key)
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=causal, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, mask, scaling=scaling, is_causal=causal, position_bias=position_bias, **kwargs
+        )
     from .scan import native
 
     with record_function("rankmamba::attention"):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return native.attention(query, key, value, attention_mask, causal, scale), None
+        return native.attention(query, key, value, attention_mask, causal, scale, position_bias), None
 
 
 def sdpa_mask(seen: torch.Tensor | None, causal: bool, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:

@@ -111,8 +111,9 @@ def run_all_shapes() -> None:
             ]:  # fmt: skip
                 sizes = (heads, queries), (heads // shared, keys), (heads // shared, keys)
                 tensors = [make(batch, *size, width) for size in sizes]
-                for seen, causal in itertools.product((None, torch.ones(batch, keys)), (True, False)):
-                    scan.native.attention(*tensors, seen, causal, 0.5)
+                bias = normal(1, heads, queries, keys)
+                for seen, causal, added in itertools.product((None, torch.ones(batch, keys)), (True, False), (None, bias)):
+                    scan.native.attention(*tensors, seen, causal, 0.5, added)
                     count += 1
             for number, width in [(1, 1), (33, 65), (7, 31), (64, 130)]:
                 x, residual = make(number, width), make(number, width)

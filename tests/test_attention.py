@@ -13,11 +13,13 @@ from rankmamba.native_attention import native_attention as attend
 compiled = pytest.mark.skipif(scan.kernel("cpu").name != "native", reason="no compiler was there")
 
 
-def exact(query, key, value, seen, causal, scale):
-    """softmax(q k^T scale) v in float64: (B, L, H, P)."""
+def exact(query, key, value, seen, causal, scale, bias=None):
+    """softmax(q k^T scale + bias) v in float64: (B, L, H, P)."""
     shared = query.shape[1] // key.shape[1]
     key, value = (t.double().repeat_interleave(shared, 1) for t in (key, value))
     scores = query.double() @ key.transpose(2, 3) * scale
+    if bias is not None:
+        scores = scores + bias.double()
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     if causal:
@@ -47,12 +49,13 @@ def laid_out(tensor, layout):
     layout=st.sampled_from(["heads first", "tokens first", "among others", "numbers apart"]),
     causal=st.booleans(),
     hidden=st.booleans(),
+    biased=st.booleans(),
     large=st.booleans(),
     threads=st.integers(1, 2),
     seed=st.integers(0, 2**31),
 )
 def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
-    shape, layout, causal, hidden, large, threads, seed
+    shape, layout, causal, hidden, biased, large, threads, seed
 ):
     batch, heads, shared, queries, past, width = shape
     generator = torch.Generator().manual_seed(seed)
@@ -62,15 +65,16 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
     if hidden:
         seen = torch.rand(batch, queries + past, generator=generator) < 0.7
         seen[:, 0] = True  # every query sees a key
+    bias = torch.randn(1, heads * shared, queries, queries + past, generator=generator) * 3 if biased else None
     tensors = [laid_out(tensor, layout) for tensor in (query, key, value)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            got, _ = attend(types.SimpleNamespace(is_causal=causal), *tensors, seen, scaling=width**-0.5)
+            got, _ = attend(types.SimpleNamespace(is_causal=causal), *tensors, seen, scaling=width**-0.5, position_bias=bias)
     finally:
         torch.set_num_threads(before)
-    expected = exact(query, key, value, seen, causal, width**-0.5)
+    expected = exact(query, key, value, seen, causal, width**-0.5, bias)
     # a score of some thousands is rounded to 1e-4 before its exponential is taken
     assert (got - expected).abs().max() <= (1e-3 if large else 2e-6) * value.abs().max()
 
@@ -79,21 +83,27 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
 @pytest.mark.parametrize("past", [0, 7])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("hidden", [True, False])
-def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_keys(past, causal, hidden, monkeypatch):
+@pytest.mark.parametrize("biased", [True, False])
+def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_keys(past, causal, hidden, biased, monkeypatch):
     query, key, value = (torch.randn(2, 3, 12 + more, 16, requires_grad=True) for more in (0, past, past))
     seen = torch.rand(2, 12 + past) < 0.7 if hidden else None
     if hidden:
         seen[:, 0] = True
+    bias = torch.randn(1, 3, 12, 12 + past) if biased else None
     module = types.SimpleNamespace(is_causal=causal)
-    expected = exact(query, key, value, seen, causal, 0.25)
-    gradients = torch.autograd.grad(attend(module, query, key, value, seen)[0].square().sum(), (query, key, value))
+    expected = exact(query, key, value, seen, causal, 0.25, bias)
+    gradients = torch.autograd.grad(
+        attend(module, query, key, value, seen, position_bias=bias)[0].square().sum(), (query, key, value)
+    )
     for got, right in zip(gradients, torch.autograd.grad(expected.square().sum(), (query, key, value)), strict=True):
         assert torch.allclose(got, right, atol=1e-5)
     with torch.no_grad():
-        rounded = attend(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), seen)[0]
-        traced = torch.compile(attend, backend="eager", fullgraph=True)(module, query, key, value, seen)[0]
+        torch.compiler.reset()  # which compiles a function a few times and then no more
+        rounded_bias = None if bias is None else bias.bfloat16()
+        rounded = attend(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), seen, position_bias=rounded_bias)[0]
+        traced = torch.compile(attend, backend="eager", fullgraph=True)(module, query, key, value, seen, position_bias=bias)[0]
         monkeypatch.setattr(native_attention, "LARGEST_KEYS", 12 * 16 - 1)  # texts as long as these
         monkeypatch.setattr(scan.native, "attention", None)
-        far = attend(module, query, key, value, seen)[0]
+        far = attend(module, query, key, value, seen, position_bias=bias)[0]
     assert rounded.dtype == torch.bfloat16 and torch.allclose(rounded.double(), expected, atol=0.05)
     assert torch.allclose(traced.double(), expected, atol=1e-5) and torch.allclose(far.double(), expected, atol=1e-5)

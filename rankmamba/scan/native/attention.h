@@ -1,4 +1,4 @@
-// Attention as a Transformer's layers have it, for scoring in float32: softmax(q k^T scale) v, head by head, with a head's keys and
+// Attention as a Transformer's layers have it, for scoring in float32: softmax(q k^T scale + bias) v, head by head, with a head's keys and
 // values and the scores of some queries in the cache. For texts of some hundred tokens, as rerankers read them.
 #pragma once
 #include "products.h"
@@ -95,6 +95,10 @@ void attention_run(const Attention &s, int64_t item, float *space) {
         float sums[QUERIES];
         for (int i = 0; i < count; i++) {
             const int own = s.causal ? seen - count + i + 1 : seen;
+            if (s.bias) {
+                const float *bias = s.bias + (head * s.queries + first + i) * s.keys, unscaled = 1.f / s.scale;
+                for (int j = 0; j < own; j++) scores[i * all + j] += bias[j] * unscaled;
+            }
             sums[i] = softmax(scores + i * all, s.scale * LOG2E, s.hidden ? hidden : nullptr, own);
             for (int j = padded(own, W); j < seen; j++) scores[i * all + j] = 0;
         }

@@ -2,22 +2,28 @@
 
 import torch
 
-from .library import Attention, call, pointer, rows, workers
+from .library import Attention, as_plain, call, pointer, rows, workers
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None, causal: bool, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(query key^T scale) value, without gradients: float32 (B, L, H, P).
+    """softmax(query key^T scale + bias) value, without gradients: float32 (B, L, H, P).
 
     query: float32 (B, H, L, P). key, value: float32 (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where nobody looks.
-    causal: the last query sees all keys, each before it one less. Every query must see a key.
+    causal: the last query sees all keys, each before it one less. Every query must see a key. bias: (1, H, L, K).
     """
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, length, width = query.shape
     keys = key.shape[2]
     out = query.new_empty(batch, length, heads * width)
-    hidden = None if seen is None else torch.where(seen.bool(), 0.0, -torch.inf)
+    hidden, bias = None if seen is None else torch.where(seen.bool(), 0.0, -torch.inf), as_plain(bias)
     arguments = Attention(
         batch,
         heads,
@@ -33,6 +39,7 @@ def attention(
         key.stride(1),
         value.stride(1),
         pointer(hidden),
+        pointer(bias),
     )
     call("attention", arguments, workers(2 * batch * heads * length * keys * width))
     return out.view(batch, length, heads, width)

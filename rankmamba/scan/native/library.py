@@ -69,7 +69,7 @@ Attention = _structure(
     ("scale", c_float),
     ("q k v out", Rows),
     ("q_head k_head v_head", c_int64),
-    ("hidden", c_void_p),
+    ("hidden bias", c_void_p),
 )
 Gelu = _structure("Gelu", ("rows inner", c_int64), ("x", Rows), ("bias", c_void_p))
 AddNorm = _structure(
