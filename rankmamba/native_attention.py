@@ -14,7 +14,7 @@ from . import scan
 
 NATIVE = "rankmamba_native"
 LARGEST_KEYS = 1 << 17  # numbers in a head's keys: more do not stay in the cache, and SDPA is as fast (2,048 tokens of 64)
-# Families (transformers' `model_type`) whose attention is plain: no window, and no bias between positions but one that is handed over, as T5's.
+# Families (transformers' `model_type`) without a window, whose only bias between positions, if any, is handed over (T5's).
 PLAIN = {"bert", "roberta", "electra", "opt", "gpt_neox", "gpt2", "llama", "nemotron_h", "t5"}
 
 

@@ -138,7 +138,8 @@ def main() -> int:
             }
             print(f"{title}: ", end="", flush=True)
             shapes = [sys.executable, __file__, "--run"]
-            results = [sys.executable, "-m", "pytest", "-q", "-k", "native", str(Path(__file__).with_name("test_scan.py"))]
+            checked = (str(Path(__file__).with_name(f"test_{name}.py")) for name in ("scan", "attention", "fused"))
+            results = [sys.executable, "-m", "pytest", "-q", "-k", "native or definition", *checked]
             for command in (shapes, results):
                 if subprocess.run(command, env=os.environ | environment, cwd=folder).returncode:
                     return 1
