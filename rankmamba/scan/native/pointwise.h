@@ -25,7 +25,7 @@ inline void gelu(vf *x) {
     for (int i = 0; i < M; i++) q[i] = q[i] * t2[i] - 1.68282697e-3f;
     for (int i = 0; i < M; i++) q[i] = q[i] * t2[i] - 7.37332917e-3f;
     for (int i = 0; i < M; i++) q[i] = q[i] * t2[i] - 1.42647390e-2f;
-    for (int i = 0; i < M; i++) x[i] = 0.5f * x[i] * (1.f + t[i] * p[i] / q[i]);
+    for (int i = 0; i < M; i++) x[i] = 0.5f * x[i] * (1.f + t[i] * p[i] * reciprocal(q[i]));
 }
 
 void gelu_run(const Gelu &s, int64_t item, float *bias) {
