@@ -38,6 +38,7 @@ TESTS = {
     "scan/dispatch": ["test_scan.py"],
     "inputs": ["test_inputs.py", "test_reranker.py"],
     "candidates": ["test_candidates.py"],
+    "fused": ["test_fused.py"],
     "evaluate": ["test_evaluate.py"],
     "states/__init__": ["test_states.py"],
 }

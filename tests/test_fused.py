@@ -81,7 +81,7 @@ def test_both_equal_their_definitions_in_float64_in_every_shape(shape, biased, a
     wide = normal(rows, width + apart, scale=3)
     bias, weight, shift = (normal(width) for _ in range(3))
     bias = bias if biased else None
-    residual, x = normal(rows, width + apart)[:, :width], wide[:, :width]
+    residual, x = normal(width, rows).t() if apart == 1 else normal(rows, width + apart)[:, :width], wide[:, :width]
     added = x.double() if bias is None else x.double() + bias.double()
     gelu = torch.nn.functional.gelu(added)
     norm = torch.nn.functional.layer_norm(added + residual.double(), (width,), weight.double(), shift.double(), 1e-5)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .library import AddNorm, Gelu, as_plain, call, pointer, rows, workers
+from .library import AddNorm, Gelu, as_plain, as_rows, call, pointer, rows, workers
 
 
 def gelu_(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -22,9 +22,9 @@ def add_norm_(
 ) -> torch.Tensor:
     """layer_norm(x + bias + residual) * weight + shift, without gradients, in place of x.
 
-    x, residual: float32 (T, E), their channels side by side. bias, weight, shift: (E,).
+    x, residual: float32 (T, E), x with its channels side by side. bias, weight, shift: (E,).
     """
-    bias, weight, shift = (as_plain(t) for t in (bias, weight, shift))
+    bias, weight, shift, residual = *(as_plain(t) for t in (bias, weight, shift)), as_rows(residual)
     arguments = AddNorm(*x.shape, epsilon, rows(x[None]), rows(residual[None]), *(pointer(t) for t in (bias, weight, shift)))
     call("add_norm", arguments, workers(8 * x.numel()))
     return x
