@@ -53,7 +53,7 @@ def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
     """Say whether the kernels may compute `module`: without gradients, dropout, autocast or anything that wraps its linear map."""
     on_cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32 == linear.weight.dtype
     learns = torch.is_grad_enabled() or module.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return on_cpu and not learns and type(linear) is nn.Linear and hidden.numel() > 0 and scan.kernel("cpu").name == "native"
+    return on_cpu and not learns and type(linear) is nn.Linear and scan.kernel("cpu").name == "native"
 
 
 def _product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -67,4 +67,4 @@ def _gelu_of(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
     with record_function("rankmamba::pointwise"):
         native.gelu_(rows, linear.bias)
-    return rows.view(*hidden.shape[:-1], -1)
+    return rows.view(*hidden.shape[:-1], linear.out_features)
