@@ -50,10 +50,13 @@ class FusedMLP:
 
 
 def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
-    """Say whether the kernels may compute `module`: without gradients, dropout, autocast or anything that wraps its linear map."""
+    """Say whether the kernels may compute `module`: without gradients, dropout, autocast, or anything that has replaced its linear map
+    or watches its parts."""
+    if type(linear) is not nn.Linear or any(part._forward_hooks or part._forward_pre_hooks for part in module.children()):
+        return False
     on_cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32 == linear.weight.dtype
     learns = torch.is_grad_enabled() or module.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    return on_cpu and not learns and type(linear) is nn.Linear and scan.kernel("cpu").name == "native"
+    return on_cpu and not learns and scan.kernel("cpu").name == "native"
 
 
 def _product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -114,22 +114,32 @@ def test_scoring_runs_them_and_gives_the_numbers_of_transformers(family, calls):
 
 
 @every_family
-def test_training_another_precision_another_activation_and_adapters_stay_with_pytorch(family, calls):
+def test_training_other_precisions_and_activations_adapters_and_watched_parts_stay_with_pytorch(family, calls):
     ids, adapted = torch.randint(60, (3, 7)), FAMILIES[family][2]
     training = use_kernels(lively(family)).train()
     lora = get_peft_model(use_kernels(lively(family)), LoraConfig(target_modules=adapted, init_lora_weights=False)).eval()
     relu = use_kernels(lively(family, hidden_act="relu"))
+    replaced, watched, seen = use_kernels(lively(family)), use_kernels(lively(family)), []
+    for module in list(replaced.modules()):
+        for name, part in list(module.named_children()):
+            if isinstance(part, torch.nn.Linear):
+                setattr(module, name, torch.nn.Sequential(part))  # without weights of its own, as a quantised one
+    for part in watched.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(lambda part, inputs, output: seen.append(part))
     gradient, steps_back = torch.enable_grad(), torch.no_grad()
     for model, context, autocast in [
         (use_kernels(lively(family)), gradient, nullcontext()),
         (training, steps_back, nullcontext()),
         (lora, steps_back, nullcontext()),
+        (replaced, steps_back, nullcontext()),
+        (watched, steps_back, nullcontext()),
         (use_kernels(lively(family)), steps_back, torch.autocast("cpu", torch.bfloat16)),
         (use_kernels(lively(family)).double(), steps_back, nullcontext()),
     ]:
         with context, autocast:
             assert hidden(model, ids).isfinite().all()
-    assert not calls
+    assert not calls and len(set(seen)) == sum(isinstance(part, torch.nn.Linear) for part in watched.modules())
     with torch.no_grad():
         torch.testing.assert_close(hidden(relu, ids), hidden(lively(family, hidden_act="relu"), ids), rtol=1e-5, atol=1e-5)
     assert "gelu_" not in calls
