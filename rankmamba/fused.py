@@ -1,7 +1,7 @@
 """What Transformers compute between their matrix products, in one pass each: for scoring in float32 on a CPU.
 
 A bias with its GELU, and a bias with the residual and its LayerNorm. PyTorch copies the bias before the product and passes over all
-tokens once more for each of the others, which is a tenth of MiniLM's time. As with `native_attention`: what is compared here are
+tokens once more for each of the others, which is a tenth of MiniLM's time (LOG.md). As with `native_attention`: what is compared here are
 architectures, not how much care each one's kernels got. Training and other precisions stay with PyTorch.
 """
 
@@ -47,6 +47,13 @@ class FusedMLP:
         if not _serves(self, hidden_states, self.dense_h_to_4h) or not isinstance(self.act, GELUActivation):
             return super().forward(hidden_states)
         return self.dense_4h_to_h(_gelu_of(self.dense_h_to_4h, hidden_states))
+
+
+def runs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether the kernels score parts of a model on a device, with products in `dtype`."""
+    parts = FusedIntermediate, FusedOutput, FusedMLP
+    native = dtype == torch.float32 and scan.kernel(device).name == "native"
+    return native and any(isinstance(module, parts) for module in model.modules())
 
 
 def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:

@@ -90,7 +90,8 @@ class LastLayer:
             return None
         self._batch.shape = inputs[0].shape[:-1]  # (B, L), or (B L,) where a family flattens its tokens
         rows = self._rows(inputs[0])
-        return tuple(hidden.flatten(0, -2)[rows].unflatten(0, (-1,) + (1,) * (hidden.dim() - 2)) for hidden in inputs)
+        pooled = (hidden.flatten(0, -2)[rows] for hidden in inputs)
+        return tuple(pooled if inputs[0].dim() == 2 else (hidden[:, None] for hidden in pooled))
 
     def _put_back(self, module: nn.Module, inputs, output: torch.Tensor):
         if self._batch.positions is None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm.std import tqdm
 
-from . import backbones, mixers, scan
+from . import backbones, fused, mixers, scan
 from .attention import choose_attention
 from .collection import Collection, check_run, sort_run
 from .errors import InputError
@@ -90,12 +90,14 @@ class Reranker:
 
     @property
     def setup(self) -> dict[str, str]:
-        """What it computes with, and why: "precision", "attention", "scan" and, where there is a scan, "scan_reason"."""
+        """What it computes with, and why: "precision", "attention", "fused" (`fused.runs`: "native" or "none"), "scan" and, where
+        there is a scan, "scan_reason"."""
         kernel = {"scan": "none"}
         if self.has_scan:
             chosen = scan.kernel(self.device)
             kernel = {"scan": chosen.name, "scan_reason": chosen.reason}
-        return {"precision": self.precision, "attention": self.attention} | kernel
+        between = "native" if fused.runs(self.model, self.device, self.dtype) else "none"
+        return {"precision": self.precision, "attention": self.attention, "fused": between} | kernel
 
     @property
     def batch_tokens(self) -> int:

@@ -84,7 +84,9 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("hidden", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
-def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_keys(past, causal, hidden, biased, monkeypatch):
+def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_keys_and_adds_the_same_bias(
+    past, causal, hidden, biased, monkeypatch
+):
     query, key, value = (torch.randn(2, 3, 12 + more, 16, requires_grad=True) for more in (0, past, past))
     seen = torch.rand(2, 12 + past) < 0.7 if hidden else None
     if hidden:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from rankmamba import scan
+from rankmamba.reranker import Reranker
 from rankmamba.substitutes import use_kernels
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 80}
@@ -113,6 +114,7 @@ def test_scoring_runs_them_and_gives_the_numbers_of_transformers(family, calls):
         assert torch.equal(hidden(other, ids), hidden(ours, ids))
 
 
+@compiled
 @every_family
 def test_training_other_precisions_and_activations_adapters_and_watched_parts_stay_with_pytorch(family, calls):
     ids, adapted = torch.randint(60, (3, 7)), FAMILIES[family][2]
@@ -143,3 +145,16 @@ def test_training_other_precisions_and_activations_adapters_and_watched_parts_st
     with torch.no_grad():
         torch.testing.assert_close(hidden(relu, ids), hidden(lively(family, hidden_act="relu"), ids), rtol=1e-5, atol=1e-5)
     assert "gelu_" not in calls
+
+
+@compiled
+def test_a_reranker_says_whether_they_run():
+    said = {
+        (name, dtype): Reranker.from_pretrained(name, device="cpu", dtype=dtype).setup["fused"]
+        for name in ("tiny-bert", "tiny-neox", "tiny-opt", "tiny-mamba")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert {which for which, runs in said.items() if runs == "native"} == {
+        ("tiny-bert", torch.float32),
+        ("tiny-neox", torch.float32),
+    }

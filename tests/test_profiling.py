@@ -110,7 +110,7 @@ def test_a_measurement_is_a_record_that_says_how_it_was_made_and_a_second_run_fi
     assert again[0] == again[1] == read_records(tmp_path, "profile")
     mamba, neox = again[0]
     for record in again[0]:
-        assert {"device", "threads", "dtype", "precision", "scan", "attention"} <= set(record["environment"])
+        assert {"device", "threads", "dtype", "precision", "scan", "attention", "fused"} <= set(record["environment"])
         for mode in MODES:
             timing = record["timing"][mode]
             assert timing["low"] <= timing["tokens_per_s"] <= timing["high"] and timing["peak_mib"] > 0
