@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import ir_measures
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import sparse, stats
 
 from .collection import sort_run
 from .errors import InputError
@@ -79,20 +79,46 @@ def _nested(table: pd.DataFrame, values: pd.Series) -> dict[str, dict[str, float
     return nested
 
 
-def bootstrap_means(samples: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def clusters(qrels: pd.DataFrame) -> dict[str, int]:
+    """{query_id: its cluster}: queries that share a relevant document, themselves or through others, are of one cluster.
+
+    What a system makes of a document shows in all of its queries, so these are no independent draws; clusters are. A query without a
+    relevant document is left out: it is a cluster of its own.
+    """
+    relevant = qrels[qrels["relevance"] > 0]
+    query, query_ids = pd.factorize(relevant["query_id"])
+    document, doc_ids = pd.factorize(relevant["doc_id"])
+    nodes = len(query_ids) + len(doc_ids)
+    links = sparse.coo_array((np.ones(len(relevant)), (query, len(query_ids) + document)), shape=(nodes, nodes))
+    _, found = sparse.csgraph.connected_components(links, directed=False)
+    return dict(zip(query_ids, found[: len(query_ids)].tolist(), strict=True))
+
+
+def clustered(query_ids: Sequence[str], given: Mapping[str, int] | None) -> np.ndarray:
+    """The clusters of these queries, int (n,), numbered from 0; each its own where none is given."""
+    return pd.factorize(np.array([(given or {}).get(query_id, query_id) for query_id in query_ids], dtype=object))[0]
+
+
+def bootstrap_means(
+    samples: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0, cluster: np.ndarray | None = None
+) -> np.ndarray:
     """Return (resamples, K): means of K samples (n queries, seeds), the same queries drawn for all, seeds drawn for each.
 
-    n-1 of n are drawn with replacement, which makes the variance of the resampled mean unbiased (Rao & Wu 1988); with n of n it
-    is too small by (n-1)/n, which matters for 3 seeds. Queries and seeds are drawn apart and their deviations from the mean
-    added, so what varies with both counts twice: a little conservative. A single seed says nothing about the spread of seeds.
+    cluster: int (n,), numbered from 0; whole clusters are drawn (default: each query alone). n-1 of n are drawn with replacement,
+    which makes the variance of the resampled mean unbiased (Rao & Wu 1988); with n of n it is too small by (n-1)/n, which matters for
+    3 seeds. Queries and seeds are drawn apart and their deviations from the mean added, so what varies with both counts twice: a
+    little conservative. A single seed says nothing about the spread of seeds.
     """
-    generators, queries = np.random.default_rng(seed).spawn(len(samples) + 1), len(samples[0])
-    by_query = np.column_stack([sample.mean(axis=1) for sample in samples])
+    generators = np.random.default_rng(seed).spawn(len(samples) + 1)
+    cluster = np.arange(len(samples[0])) if cluster is None else cluster
+    sizes = np.bincount(cluster)
+    totals = np.column_stack([np.bincount(cluster, sample.mean(axis=1)) for sample in samples])
     means = np.empty((resamples, len(samples)))
-    block = max(1, 100_000 // queries)  # what fits the processor's cache is five times as fast
+    block = max(1, 100_000 // len(sizes))  # what fits the processor's cache is five times as fast
     for start in range(0, resamples, block):
         stop = min(start + block, resamples)
-        means[start:stop] = _draw(generators[0], stop - start, queries) @ by_query
+        shares = _draw(generators[0], stop - start, len(sizes))
+        means[start:stop] = shares @ totals / (shares @ sizes)[:, None]
     for k, sample in enumerate(samples):
         if sample.shape[1] > 1:
             by_seed = sample.mean(axis=0)
@@ -111,39 +137,65 @@ def _draw(generator: np.random.Generator, rows: int, size: int) -> np.ndarray:
 def mean_interval(values, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of values (n queries,) or (n queries, seeds): percentile bootstrap over queries and, if several, seeds.
 
+    Each query counts as independent.
+
     Raises:
         InputError: no values, or one that is not finite.
     """
     sample = np.asarray(values, dtype=np.float64)
-    return _mean_intervals([sample[:, None] if sample.ndim == 1 else sample], level, seed)[0]
+    return _mean_intervals([sample[:, None] if sample.ndim == 1 else sample], level, seed, None)[0]
 
 
-def summarise(tables: Tables, level: float = 0.95, seed: int = 0) -> dict[str, dict[str, float]]:
-    """{measure: {"mean", "low", "high"}} of one `per_query` table, or of several, one for each seed of a system."""
-    tables = _tables(tables)
+def summarise(
+    tables: Tables, level: float = 0.95, seed: int = 0, shared: Mapping[str, int] | None = None
+) -> dict[str, dict[str, float]]:
+    """{measure: {"mean", "low", "high"}} of one `per_query` table, or of several, one for each seed of a system.
+
+    shared: the `clusters` of the queries.
+    """
+    tables = seeds_of(tables)
     _same_queries({f"seed {k}": table for k, table in enumerate(tables)})
     measures = list(tables[0].columns)
-    intervals = _mean_intervals([by_seed(tables, measure) for measure in measures], level, seed)
+    samples = [by_seed(tables, measure) for measure in measures]
+    intervals = _mean_intervals(samples, level, seed, clustered(tables[0].index, shared))
     return {measure: dict(zip(("mean", "low", "high"), intervals[k], strict=True)) for k, measure in enumerate(measures)}
 
 
-def _mean_intervals(samples: list[np.ndarray], level: float, seed: int) -> list[tuple[float, float, float]]:
+def _mean_intervals(
+    samples: list[np.ndarray], level: float, seed: int, cluster: np.ndarray | None
+) -> list[tuple[float, float, float]]:
     for sample in samples:
         if sample.size == 0 or not np.isfinite(sample).all():
             raise InputError(f"expected finite values, got {sample.size}, of them {(~np.isfinite(sample)).sum()} not finite")
-    low, high = np.quantile(bootstrap_means(samples, seed=seed), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    means = bootstrap_means(samples, seed=seed, cluster=cluster)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return [(float(sample.mean()), float(low[k]), float(high[k])) for k, sample in enumerate(samples)]
 
 
-def paired_p(differences: np.ndarray) -> np.ndarray:
-    """Two-sided p of the paired t-test of differences (..., n queries); 1 where all are 0 or there is only one query."""
+def standard_error(differences: np.ndarray, cluster: np.ndarray | None = None) -> np.ndarray:
+    """Standard error of the mean of differences (..., n queries); cluster: int (n,), numbered from 0, default each query alone.
+
+    Deviations from the mean are summed within a cluster first, so queries of one cluster may agree (the CR1 estimator for a mean).
+    """
+    cluster = np.arange(differences.shape[-1]) if cluster is None else cluster
+    order, sizes = np.argsort(cluster, kind="stable"), np.bincount(cluster)
+    deviations = (differences - differences.mean(axis=-1, keepdims=True))[..., order]
+    totals = np.add.reduceat(deviations, np.cumsum(sizes) - sizes, axis=-1)
+    return np.sqrt((totals**2).sum(axis=-1) * len(sizes) / (len(sizes) - 1)) / len(cluster)
+
+
+def paired_p(differences: np.ndarray, cluster: np.ndarray | None = None) -> np.ndarray:
+    """Two-sided p of the paired t-test of differences (..., n queries); 1 where all are 0 or there is only one query.
+
+    cluster: as in `standard_error`; t then has as many degrees of freedom as there are clusters, less one.
+    """
     differences = np.asarray(differences, dtype=np.float64)
-    queries = differences.shape[-1]
-    if queries < 2:
+    groups = differences.shape[-1] if cluster is None else len(np.unique(cluster))
+    if groups < 2:
         return np.ones(differences.shape[:-1])
-    mean, error = differences.mean(axis=-1), differences.std(axis=-1, ddof=1) / np.sqrt(queries)
+    mean, error = differences.mean(axis=-1), standard_error(differences, cluster)
     with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * stats.t.sf(np.abs(mean / error), queries - 1)
+        p = 2 * stats.t.sf(np.abs(mean / error), groups - 1)
     return np.where((mean == 0) & (error == 0), 1.0, p)
 
 
@@ -157,14 +209,19 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def compare(
-    values: Mapping[str, Tables], baseline: str = BASELINE, measure: str = PRIMARY, level: float = 0.95, seed: int = 0
+    values: Mapping[str, Tables],
+    baseline: str = BASELINE,
+    measure: str = PRIMARY,
+    level: float = 0.95,
+    seed: int = 0,
+    shared: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
     """Compare systems with a baseline; a row a system: system, difference, low, high, effect, p, p_holm, wins, ties, losses.
 
     values: {system: its `per_query` table, or a list of them, one a seed}, all on the same queries. difference: system minus
     baseline, with a paired bootstrap interval over queries and seeds. effect: the mean difference over its standard deviation
     across queries. p: paired t-test over queries, on means over seeds. p_holm: adjusted for the number of systems. wins: queries
-    that the system ranks better.
+    that the system ranks better. shared: the `clusters` of the queries, for intervals and p; default: each query is independent.
 
     Why the t-test: on measures like these its errors are those of the randomisation test or smaller (Smucker et al., CIKM 2007;
     Urbano et al., SIGIR 2019), it needs no random numbers and has no smallest p. It speaks of new queries for these trained
@@ -175,18 +232,19 @@ def compare(
     """
     if baseline not in values:
         raise InputError(f"expected the baseline among the systems {', '.join(values)}, got {baseline!r}")
-    tables = {system: _tables(given) for system, given in values.items()}
+    tables = {system: seeds_of(given) for system, given in values.items()}
     _same_queries({f"{system} ({k})": table for system, given in tables.items() for k, table in enumerate(given)})
     samples = {system: by_seed(given, measure) for system, given in tables.items()}
     reference = samples.pop(baseline)
-    means = bootstrap_means([reference, *samples.values()], seed=seed)
+    cluster = clustered(seeds_of(values[baseline])[0].index, shared)
+    means = bootstrap_means([reference, *samples.values()], seed=seed, cluster=cluster)
     low, high = np.quantile(means[:, 1:] - means[:, :1], [(1 - level) / 2, (1 + level) / 2], axis=0)
     differences = np.array([sample.mean(axis=1) - reference.mean(axis=1) for sample in samples.values()])
     differences = differences.reshape(len(samples), len(reference))  # also if there is nothing but the baseline
     differences[np.abs(differences) < 1e-12] = 0.0  # rounding in the mean over seeds is no win
     mean = differences.mean(axis=1)
     spread = differences.std(axis=1, ddof=1) if len(reference) > 1 else np.zeros_like(mean)
-    p = paired_p(differences)
+    p = paired_p(differences, cluster)
     return pd.DataFrame(
         {
             "system": list(samples),
@@ -209,7 +267,7 @@ def by_seed(given: Tables, measure: str) -> np.ndarray:
     Raises:
         InputError: the measure is missing.
     """
-    tables = _tables(given)
+    tables = seeds_of(given)
     for table in tables:
         if measure not in table.columns:
             raise InputError(f"expected a measure among {', '.join(map(str, table.columns))}, got {measure!r}")
@@ -224,7 +282,7 @@ def extremes(
     values: as in `compare`, means over seeds are compared. queries: {query_id: text}. A row a query: system, query, the baseline's
     and the system's value, difference; of equal differences the smaller query_id comes first.
     """
-    query_ids = _tables(values[baseline])[0].index
+    query_ids = seeds_of(values[baseline])[0].index
     means = pd.DataFrame({system: by_seed(given, measure).mean(axis=1) for system, given in values.items()}, index=query_ids)
     rows = []
     for system in means.columns.drop(baseline):
@@ -236,7 +294,8 @@ def extremes(
     return pd.DataFrame(rows, columns=["system", "query", f"{baseline}'s {measure}", f"own {measure}", "difference"])
 
 
-def _tables(given: Tables) -> list[pd.DataFrame]:
+def seeds_of(given: Tables) -> list[pd.DataFrame]:
+    """The tables of a system, one for each seed."""
     return [given] if isinstance(given, pd.DataFrame) else list(given)
 
 
@@ -249,21 +308,25 @@ def _same_queries(tables: dict[str, pd.DataFrame]) -> None:
             raise InputError(f"expected {first} and {name} to be measured on the same queries, got {alone[0]!r} in one only")
 
 
-def detectable_difference(differences, queries: int | None = None, alpha: float = 0.05, power: float = 0.8) -> float:
+def detectable_difference(
+    differences, queries: int | None = None, alpha: float = 0.05, power: float = 0.8, cluster: np.ndarray | None = None
+) -> float:
     """The smallest true mean difference that a paired t-test on `queries` queries finds with this power (by the shift of t).
 
     differences: per query, between two systems like those in question; only their spread counts. queries: default their number.
-    For Holm over k systems give alpha / k.
+    cluster: as in `standard_error`. For Holm over k systems give alpha / k.
 
     Raises:
-        InputError: fewer than two queries.
+        InputError: fewer than two queries, or clusters of them.
     """
     differences = np.asarray(differences, dtype=np.float64)
     queries = len(differences) if queries is None else queries
-    if min(queries, len(differences)) < 2:
-        raise InputError(f"expected at least 2 queries, got {min(queries, len(differences))}")
-    needed = stats.t.ppf([1 - alpha / 2, power], queries - 1).sum()
-    return float(needed * differences.std(ddof=1) / np.sqrt(queries))
+    independent = len(differences) if cluster is None else len(np.unique(cluster))
+    if min(queries, independent) < 2:
+        raise InputError(f"expected at least 2 queries that share no relevant document, got {min(queries, independent)}")
+    groups = independent * queries / len(differences)
+    needed = stats.t.ppf([1 - alpha / 2, power], groups - 1).sum()
+    return float(needed * standard_error(differences, cluster) * np.sqrt(len(differences) / queries))
 
 
 def interpolate(run: pd.DataFrame, candidates: pd.DataFrame, weight: float) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25
 from .collection import Collection, load, read_run, write_run
 from .errors import InputError
-from .evaluate import interpolate, interpolate_tuned, per_query, weight_values
+from .evaluate import PRIMARY, clusters, interpolate, interpolate_tuned, per_query, weight_values
 from .inputs import PairTokenizer
 from .reranker import Cost, Reranker
 from .results import environment, fingerprint, new_record, read_records, write_record
@@ -171,10 +171,11 @@ class Experiment:
             journal.unlink(missing_ok=True)
         return record
 
-    def evaluate(self, system: str, mixed_with: str | None = None) -> dict:
+    def evaluate(self, system: str, mixed_with: str | None = None, measure: str = PRIMARY) -> dict:
         """Measure a system's test run, alone (behind its reranked documents the first stage's order) or mixed with a first stage.
 
-        The mixture's weights are chosen on dev and on the other folds of test. Returns the record, of the system "X" or "X + bm25".
+        The mixture's weights are chosen on dev and on the other folds of test, by `measure`. Returns the record, of the system "X" or
+        "X + bm25".
         """
         test, run = self.split("test"), self.run(system, "test")
         reranked = self._last("rerank", system, "test")
@@ -185,26 +186,27 @@ class Experiment:
         if mixed_with is not None:
             name = f"{system} + {mixed_with}"
             dev = self.split("dev")
-            values = weight_values(self.run(system, "dev"), self.run(mixed_with, "dev"), dev.qrels)
-            run, weights = interpolate_tuned(run, self.run(mixed_with, "test"), test.qrels, values)
-            result = {"weights": weights, "dev": {"weight": list(values), "value": values.mean().tolist()}}
+            values = weight_values(self.run(system, "dev"), self.run(mixed_with, "dev"), dev.qrels, measure)
+            run, weights = interpolate_tuned(run, self.run(mixed_with, "test"), test.qrels, values, measure)
+            result = {"measure": measure, "weights": weights, "dev": {"weight": list(values), "value": values.mean().tolist()}}
         elif reranked is not None:
             run = interpolate(run, self.run(config["first_stage"], "test"), 1.0)
         first_stage = self._last("first_stage", system, "test")
         note = first_stage["note"] if first_stage is not None else ""
-        result = measured(per_query(run, test.qrels)) | result
+        result = measured(per_query(run, test.qrels), clusters(test.qrels)) | result
         return self._leave("evaluate", name, "test", self._config(**config), result, {}, note=note)
 
-    def relevant_words(self) -> dict:
-        """Count the words of each test query's relevant document (the longest, if several); returns the record."""
-        if record := self._found("lengths", "documents", "test", self._config()):
+    def describe_queries(self) -> dict:
+        """Say of each test query how many words its relevant document has (the longest, if several) and which other queries share
+        it (`evaluate.clusters`); returns the record."""
+        if record := self._found("queries", "relevant documents", "test", self._config()):
             return record
         test = self.split("test")
         relevant = test.qrels[test.qrels["relevance"] > 0]
         texts = test.documents.get_many(set(relevant["doc_id"]))
         words = relevant["doc_id"].map(lambda doc_id: len(texts[doc_id].split()))
-        result = {"words": words.groupby(relevant["query_id"]).max().to_dict()}
-        return self._leave("lengths", "documents", "test", self._config(), result, {})
+        result = {"words": words.groupby(relevant["query_id"]).max().to_dict(), "clusters": clusters(test.qrels)}
+        return self._leave("queries", "relevant documents", "test", self._config(), result, {})
 
     def weight_tables(self, systems: Sequence[str], mixed_with: str = "bm25") -> dict[str, pd.DataFrame]:
         """{system: table of weight and value on dev} from the records of `evaluate`."""

@@ -28,6 +28,25 @@ from .train import TrainConfig
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
+def scale_config(given: dict, system: str) -> TrainConfig:
+    """The configuration that a scale's parameters give a system, as in 02_train."""
+    rates, steps = given["learning_rates"], given["max_steps"]
+    names = ("batch_size", "group_size", "epochs", "warmup", "seed", "max_length", "max_query_length")
+    return TrainConfig(
+        system,
+        learning_rate=rates.get(system, rates["default"]),
+        max_steps=steps.get(system, steps["default"]),
+        lora_r=find(system).lora_r,
+        **{name: given[name] for name in names},
+    )
+
+
+def last_quarter(curve: Sequence[dict]) -> float:
+    """The mean loss over the last quarter of the steps."""
+    losses = [row["loss"] for row in curve]
+    return float(np.mean(losses[-max(1, len(losses) // 4) :]))
+
+
 def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
     """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
     settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
@@ -35,11 +54,10 @@ def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
         if (record["system"], record["config"]) == (config.system, settings) and "loss" in record["result"]:
             return record
     with progress(f"{config.system}, {config.learning_rate:g}") as on_step:
-        losses = [row["loss"] for row in experiment.train(config, on_step)["result"]["curve"]]
+        loss = last_quarter(experiment.train(config, on_step)["result"]["curve"])
     dev, reranker = experiment.split("dev"), Reranker.from_pretrained(experiment.model_path(config.system))
     run = reranker.rerank(dev.candidates, dev, top_k, show_progress_bar=True)
     values = per_query(run, dev.qrels, [PRIMARY])[PRIMARY]
-    loss = float(np.mean(losses[-max(1, len(losses) // 4) :]))
     result = {"loss": loss, "measure": PRIMARY, "mean": float(values.mean()), "per_query": values.to_dict()}
     ran = environment() | reranker.setup
     record = new_record(
@@ -78,16 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = settle(options.scale, None, parse_parameters(options.parameters))
         folder = (options.results or ROOT / "results" / options.scale) / "learning_rates"
-        recipe = {
-            name: given[name]
-            for name in ("batch_size", "group_size", "epochs", "warmup", "seed", "max_length", "max_query_length")
-        }
         records = []
         for rate in options.rates:
             experiment = Experiment(folder / f"{rate:g}", given["collection"], options.scale, given["seed"], n_dev=given["n_dev"])
             for system in given["systems"]:
-                steps = given["max_steps"].get(system, given["max_steps"]["default"])
-                config = TrainConfig(system, learning_rate=rate, max_steps=steps, lora_r=find(system).lora_r, **recipe)
+                config = dataclasses.replace(scale_config(given, system), learning_rate=rate)
                 records.append(tried(experiment, config, given["top_k"]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,39 +1,61 @@
 """Architecture against architecture: every pair of systems that were trained alike, and what the pairs say about the paper's claim."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
 
-from .evaluate import PRIMARY, Tables, by_seed, compare, detectable_difference, holm
-from .style import mixed
+from .evaluate import PRIMARY, Tables, by_seed, clustered, compare, detectable_difference, holm, seeds_of
 
-NANO = ("nano-", "tiny-")
-STATE_SPACE = ("mamba", "hybrid")
-
-
-def trained_alike(values: Mapping[str, Tables]) -> dict[str, Tables]:
-    """Of all measured systems, those of the nano family, alone (not mixed with a first stage)."""
-    return {system: tables for system, tables in values.items() if system.startswith(NANO) and not mixed(system)}
+RECIPE = ("batch_size", "group_size", "epochs", "max_length", "max_query_length", "loss", "teacher")
+LARGER = 2.0  # at most so many times the other's parameters
+MARGIN = 0.01  # what counts as ranking as well
 
 
-def pairwise(values: Mapping[str, Tables], measure: str = PRIMARY) -> pd.DataFrame:
-    """Compare every pair: a row each, system, other, difference (system minus other), low, high, effect, p_holm, detectable.
+def trained_alike(records: Sequence[dict]) -> list[tuple[str, str]]:
+    """Pairs of systems that were trained alike: with one recipe but for the learning rate, for as many steps, on the same collection.
 
-    values: {system: per_query table, or one of them for each seed}. p_holm: of the paired t-test over queries, corrected for the
-    number of pairs. seeds: of all pairs of a training of the one and a training of the other, in how many the first system has the
-    better mean, as "5 of 6". detectable: the smallest true difference that a test with this correction finds with 80% power; two
-    systems that are closer cannot be told apart with so many queries. The better system of a pair comes first.
+    They start alike, too: neither has a note that the other lacks, and the larger has at most `LARGER` times the parameters.
     """
-    rows, pairs = [], list(combinations(values, 2))
+    trained = {record["system"]: record for record in records if record["kind"] == "train" and not record["result"]["partial"]}
+
+    def recipe(record: dict) -> tuple:
+        return *(record["config"][name] for name in RECIPE), record["result"]["steps"], record["collection"], record["note"]
+
+    def sizes(*both: dict) -> list[int]:
+        return sorted(record["result"]["parameters_outside_embeddings"] for record in both)
+
+    return [
+        (first, second)
+        for (first, ours), (second, theirs) in combinations(sorted(trained.items()), 2)
+        if recipe(ours) == recipe(theirs) and sizes(ours, theirs)[1] <= LARGER * sizes(ours, theirs)[0]
+    ]
+
+
+def pairwise(
+    values: Mapping[str, Tables],
+    pairs: Sequence[tuple[str, str]],
+    measure: str = PRIMARY,
+    shared: Mapping[str, int] | None = None,
+) -> pd.DataFrame:
+    """Compare the systems of each pair: system, other, difference (system minus other), low, high, effect, p_holm, seeds, detectable.
+
+    values, shared: as in `evaluate.compare`; pairs of which a system is missing there are left out. p_holm: of the paired t-test
+    over queries, corrected for the number of pairs. seeds: of all pairs of a training of the one and a training of the other, in how
+    many the first system has the better mean, as "5 of 6". detectable: the smallest true difference that a test with this correction
+    finds with 80% power: how far apart systems must be to be told apart with so many queries. The better system of a pair comes first.
+    """
+    rows, pairs = [], [pair for pair in pairs if set(pair) <= set(values)]
     for first, second in pairs:
-        (row,) = compare({first: values[first], second: values[second]}, second, measure).to_dict("records")
+        both = {first: values[first], second: values[second]}
+        (row,) = compare(both, second, measure, shared=shared).to_dict("records")
         if row["difference"] < 0:
             first, second = second, first
             row |= {"difference": -row["difference"], "low": -row["high"], "high": -row["low"], "effect": -row["effect"]}
         ours, theirs = (by_seed(values[system], measure) for system in (first, second))
         ahead = ours.mean(axis=0)[:, None] > theirs.mean(axis=0)
-        detectable = detectable_difference(ours.mean(axis=1) - theirs.mean(axis=1), alpha=0.05 / len(pairs))
+        cluster = clustered(seeds_of(values[first])[0].index, shared)
+        detectable = detectable_difference(ours.mean(axis=1) - theirs.mean(axis=1), alpha=0.05 / len(pairs), cluster=cluster)
         rows.append(row | {"system": first, "other": second, "seeds": f"{ahead.sum()} of {ahead.size}", "detectable": detectable})
     table = pd.DataFrame(rows, columns=["system", "other", "difference", "low", "high", "effect", "p", "seeds", "detectable"])
     table.insert(6, "p_holm", holm(table.pop("p")))
@@ -41,19 +63,24 @@ def pairwise(values: Mapping[str, Tables], measure: str = PRIMARY) -> pd.DataFra
 
 
 def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
-    """Say in Markdown what the pairs of a state-space model and a Transformer show about "Mamba ranks as well"."""
-    state_space = pairs["system"].map(_state_space), pairs["other"].map(_state_space)
-    across = pairs[state_space[0] != state_space[1]]
+    """Say in Markdown what the pairs of a state-space model and a Transformer show about "Mamba ranks as well".
+
+    A hybrid of both is neither.
+    """
+    pure = pairs[~pairs["system"].map(_hybrid) & ~pairs["other"].map(_hybrid)]
+    across = pure[pure["system"].map(_state_space) != pure["other"].map(_state_space)]
     if across.empty:
         return "No state-space model and Transformer were trained alike here."
     found = (across["p_holm"] < 0.05) & (across["low"] > 0)  # p speaks of other queries, the interval of other seeds, too
-    shown, open_ = across[found], across[~found]
+    level = ~found & (across["low"] > -MARGIN) & (across["high"] < MARGIN)
+    shown = across[found]
     ahead, behind = (shown[shown["system"].map(_state_space) == wanted] for wanted in (True, False))
     lines = [f"Of {len(across)} pairs of a state-space model and a Transformer that were trained alike, on {measure}:"]
     for title, rows in (
         ("the state-space model is better", ahead),
         ("the Transformer is better", behind),
-        ("no difference is shown", open_),
+        (f"they are level (the interval within ±{MARGIN:g})", across[level]),
+        ("it is open", across[~found & ~level]),
     ):
         listed = ", ".join(
             f"{row.system} over {row.other} ({row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
@@ -62,12 +89,16 @@ def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
         )
         lines.append(f"- {title} in {len(rows)}" + (f": {listed}." if len(rows) else "."))
     lines.append(
-        f"\nWith these queries a difference has to be about {across['detectable'].median():.3f} to be found four times in five; what is "
-        "smaller stays open, whichever way it points. The intervals speak of other queries"
-        " and, where there are several seeds, of other seeds; with one seed another training may give another order."
+        f"\nWith these queries a true difference of about {across['detectable'].median():.3f} is found four times in five, a smaller one "
+        "less often. The intervals speak of other queries and, where there are several seeds, of other seeds of the training; with one "
+        "seed another training may give another order."
     )
     return "\n".join(lines)
 
 
 def _state_space(system: str) -> bool:
-    return any(word in system for word in STATE_SPACE)
+    return "mamba" in system
+
+
+def _hybrid(system: str) -> bool:
+    return "hybrid" in system

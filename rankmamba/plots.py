@@ -21,7 +21,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from .errors import InputError
-from .evaluate import BASELINE, PRIMARY, Tables, summarise
+from .evaluate import BASELINE, PRIMARY, Tables, seeds_of, summarise
 from .files import replacing
 from .style import STYLE, base, look, mixed
 
@@ -55,13 +55,20 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 @_styled
-def forest(values: Mapping[str, Tables], measures: str | Sequence[str] = PRIMARY, baseline: str = BASELINE) -> Figure:
+def forest(
+    values: Mapping[str, Tables],
+    measures: str | Sequence[str] = PRIMARY,
+    baseline: str = BASELINE,
+    shared: Mapping[str, int] | None = None,
+) -> Figure:
     """Mean and 95% interval of every system, a panel a measure; the baseline's as a line and a band across.
 
     values: {system: its `per_query` table, or one for each seed}. A system and its mixture share a row; ticks are single seeds.
+    shared: as in `evaluate.summarise`.
     """
     measures = [measures] if isinstance(measures, str) else list(measures)
-    means = {system: summarise(tables) for system, tables in values.items()}
+    means = {system: summarise(tables, shared=shared) for system, tables in values.items()}
+    ticks = "; ticks: single seeds" if any(len(seeds_of(tables)) > 1 for tables in values.values()) else ""
     rank = {base(system): means.get(base(system), means[system])[measures[0]]["mean"] for system in values}
     rows = sorted(rank, key=lambda system: (system != baseline, look(system) != look(baseline), -rank[system]))
     figure = Chart(figsize=(2.5 + 4.5 * len(measures), 1.4 + 0.55 * len(rows)), layout="constrained")
@@ -76,11 +83,12 @@ def forest(values: Mapping[str, Tables], measures: str | Sequence[str] = PRIMARY
             place = rows.index(base(system)) + (0 if not twins else 0.17 if mixed(system) else -0.17)
             interval = means[system][measure]
             axes.plot([interval["low"], interval["high"]], [place, place], color=look(system).color)
-            if not isinstance(tables, pd.DataFrame) and len(tables) > 1:
+            if len(seeds_of(tables)) > 1:
                 axes.plot([table[measure].mean() for table in tables], [place] * len(tables), "k|", markersize=9)
             axes.plot(interval["mean"], place, **_marker(system))
             axes.annotate(f" {interval['mean']:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", fontsize=11)
-        axes.set(xlabel=f"{measure}: mean, 95% interval", yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+        label = f"{measure}: mean, 95% interval of each alone{ticks}\nsystems that overlap may differ: they share queries"
+        axes.set(xlabel=label, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
     _key(figure, values)
@@ -131,7 +139,7 @@ def training_curves(
     ends = {}
     for system, given in curves.items():
         style = look(system)
-        tables = [table.reset_index(drop=True) for table in ([given] if isinstance(given, pd.DataFrame) else given)]
+        tables = [table.reset_index(drop=True) for table in seeds_of(given)]
         smooth = pd.concat([table["loss"].ewm(span=max(5, len(table) / 20)).mean() for table in tables], axis=1)
         places = pd.concat([table[by] for table in tables], axis=1).mean(axis=1)
         if len(tables) == 1:
@@ -250,7 +258,7 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
 def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY, baseline: str = BASELINE) -> Figure:
     """Each system's difference to the baseline by the words of the relevant document: a line a system.
 
-    table: `tables.by_words`.
+    table: `tables.by_words`. Below each group of queries stands the baseline's own mean.
     """
     groups = table.drop_duplicates("words")
     half = (table["high"] - table["low"]).median() / 2
@@ -262,7 +270,11 @@ def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY, baseline: 
     for system, part in table.groupby("system", sort=False):
         axes.plot(range(len(groups)), part["difference"], **_marker(system) | {"linestyle": look(system).line})
         ends[system] = part["difference"].iloc[-1]
-    axes.set_xticks(range(len(groups)), [f"{row.words}\n({row.queries:,} queries)" for row in groups.itertuples()])
+    ticks = [
+        f"{words}\n({queries:,} queries, {baseline} {own:.2f})"
+        for words, queries, own in groups[["words", "queries", "of the baseline"]].itertuples(index=False, name=None)
+    ]
+    axes.set_xticks(range(len(groups)), ticks)
     _end_labels(axes, ends)
     return figure
 
@@ -346,7 +358,7 @@ def _figure(xlabel: str, ylabel: str, height: float = 4.8) -> tuple[Figure, Axes
 
 def _means(tables: Tables, measure: str) -> pd.Series:
     """Every query's value, mean over seeds."""
-    tables = [tables] if isinstance(tables, pd.DataFrame) else tables
+    tables = seeds_of(tables)
     return sum(table[measure] for table in tables) / len(tables)
 
 

@@ -2,19 +2,24 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 import numpy as np
 import pandas as pd
 
 from .errors import InputError
-from .evaluate import BASELINE, PRIMARY, Tables, compare, summarise
+from .evaluate import BASELINE, PRIMARY, Tables, by_seed, compare, summarise
 from .style import base
 
 
-def measured(table: pd.DataFrame) -> dict:
-    """The `result` of an "evaluate" record from a `per_query` table: means with 95% intervals, and every query's value."""
-    return {"measures": summarise(table), "per_query": {measure: table[measure].to_dict() for measure in table.columns}}
+def measured(table: pd.DataFrame, shared: Mapping[str, int] | None = None) -> dict:
+    """The `result` of an "evaluate" record from a `per_query` table: means with 95% intervals, and every query's value.
+
+    shared: the `evaluate.clusters` of the queries.
+    """
+    values = {measure: table[measure].to_dict() for measure in table.columns}
+    return {"measures": summarise(table, shared=shared), "per_query": values}
 
 
 def per_query_values(records: list[dict], collection: str | None = None) -> dict[str, Tables]:
@@ -37,6 +42,15 @@ def per_query_values(records: list[dict], collection: str | None = None) -> dict
     return values
 
 
+def shared_documents(records: list[dict], collection: str | None = None) -> dict[str, int] | None:
+    """The `evaluate.clusters` of a collection's queries from its record of kind "queries"; None if there is none.
+
+    collection: None if there is but one that was evaluated.
+    """
+    found = [record for record in records if record["kind"] == "queries" and collection in (None, record["collection"])]
+    return found[0]["result"]["clusters"] if found else None
+
+
 def tidy(records: list[dict]) -> pd.DataFrame:
     """The means of all "evaluate" records: system, seed, collection, measure, value."""
     rows = [
@@ -57,11 +71,11 @@ def seed_by_seed(records: list[dict], measure: str = PRIMARY, baseline: str = BA
     evaluated = [record for record in records if record["kind"] == "evaluate"]
     for collection in sorted({record["collection"] for record in evaluated}):
         here = [record for record in evaluated if record["collection"] == collection]
-        reference = per_query_values(here).get(baseline)
+        reference, shared = per_query_values(here).get(baseline), shared_documents(records, collection)
         for seed in sorted({record["seed"] for record in here}):
             values = per_query_values([record for record in here if record["seed"] == seed])
             if reference is not None and set(values) != {baseline}:
-                found = compare({baseline: reference[0]} | values, baseline, measure)
+                found = compare({baseline: reference[0]} | values, baseline, measure, shared=shared)
                 parts.append(found.assign(collection=collection, seed=seed))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["collection", "seed", "system", "p_holm"])
 
@@ -80,12 +94,17 @@ def readable_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_words(
-    values: dict[str, Tables], words: dict[str, int], measure: str = PRIMARY, baseline: str = BASELINE, parts: int = 4
+    values: dict[str, Tables],
+    words: dict[str, int],
+    measure: str = PRIMARY,
+    baseline: str = BASELINE,
+    parts: int = 4,
+    shared: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
     """Compare with the baseline apart for short and for long relevant documents: words, queries, and columns of `evaluate.compare`.
 
     words: {query_id: words of its relevant document}; the queries are cut into `parts` of about the same number. The column words
-    is such as "45 to 75", the shortest first.
+    is such as "45 to 75", the shortest first; "of the baseline" is the baseline's own mean. shared: as in `evaluate.compare`.
     """
     counts = pd.Series(words)
     bounds = np.quantile(counts, np.linspace(0, 1, parts + 1)[1:-1])
@@ -93,7 +112,9 @@ def by_words(
     for _, part in counts.groupby(np.searchsorted(bounds, counts)):
         here = {system: [table[table.index.isin(part.index)] for table in given] for system, given in values.items()}
         title = f"{part.min()} to {part.max()}"
-        compared.append(compare(here, baseline, measure).assign(words=title, queries=len(part)))
+        own = by_seed(here[baseline], measure).mean()
+        found = compare(here, baseline, measure, shared=shared)
+        compared.append(found.assign(words=title, queries=len(part), **{"of the baseline": own}))
     return pd.concat(compared, ignore_index=True)
 
 
@@ -111,24 +132,27 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
 
     Columns: collection, system, queries, seeds, parameters (outside embeddings); of every measure the mean, "<measure> low" and
     "<measure> high"; difference, low, high, effect, p and p_holm of `measure` to `baseline` (NaN without one); tokens and minutes
-    of training; pairs_per_s, pairs_per_s_from_states; note; timed_on; measure; baseline. Means over seeds, 95% intervals. A system
-    "X + Y" is X mixed with Y and has X's size and costs. Where seeds ran on several devices, times are of the one of most
-    trainings, `timed_on`; else that is empty.
+    of training; pairs_per_s, pairs_per_s_from_states; note; clusters (`evaluate.clusters`, how many); timed_on; measure; baseline.
+    Means over seeds, 95% intervals. A system "X + Y" is X mixed with Y and has X's size and costs. Where seeds ran on several
+    devices, times are of the one of most trainings, `timed_on`; else that is empty.
 
     Raises:
         InputError: there are no "evaluate" records, or the systems of a collection were measured on different queries.
     """
     rows, devices = [], _devices(records)
     for collection in sorted({record["collection"] for record in records if record["kind"] == "evaluate"}) or [None]:
-        values = per_query_values(records, collection)
-        differences = compare(values, baseline, measure).set_index("system") if baseline in values else pd.DataFrame()
+        values, shared = per_query_values(records, collection), shared_documents(records, collection)
+        differences = pd.DataFrame()
+        if baseline in values:
+            differences = compare(values, baseline, measure, shared=shared).set_index("system")
         for system in sorted(values, key=lambda name: (name != baseline, name)):
             row = {"collection": collection, "system": system, "queries": len(values[system][0]), "seeds": len(values[system])}
-            for name, interval in summarise(values[system]).items():
+            for name, interval in summarise(values[system], shared=shared).items():
                 row |= {name: interval["mean"], f"{name} low": interval["low"], f"{name} high": interval["high"]}
             for name in ("difference", "low", "high", "effect", "p", "p_holm"):
                 row[name] = differences[name].get(system, math.nan) if name in differences else math.nan
             row |= _costs(records, system, collection, devices[0] if devices else None)
+            row |= {"clusters": len(set(shared.values())) if shared else row["queries"]}
             rows.append(row | {"timed_on": devices[0] if len(devices) > 1 else "", "measure": measure, "baseline": baseline})
     return pd.DataFrame(rows)
 
@@ -173,15 +197,22 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 def caption(table: pd.DataFrame) -> str:
     """What belongs below the final table: queries, intervals, the test, and the notes on systems."""
-    lines = [
-        f"{collection}: {part['queries'].iloc[0]:,} queries. p: paired t-test on {part['measure'].iloc[0]} against "
-        f"{part['baseline'].iloc[0]} over these queries, corrected for {part['p'].notna().sum()} systems (Holm)."
-        for collection, part in table.groupby("collection", sort=False)
-    ]
+    lines = []
+    for collection, part in table.groupby("collection", sort=False):
+        first = part.iloc[0]
+        lines.append(
+            f"{collection}: {first['queries']:,} queries. p: paired t-test on {first['measure']} against {first['baseline']}, corrected "
+            f"for {part['p'].notna().sum()} systems (Holm)."
+        )
+        if first["clusters"] < first["queries"]:
+            lines.append(
+                f"Queries that share a relevant document are one draw, of {first['clusters']:,}, in p and in the intervals."
+            )
     if (table["seeds"] > 1).any():
         lines.append("Intervals: 95%, bootstrap over queries and seeds; p is of the means over these seeds.")
     else:
         lines.append("Intervals: 95%, bootstrap over queries; what another seed would give is not in them.")
+    lines.append("An interval stands alone and may leave out 0 where p, corrected, is above 0.05; then p decides.")
     lines.append(
         "params: outside the embeddings. Tokens and minutes of training, pairs/s: mean over seeds. X + Y: their scores mixed."
     )

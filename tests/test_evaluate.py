@@ -17,6 +17,7 @@ from rankmamba.evaluate import (
     PRIMARY,
     best_weight,
     bootstrap_means,
+    clusters,
     compare,
     detectable_difference,
     extremes,
@@ -157,6 +158,33 @@ def test_false_positive_rate_is_the_nominal_one_for_shuffled_systems():
         assert 0.04 <= (paired_p(swaps * (first - second)) < 0.05).mean() <= 0.06
 
 
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.dictionaries(st.sampled_from(IDS), st.integers(0, 1), min_size=1)))
+def test_queries_are_of_one_cluster_if_a_chain_of_shared_relevant_documents_joins_them(judged):
+    relevant = {query_id: {doc_id for doc_id, grade in found.items() if grade} for query_id, found in judged.items()}
+    relevant = {query_id: doc_ids for query_id, doc_ids in relevant.items() if doc_ids}
+    sets = [({query_id}, doc_ids) for query_id, doc_ids in relevant.items()]
+    joined = []
+    for queries, doc_ids in sets:
+        for other in [other for other in joined if other[1] & doc_ids]:
+            joined.remove(other)
+            queries, doc_ids = queries | other[0], doc_ids | other[1]
+        joined.append((queries, doc_ids))
+    found = clusters(make_qrels(judged))
+    assert set(found) == set(relevant)
+    assert {frozenset(q for q in found if found[q] == number) for number in found.values()} == {frozenset(q) for q, _ in joined}
+
+
+def test_false_positive_rate_is_the_nominal_one_where_queries_of_a_cluster_go_together():
+    generator = np.random.default_rng(23)
+    cluster = np.sort(generator.integers(0, 120, 200))
+    cluster = np.unique(cluster, return_inverse=True)[1]
+    together = generator.normal(0, 1, (20_000, cluster.max() + 1))[:, cluster] + generator.normal(0, 0.5, (20_000, 200))
+    assert 0.04 <= (paired_p(together, cluster) < 0.05).mean() <= 0.065
+    assert (paired_p(together) < 0.05).mean() > 0.1
+    low, high = np.quantile(bootstrap_means([row[:, None] for row in together[:800]], 1_000, 8, cluster), [0.025, 0.975], axis=0)
+    assert 0.92 <= ((low <= 0) & (0 <= high)).mean() <= 0.97
+
+
 def test_holm_keeps_the_family_wise_error_of_five_systems():
     differences = reciprocal_ranks((2_000, 5, 200), 4) - reciprocal_ranks((2_000, 5, 200), 5)
     any_found = [holm(p).min() < 0.05 for p in paired_p(differences)]
@@ -270,7 +298,7 @@ def test_a_detectable_difference_is_detected_as_often_as_it_says():
     sample = np.random.default_rng(21).choice(pilot - pilot.mean(), (5_000, 200))
     assert 0.77 <= (paired_p(sample + shift) < 0.05).mean() <= 0.83
     assert detectable_difference(pilot, 800) == pytest.approx(shift / 2, rel=0.02)
-    with pytest.raises(InputError, match="at least 2 queries"):
+    with pytest.raises(InputError, match="at least 2 queries that share no"):
         detectable_difference([0.1])
 
 

@@ -64,11 +64,11 @@ LENGTHS = pd.DataFrame(
 )
 WORDS = pd.DataFrame(
     [
-        (words, 10, system, difference, difference - 0.1, difference + 0.1)
+        (words, 10, system, difference, difference - 0.1, difference + 0.1, 0.5)
         for words, difference in (("5 to 48", 0.1), ("49 to 81", 0.0), ("82 to 500", -0.1))
         for system in ("nano-mamba", "nano-bert")
     ],
-    columns=["words", "queries", "system", "difference", "low", "high"],
+    columns=["words", "queries", "system", "difference", "low", "high", "of the baseline"],
 )
 FIGURES = {
     "forest": lambda: plots.forest(VALUES, ["RR@100", "nDCG@10"]),

@@ -290,10 +290,13 @@ def test_by_words_every_query_counts_once_and_the_parts_make_up_the_whole_differ
     assert table["queries"].sum() == len(words) and len(table) <= parts and (table["queries"] > 0).all()
     whole = (system - base)["RR@100"].mean()
     assert (table["difference"] * table["queries"]).sum() / len(words) == pytest.approx(whole)
-    for bounds, difference in zip(table["words"].str.split(" to "), table["difference"], strict=True):
+    for bounds, difference, own in zip(
+        table["words"].str.split(" to "), table["difference"], table["of the baseline"], strict=True
+    ):
         low, high = map(int, bounds)
         inside = [query for query, count in given.items() if low <= count <= high]
         assert difference == pytest.approx((system - base).loc[inside, "RR@100"].mean())
+        assert own == pytest.approx(base.loc[inside, "RR@100"].mean())
 
 
 def test_the_printed_table_fits_120_columns_and_says_the_test_and_the_number_of_queries(tmp_path):

@@ -1,0 +1,128 @@
+"""What one pre-training is worth: every nano system pre-trained from several seeds, then fine-tuned alike.
+
+`python -m rankmamba.pretrainings` pre-trains each system of scale pretrain with every seed but the one that data/checkpoints has
+(the seed draws the weights, the order of the queries and their negatives), fine-tunes all of them with one seed by the recipe of scale
+quick, and ranks every dev query; no test query is touched. If systems differ by no more than the pre-trainings of one of them do, their
+difference says nothing of the architectures. A run that was stopped goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .errors import InputError
+from .evaluate import PRIMARY, per_query
+from .experiment import Experiment, progress
+from .learning_rates import last_quarter, scale_config
+from .parameters import ROOT, parse_parameters, settle
+from .pretrained import publish
+from .reranker import Reranker
+from .results import environment, new_record, read_records, write_record
+from .systems import CHECKPOINTS, SCRATCH
+from .train import TrainConfig, train
+
+SEEDS = (0, 1, 2)
+
+
+def pretrained(folder: Path, config: TrainConfig, collection: str) -> Path:
+    """Return the checkpoint of a pre-training with this configuration: the published one if that is how it was made, else made here."""
+    name = config.system.removesuffix(SCRATCH)
+    published = CHECKPOINTS / name / "training.json"
+    if published.is_file() and json.loads(published.read_text(encoding="utf-8"))["config"] == dataclasses.asdict(config):
+        return published.parent
+    experiment = Experiment(folder, collection, "pretrain", config.seed)
+    with progress(f"{name}, seed {config.seed}") as on_step:
+        experiment.train(config, on_step)
+    (checkpoint,) = publish(folder, folder / "checkpoints")
+    return checkpoint
+
+
+def tried(folder: Path, before: TrainConfig, collection: str, after: TrainConfig, study: Experiment, top_k: int) -> dict:
+    """Pre-train on `collection`, fine-tune as `study` does, and measure every dev query on the reranked `top_k`.
+
+    Returns the record, found again if it was done; the models stay in a folder of their own below `folder`.
+    """
+    settings = {"pretraining": dataclasses.asdict(before), "fine_tuning": dataclasses.asdict(after), "top_k": top_k}
+    for record in read_records(folder, "pretraining") if folder.is_dir() else []:
+        if record["config"] == settings:
+            return record
+    models = folder / f"{after.system}-seed{before.seed}"
+    checkpoint = pretrained(models, before, collection)
+    with progress(f"{after.system} of seed {before.seed}, fine-tuning") as on_step:
+        config = dataclasses.replace(after, system=str(checkpoint))
+        trained = train(config, study.split("train"), models / "fine-tuned", on_step=on_step)
+    dev, reranker = study.split("dev"), Reranker.from_pretrained(models / "fine-tuned")
+    run = reranker.rerank(dev.candidates, dev, top_k, show_progress_bar=True)
+    values = per_query(run, dev.qrels, [PRIMARY])[PRIMARY]
+    curve = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["result"]["curve"]
+    result = {
+        "pretraining_loss": last_quarter(curve),
+        "loss": last_quarter(trained.curve),
+        "measure": PRIMARY,
+        "mean": float(values.mean()),
+        "per_query": values.to_dict(),
+    }
+    timing, ran = {"seconds": reranker.cost.seconds}, environment() | reranker.setup
+    record = new_record("pretraining", after.system, dev.name, study.scale, before.seed, settings, result, timing, ran)
+    write_record(folder, record)
+    return record
+
+
+def table(records: Sequence[dict]) -> pd.DataFrame:
+    """A row a system: for each seed the loss over the last quarter of its pre-training and the mean on dev after fine-tuning."""
+    rows = pd.DataFrame(
+        [(r["system"], r["seed"], r["result"]["pretraining_loss"], r["result"]["mean"]) for r in records],
+        columns=["system", "seed", "loss", PRIMARY],
+    )
+    found = rows.pivot(index="system", columns="seed", values=["loss", PRIMARY])
+    return found.loc[found[PRIMARY].mean(axis=1).sort_values(ascending=False).index]
+
+
+def spreads(values: pd.DataFrame) -> tuple[float, float]:
+    """Standard deviations of the values (systems, seeds): between the seeds of one system, pooled, and between the systems' means."""
+    return float(np.sqrt(values.var(axis=1, ddof=1).mean())), float(values.mean(axis=1).std(ddof=1))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rankmamba.pretrainings", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="override one of scale pretrain"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the pre-trainings (default: %(default)s)")
+    parser.add_argument("--then", default="quick", help="the scale whose recipe fine-tunes them (default: quick)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "results" / "pretrainings",
+        help="where everything goes (default: results/pretrainings)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        before, then = settle("pretrain", None, parse_parameters(options.parameters)), settle(options.then, None, {})
+        study, records = Experiment(options.results, then["collection"], options.then, then["seed"]), []
+        for seed in options.seeds:
+            for system in before["systems"]:
+                config = dataclasses.replace(scale_config(before, system), seed=seed)
+                after = scale_config(then, system.removesuffix(SCRATCH))
+                records.append(tried(options.results, config, before["collection"], after, study, then["top_k"]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    found = table(records)
+    print(found.to_string(float_format="{:.3f}".format))
+    if len(options.seeds) > 1:
+        between_seeds, between_systems = spreads(found[PRIMARY])
+        print(
+            f"standard deviation of {PRIMARY}: {between_seeds:.3f} between the seeds of a system, {between_systems:.3f} between systems"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
