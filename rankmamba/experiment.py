@@ -25,9 +25,11 @@ from .candidates import BM25
 from .collection import Collection, load, read_run, write_run
 from .errors import InputError
 from .evaluate import PRIMARY, clusters, interpolate, interpolate_tuned, per_query, weight_values
+from .files import sha256
 from .inputs import PairTokenizer
 from .reranker import Cost, Reranker
-from .results import environment, fingerprint, new_record, read_records, write_record
+from .results import environment, fingerprint, new_record, read_records, remove_record, write_record
+from .saved import WEIGHTS
 from .tables import measured
 from .train import TrainConfig, train
 
@@ -103,10 +105,18 @@ class Experiment:
         """Train a system on the train split and keep the model; returns the record. A stopped run is marked partial in it."""
         settings = dataclasses.asdict(config)
         record = self._found("train", config.system, "train", settings)
-        if record and not record["result"]["partial"] and self.model_path(config.system).is_dir():
+        folder = self.model_path(config.system)
+        if record and not record["result"]["partial"] and folder.is_dir() and self._made(record, folder):
             return record
-        trained = train(config, self.split("train"), self.model_path(config.system), on_step=on_step, stop=stop)
-        return self._leave("train", config.system, "train", settings, trained.result(), trained.timing(), trained.setup)
+        trained = train(config, self.split("train"), folder, on_step=on_step, stop=stop)
+        result = trained.result() | {"weights": sha256(folder / WEIGHTS)}
+        return self._leave("train", config.system, "train", settings, result, trained.timing(), trained.setup)
+
+    @staticmethod
+    def _made(record: dict, folder: Path) -> bool:
+        """Whether a training's record speaks of the model in `folder`, not of one that another, killed training has replaced since."""
+        weights = record["result"].get("weights")  # records of before 2026-11-28 lack it
+        return weights is None or (folder / WEIGHTS).is_file() and sha256(folder / WEIGHTS) == weights
 
     def trained(self, system: str) -> dict:
         """The record of a system's training.
@@ -155,14 +165,18 @@ class Experiment:
         journals = {part: self.run_path(system, part).with_suffix(".finished") for part in PARTS}
         record = self._found("rerank", system, "test", config)
         if not (record and self._has_runs(system)):
-            reranker, cost, rows = Reranker.from_pretrained(folder), Cost(), {}
+            reranker, cost, runs = Reranker.from_pretrained(folder), Cost(), {}
             for part, journal in journals.items():
                 candidates, split = self.run(first_stage, part), self.split(part)
-                run, part_cost = resumable.rerank(
+                runs[part], part_cost = resumable.rerank(
                     reranker, candidates, split, top_k, journal, config, show_progress, max_passages
                 )
+                cost += part_cost
+            if (before := self._last("rerank", system, "test")) is not None:
+                remove_record(self.folder, before)  # never a record beside the runs of another
+            for part, run in runs.items():
                 write_run(self.run_path(system, part), run, system)
-                cost, rows = cost + part_cost, rows | {part: len(run)}
+            rows = {part: len(run) for part, run in runs.items()}
             result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens, "rows": rows}
             rates = {"pairs_per_s": cost.pairs / cost.seconds, "tokens_per_s": cost.tokens / cost.seconds}
             ran = reranker.setup

@@ -52,7 +52,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full or may not be written.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # "." has no name
     with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         workspace = _workspace(path)
@@ -67,6 +67,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 os.rename(path, workspace / "replaced")
             os.replace(temporary, path)
         finally:
+            _give_back(workspace, path)
             shutil.rmtree(workspace, ignore_errors=True)
 
 
@@ -76,8 +77,16 @@ def _workspace(path: Path) -> Path:
     for left_over in path.parent.glob(f"{glob.escape(mine)}*"):
         process = left_over.name.removeprefix(mine).partition("-")[0]
         if process.isdigit() and not _runs(int(process)):
+            _give_back(left_over, path)
             shutil.rmtree(left_over, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=path.parent))
+
+
+def _give_back(workspace: Path, path: Path) -> None:
+    """Put the folder that was `path` back if the new one did not come to take its place."""
+    replaced = workspace / "replaced"
+    if replaced.is_dir() and not path.exists():
+        os.rename(replaced, path)
 
 
 def _runs(process: int) -> bool:

@@ -7,6 +7,7 @@ architectures, not how much care each one's kernels got. Training and other prec
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 from torch.profiler import record_function
 from transformers.activations import GELUActivation
 
@@ -59,10 +60,12 @@ def runs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
 def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
     """Say whether the kernels may compute `module`: without gradients, dropout, autocast, or anything that has replaced its linear map
     or watches its parts."""
-    if type(linear) is not nn.Linear or any(part._forward_hooks or part._forward_pre_hooks for part in module.children()):
+    replaced = type(linear) is not nn.Linear or "forward" in vars(linear)
+    watched = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
+    if replaced or watched or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return False
     on_cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32 == linear.weight.dtype
-    learns = torch.is_grad_enabled() or module.training or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    learns = torch.is_grad_enabled() or module.training or torch.is_autocast_enabled("cpu") or scan.traced()
     return on_cpu and not learns and scan.kernel("cpu").name == "native"
 
 

@@ -6,6 +6,7 @@ serve training, scoring and cached document states, and every text is tokenised 
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ import torch
 
 from .errors import InputError
 
+TOKENISING = threading.Lock()  # a fast tokenizer keeps the limit of the call that is running in itself
 MOST_MATCHES = 3  # of a query token in the document that a mark tells apart
 
 # What each kind of model reads, and the token whose hidden state becomes the score.
@@ -109,14 +111,21 @@ class PairTokenizer:
     def _tokenise(self, prefix: str, texts: Sequence[str], limit: int) -> list[np.ndarray]:
         if not texts:
             return []
-        encoded = self.tokenizer(
-            [prefix + text for text in texts],
-            add_special_tokens=False,
-            truncation=True,
-            max_length=limit,
-            padding=False,
-            return_attention_mask=False,
-        )
+        try:
+            with TOKENISING:
+                encoded = self.tokenizer(
+                    [prefix + text for text in texts],
+                    add_special_tokens=False,
+                    truncation=True,
+                    max_length=limit,
+                    padding=False,
+                    return_attention_mask=False,
+                )
+        except TypeError as error:
+            broken = next((text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text)), None)
+            if broken is None:
+                raise
+            raise InputError(f"expected text that UTF-8 can hold, got half a surrogate pair in {broken!r:.80}") from error
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     def join(self, query: np.ndarray, document: np.ndarray) -> Pair:

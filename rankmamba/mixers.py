@@ -168,7 +168,8 @@ class _ScanMixer:
         if state is not None and not isinstance(state, MambaState):
             state = _HuggingFaceCache(state, self.conv_kernel_size)
         mixed = self._mix(hidden_states, state, padding)
-        return mixed if padding is None else padding.put_back(mixed)
+        # token by token again from here on: `last_layer` counts on every token being in its place
+        return self.out_proj(mixed if padding is None else padding.put_back(mixed))
 
     def _convolve(self, x, past, padding, record):
         """x: (B, L, W) -> act(conv(x)), and the last K-1 real inputs if they are to be recorded."""
@@ -225,7 +226,7 @@ class ScanMamba(_ScanMixer):
         if record:
             y, last_state = y
             state._write(self.layer_idx, last_inputs, last_state)
-        return self.out_proj(y)
+        return y
 
     def _select(self, u):
         """(B, L, E) -> what depends on the token: delta before its projection (B, L, R), B and C (B, L, N)."""
@@ -285,7 +286,7 @@ class ScanMamba2(_ScanMixer):
         if record:
             y, last_state = y
             state._write(self.layer_idx, last_inputs, last_state)
-        return self.out_proj(rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups))
+        return rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups)
 
 
 class ScanRMSNorm:

@@ -60,6 +60,7 @@ class RerankerModel(PreTrainedModel):
 
     def __init__(self, config: RerankerConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
+        self.loss_type = "ForSequenceClassification"  # transformers goes by the name of the class
         backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None  # BERT's pooler belongs to its next-sentence task; the head reads the token itself

@@ -36,7 +36,9 @@ def native_attention(
     """
     causal = module.is_causal if is_causal is None else is_causal
     served = query.dtype == torch.float32 and query.device.type == "cpu" and key[0, 0].numel() <= LARGEST_KEYS
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not served:
+    served = served and not torch.is_grad_enabled() and not scan.traced() and not kwargs.get("dropout")
+    # a query before which nothing is real sees no key at all, for which the kernel has no answer
+    if not served or causal and attention_mask is not None and not attention_mask[:, 0].all():
         mask = sdpa_mask(attention_mask, causal, query, key)
         return sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, is_causal=causal, position_bias=position_bias, **kwargs

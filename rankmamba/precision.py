@@ -2,6 +2,8 @@
 
 import torch
 
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+
 
 def autocast_dtype(device: torch.device | str, asked: torch.dtype | None = None) -> tuple[torch.dtype, str]:
     """Return (dtype for autocast, the reason): what was asked for, else bfloat16 where the device has matrix units for it.
@@ -10,7 +12,7 @@ def autocast_dtype(device: torch.device | str, asked: torch.dtype | None = None)
     """
     device = torch.device(device)
     if asked is not None:
-        return asked, f"{'bf16' if asked == torch.bfloat16 else 'fp32'}: asked for"
+        return asked, f"{NAMES.get(asked, asked)}: asked for"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"bf16: {torch.cuda.get_device_name(device)} has bfloat16 tensor cores"

@@ -24,6 +24,7 @@ from .memory import free_memory, out_of_memory
 from .model import RerankerModel
 from .passages import best_of, cut, spread, tokens_needed
 from .precision import autocast, autocast_dtype
+from .saved import check_target
 from .threads import at_once, batch_cost, even_batches, side_by_side
 from .token_store import document_tokens
 
@@ -112,9 +113,14 @@ class Reranker:
         return NoModelCard()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights (safetensors), configuration with the template, and tokenizer; the folder is whole or absent."""
+        """Write weights (safetensors), configuration with the template, and tokenizer; the folder is whole or absent.
+
+        Raises:
+            InputError: the folder holds something else than a saved reranker, or cannot be written.
+        """
         from .cross_encoder import write_files
 
+        check_target(folder)
         with replacing(folder) as temporary:
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
@@ -219,7 +225,10 @@ class Reranker:
         document_lengths = np.array([len(ids) for ids in documents], dtype=int)
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
         count = at_once(self.device)
-        batches = even_batches(lengths, batch_tokens or self.batch_tokens, count, batch_cost(self.device, count))
+        cut = [batch_tokens or self.batch_tokens, count, batch_cost(self.device, count)]
+        if share:  # processes may have different numbers of threads; all have to cut alike
+            dist.broadcast_object_list(cut, src=0, device=self.device)
+        batches = even_batches(lengths, *cut)
         if share:
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0

@@ -208,6 +208,13 @@ def _file_name(record: Mapping) -> str:
     return f"{'-'.join(_slug(record[key]) for key in IDENTITY[:3])}-seed{record['seed']}.json"
 
 
+def remove_record(folder: str | Path, record: Mapping) -> None:
+    """Remove a record that `write_record` wrote, before what it speaks of is replaced."""
+    path = Path(folder) / "records" / _file_name(record)
+    for place in (path, _gzipped(path)):
+        place.unlink(missing_ok=True)
+
+
 def fingerprint(record: Mapping) -> str:
     """SHA-256 of what is deterministic in a record: what it is of, `config` and `result`. Runs with the same seed agree in it."""
     part = _plain({key: record[key] for key in (*IDENTITY, "config", "result")}, "")

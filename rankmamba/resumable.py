@@ -88,7 +88,7 @@ def rerank(
     digest = hashlib.sha256(pd.util.hash_pandas_object(head, index=False).to_numpy().tobytes()).hexdigest()
     of = of | {"top_k": top_k, "max_passages": max_passages, "pairs": PAIRS, "candidates": digest}
     journal = Journal(path, of | {"precision": reranker.precision, "device": reranker.device.type})
-    pieces = _pieces(list(dict.fromkeys(head["query_id"])), max(1, PAIRS // top_k))
+    pieces = _pieces(list(dict.fromkeys(head["query_id"])), max(1, PAIRS // max(1, top_k)))
     with tqdm(total=len(head), unit="pair", desc="reranking", mininterval=1, disable=not show_progress_bar) as bar:
         for place, query_ids in enumerate(pieces):
             if place >= len(journal.pieces):

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .errors import InputError
 from .model import RerankerConfig, RerankerModel
 
+WEIGHTS = "model.safetensors"
 REMEDY = "copy the folder again, or train the system again"
 
 
@@ -25,6 +26,17 @@ def is_saved(folder: Path) -> bool:
         return json.loads(path.read_text(encoding="utf-8")).get("model_type") == RerankerConfig.model_type
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"expected the configuration of a model, got no JSON object ({path}: {error}); {REMEDY}") from error
+
+
+def check_target(folder: str | Path) -> None:
+    """Check that a reranker may be saved as `folder`, which replaces what is there: nothing, or a saved reranker.
+
+    Raises:
+        InputError: it is a file, or holds something else.
+    """
+    folder = Path(folder)
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not is_saved(folder):
+        raise InputError(f"expected a new or empty folder, or a saved reranker to replace, got {folder}; choose another name")
 
 
 def load_saved(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, PreTrainedTokenizerBase]:

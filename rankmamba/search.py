@@ -18,6 +18,7 @@ import pandas as pd
 from .candidates import BM25, words
 from .collection import Collection
 from .files import sha256
+from .inputs import TOKENISING
 from .reranker import Reranker
 from .states import DocumentStates
 from .states.reader import MANIFEST
@@ -119,7 +120,8 @@ class Search:
 
         folder = self._store(system)
         for other in self.stores.glob(f"{system}-*"):
-            if other != folder:  # of a model that has been trained anew since
+            of_this = re.fullmatch(re.escape(system) + "-[0-9a-f]{12}", other.name)  # not of nano-mamba-scratch
+            if of_this and other != folder:  # of a model that has been trained anew since
                 shutil.rmtree(other)
         with suppress(Stopped):
             self._states[system] = DocumentStates.build(self.reranker(system), self.collection, folder, STORED, on_stored=look_up)
@@ -180,9 +182,10 @@ def read_until(reranker: Reranker, text: str) -> int:
     """How many characters of a document a reranker reads before it cuts it."""
     inputs = reranker.inputs
     given = inputs.document_prefix + text
-    encoded = inputs.tokenizer(
-        given, add_special_tokens=False, truncation=True, max_length=inputs.document_limit, return_offsets_mapping=True
-    )
+    with TOKENISING:
+        encoded = inputs.tokenizer(
+            given, add_special_tokens=False, truncation=True, max_length=inputs.document_limit, return_offsets_mapping=True
+        )
     return max((end for _, end in encoded["offset_mapping"]), default=0) - len(inputs.document_prefix)
 
 

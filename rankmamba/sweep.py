@@ -118,7 +118,7 @@ def finished(run: Run) -> bool:
 def start_here(jobs: int) -> Callable[[list[str], Path], subprocess.Popen]:
     """Return what starts a study, given its arguments and its log, as a process of this machine with its share of the threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = int(os.environ.get("OMP_NUM_THREADS", str(cores)).split(",")[0])  # the others are of nested regions
+    threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])  # the others are of nested regions
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // jobs))}
 
     def start(arguments: list[str], log: Path) -> subprocess.Popen:

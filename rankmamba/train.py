@@ -27,6 +27,7 @@ from .collection import Collection, load, read_run
 from .errors import InputError
 from .reranker import Reranker
 from .results import environment, new_record, write_record
+from .saved import check_target
 from .training.checkpoints import Checkpoints
 from .training.config import TrainConfig, read_config
 from .training.distil import teacher_scores
@@ -117,6 +118,7 @@ def train(
     if candidates is None:
         raise InputError(f"expected candidates to draw negatives from, got none in {collection.name}; pass a first-stage run")
     config.check(processes.num_processes)
+    check_target(folder)
     positives = int((collection.qrels["relevance"] > 0).sum())
     if positives == 0:
         raise InputError(f"expected at least one relevant document in the qrels of {collection.name}, got none")

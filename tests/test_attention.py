@@ -107,5 +107,9 @@ def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_key
         monkeypatch.setattr(native_attention, "LARGEST_KEYS", 12 * 16 - 1)  # texts as long as these
         monkeypatch.setattr(scan.native, "attention", None)
         far = attend(module, query, key, value, seen, position_bias=bias)[0]
+        monkeypatch.undo()
+        monkeypatch.setattr(scan.native, "attention", None)
+        dropped = attend(module, query, key, value, seen, position_bias=bias, dropout=0.5)[0]
+    assert not torch.allclose(dropped.double(), expected, atol=0.05)
     assert rounded.dtype == torch.bfloat16 and torch.allclose(rounded.double(), expected, atol=0.05)
     assert torch.allclose(traced.double(), expected, atol=1e-5) and torch.allclose(far.double(), expected, atol=1e-5)

@@ -153,6 +153,36 @@ def test_what_killed_processes_left_is_removed_and_what_a_living_one_writes_is_n
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_is_still_there_after_a_kill_or_an_error_between_its_two_renames(tmp_path, monkeypatch):
+    old, path = {"weights": "old"}, tmp_path / "model"
+
+    def contents():
+        return {file.name: file.read_text() for file in path.iterdir()}
+
+    def write(text):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            (temporary / "weights").write_text(text)
+
+    write("old")
+    killed = f"""
+import os
+from rankmamba.files import replacing
+os.replace = lambda *paths: os.kill(os.getpid(), 9)
+with replacing({str(path)!r}) as temporary:
+    temporary.mkdir()
+"""
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == -signal.SIGKILL and not path.exists()
+    with pytest.raises(ZeroDivisionError), replacing(path):
+        assert contents() == old  # the next writer gave it back before anything else
+        raise ZeroDivisionError
+    assert contents() == old
+    monkeypatch.setattr(os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write("new")
+    assert contents() == old and [left.name for left in tmp_path.iterdir()] == ["model"]
+
+
 # ------------------------------------------------------------------------------------------------------------ damaged files
 
 

@@ -121,7 +121,7 @@ def test_training_other_precisions_and_activations_adapters_and_watched_parts_st
     training = use_kernels(lively(family)).train()
     lora = get_peft_model(use_kernels(lively(family)), LoraConfig(target_modules=adapted, init_lora_weights=False)).eval()
     relu = use_kernels(lively(family, hidden_act="relu"))
-    replaced, watched, seen = use_kernels(lively(family)), use_kernels(lively(family)), []
+    replaced, watched, patched, seen = *(use_kernels(lively(family)) for _ in range(3)), []
     for module in list(replaced.modules()):
         for name, part in list(module.named_children()):
             if isinstance(part, torch.nn.Linear):
@@ -129,6 +129,9 @@ def test_training_other_precisions_and_activations_adapters_and_watched_parts_st
     for part in watched.modules():
         if isinstance(part, torch.nn.Linear):
             part.register_forward_hook(lambda part, inputs, output: seen.append(part))
+    for part in patched.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.forward = part.forward
     gradient, steps_back = torch.enable_grad(), torch.no_grad()
     for model, context, autocast in [
         (use_kernels(lively(family)), gradient, nullcontext()),
@@ -136,12 +139,20 @@ def test_training_other_precisions_and_activations_adapters_and_watched_parts_st
         (lora, steps_back, nullcontext()),
         (replaced, steps_back, nullcontext()),
         (watched, steps_back, nullcontext()),
+        (patched, steps_back, nullcontext()),
         (use_kernels(lively(family)), steps_back, torch.autocast("cpu", torch.bfloat16)),
         (use_kernels(lively(family)).double(), steps_back, nullcontext()),
     ]:
         with context, autocast:
             assert hidden(model, ids).isfinite().all()
     assert not calls and len(set(seen)) == sum(isinstance(part, torch.nn.Linear) for part in watched.modules())
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda part, inputs, output: None)
+    try:
+        with torch.no_grad():
+            hidden(use_kernels(lively(family)), ids)
+    finally:
+        hook.remove()
+    assert not calls
     with torch.no_grad():
         torch.testing.assert_close(hidden(relu, ids), hidden(lively(family, hidden_act="relu"), ids), rtol=1e-5, atol=1e-5)
     assert "gelu_" not in calls

@@ -5,6 +5,7 @@ The work runs in forks of this process, which has everything imported. Half of t
 random, half after a random time.
 """
 
+import dataclasses
 import io
 import json
 import mmap
@@ -25,7 +26,7 @@ from forks import fork
 from rankmamba import embedded, experiment, resumable, states, token_store
 from rankmamba.backbones import load_tokenizer
 from rankmamba.embedded import nq, sources
-from rankmamba.experiment import Experiment
+from rankmamba.experiment import PARTS, Experiment
 from rankmamba.files import sha256
 from rankmamba.formats import Documents
 from rankmamba.inputs import PairTokenizer
@@ -38,6 +39,7 @@ from rankmamba.train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KILLS = 20
+QUICK = TrainConfig("tiny-mamba", max_steps=1, group_size=2, batch_size=2, max_length=64, max_query_length=16)
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "tempfile.mkdtemp", "shutil.rmtree"}
 
 
@@ -292,3 +294,38 @@ def test_state_building(fresh, monkeypatch):
         assert computed.value - before == len(documents) - finished
         assert without_locks(contents(folder)) == without_locks(contents(expected))
     assert partly >= KILLS / 4
+
+
+def test_a_run_that_is_given_up_never_stands_in_for_the_one_before_it(tmp_path, monkeypatch):
+    tried = study(tmp_path)
+    tried.first_stage("bm25", 0.9, 0.4)
+    tried.train(QUICK)
+    before = tried.rerank("tiny-mamba", "bm25", 10, False)
+    runs = {part: tried.run_path("tiny-mamba", part).read_bytes() for part in PARTS}
+    rerank, pieces = resumable.rerank, []
+
+    def given_up(*arguments, **options):
+        pieces.append(arguments)
+        if len(pieces) == 2:  # while it reranks test
+            raise KeyboardInterrupt
+        return rerank(*arguments, **options)
+
+    monkeypatch.setattr(resumable, "rerank", given_up)
+    with pytest.raises(KeyboardInterrupt):
+        tried.rerank("tiny-mamba", "bm25", 10, False, max_passages=4)
+    assert tried.rerank("tiny-mamba", "bm25", 10, False) == before
+    assert {part: tried.run_path("tiny-mamba", part).read_bytes() for part in PARTS} == runs
+
+
+def test_a_model_whose_record_was_not_written_does_not_stand_in_for_the_one_before_it(tmp_path, monkeypatch):
+    tried = study(tmp_path)
+    first = tried.train(QUICK)
+    weights = tried.model_path("tiny-mamba") / "model.safetensors"
+    kept = weights.read_bytes()
+    monkeypatch.setattr(experiment, "write_record", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tried.train(dataclasses.replace(QUICK, learning_rate=1e-2))
+    monkeypatch.undo()
+    assert weights.read_bytes() != kept
+    again = tried.train(QUICK)
+    assert again["result"] == first["result"] and weights.read_bytes() == kept

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification
 
+from rankmamba import scan
 from rankmamba.backbones import SYSTEMS, build
 from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.last_layer import LastLayer
 from rankmamba.nano import NANO
 from rankmamba.reranker import Reranker
+from rankmamba.scan import portable
 from rankmamba.threads import even_batches
 
 FAMILIES = [f"tiny-{name}" for name in NANO]
@@ -253,3 +255,78 @@ def test_the_last_layer_skips_what_nobody_reads_and_no_score_or_gradient_changes
     whole, expected = scores_and_gradient()
     assert torch.allclose(skipping, whole, atol=1e-5)
     assert torch.allclose(gradient, expected, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("reranker", [name for name in FAMILIES if SYSTEMS[name].kind == "causal"], indirect=True)
+def test_padding_on_the_left_changes_no_score(reranker):
+    model = reranker.model
+    short, long = torch.randint(200, 900, (6,)), torch.randint(200, 900, (9,))
+    ids, mask = torch.stack([torch.cat([torch.zeros(3, dtype=torch.int64), short]), long]), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=row[None], attention_mask=torch.ones_like(row[None])).logits for row in (short, long)])
+        together = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.allclose(together, alone, atol=1e-5) and alone.isfinite().all()
+
+
+def test_two_threads_tokenise_one_after_the_other(reranker):
+    """A fast tokenizer keeps the limit of a call in itself: another call in between would cut at its own."""
+    inputs, running, most = copy.copy(reranker.inputs), [], []
+
+    def tokenizer(texts, **options):
+        running.append(texts)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.remove(texts)
+        return {"input_ids": [[1]] * len(texts)}
+
+    inputs.tokenizer = tokenizer
+    calls = [threading.Thread(target=each, args=([name],)) for each in (inputs.queries, inputs.documents) for name in "abc"]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert most == [1] * 6
+
+
+def test_text_that_no_file_could_hold_is_named(reranker):
+    with pytest.raises(InputError, match="half a surrogate pair in 'a .ud800'"):
+        reranker.predict([("query", "a \ud800")])
+
+
+def test_the_loss_for_labels_is_that_of_sequence_classification():
+    model = Reranker.from_pretrained("tiny-mamba", dtype=torch.float32).model
+    output = model(input_ids=torch.randint(200, 900, (2, 8)), labels=torch.tensor([1.0, 0.0]))
+    expected = torch.nn.functional.mse_loss(output.logits[:, 0], torch.tensor([1.0, 0.0]))
+    assert torch.equal(output.loss, expected) and output.loss.requires_grad
+
+
+def test_a_folder_with_other_things_is_not_replaced(tmp_path):
+    reranker = Reranker.from_pretrained("tiny-bert")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    for folder in (tmp_path / "thesis", tmp_path / "thesis" / "chapter.tex"):
+        with pytest.raises(InputError, match="or a saved reranker to replace"):
+            reranker.save_pretrained(folder)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+    for _ in range(2):  # a saved reranker may be
+        reranker.save_pretrained(tmp_path / "model")
+
+
+def test_a_format_that_is_neither_is_recorded_by_its_name():
+    assert Reranker.from_pretrained("tiny-bert", device="cpu", dtype=torch.float16).precision == "fp16: asked for"
+
+
+def test_a_kernel_that_is_asked_for_runs_on_every_thread():
+    reranker = Reranker.from_pretrained("tiny-mamba", dtype=torch.float32)
+    pairs = [("river", text) for text in TEXTS]
+    called = []
+
+    class Counted:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(portable, name)
+
+    with threads(2), scan.forced(Counted()):
+        reranker.predict(pairs, batch_tokens=64)
+    assert "selective_scan" in called

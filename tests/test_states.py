@@ -3,6 +3,7 @@
 import itertools
 import math
 import resource
+import threading
 import time
 from pathlib import Path
 
@@ -369,3 +370,36 @@ def test_what_cannot_be_is_refused_by_name(mamba, tmp_path):
         DocumentStates.build(mamba, DOCUMENTS, tmp_path / "t", "int2")
     with pytest.raises(InputError, match="at least one document"):
         DocumentStates.build(mamba, {}, tmp_path / "u")
+
+
+def test_two_queries_on_the_same_held_states_are_answered_one_after_the_other(tmp_path, monkeypatch):
+    states = DocumentStates.build(make("neox"), DOCUMENTS, tmp_path / "s")
+    held, running, most, go_on = states.hold(list(DOCUMENTS)), [], [], states._continue
+
+    def observed(*arguments):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.01)
+        try:
+            return go_on(*arguments)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(states, "_continue", observed)
+    asked = [threading.Thread(target=held.rank, args=(query,)) for query in QUERIES.values()]
+    for thread in asked:
+        thread.start()
+    for thread in asked:
+        thread.join()
+    assert len(asked) > 1 and set(most) == {1}
+
+
+def test_a_format_that_does_not_exist_is_refused_by_build_and_convert(tmp_path):
+    reranker = make("mamba")
+    states = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "s")
+    for write in (
+        lambda: states.convert(tmp_path / "t", "int2"),
+        lambda: DocumentStates.build(reranker, DOCUMENTS, tmp_path / "t", "int2"),
+    ):
+        with pytest.raises(InputError, match="expected a dtype among float32, .*, got 'int2'"):
+            write()

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from rankmamba.collection import load
+from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig, train
+from rankmamba.training.distil import teacher_scores
+from rankmamba.training.groups import TrainingGroups
 from rankmamba.training.losses import accuracy, distil_loss, lce_loss
 from rankmamba.training.progress import Progress
 from rankmamba.training.trainer import LCETrainer, like_length
@@ -154,3 +157,35 @@ def test_training_pads_at_most_a_quarter_and_loses_no_pair():
     assert sorted(np.concatenate(chunks)) == list(range(64)) and len(chunks) == LCETrainer.CHUNKS
     assert sum(max(lengths[c]) * len(c) for c in chunks) / sum(lengths) <= 1.25
     assert [len(c) for c in like_length([5, 5], 4)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"group_size": 1},
+        {"max_steps": -3},
+        {"learning_rate": -1.0},
+        {"warmup": 2.0},
+        {"epochs": -1.0},
+        {"lora_r": -1},
+        {"weight_decay": float("nan")},
+    ],
+)
+def test_a_number_out_of_its_range_is_named_before_anything_is_loaded(wrong, tmp_path):
+    (name, value), config = *wrong.items(), TrainConfig("no-such-system", **{**TINY, **wrong})
+    with pytest.raises(InputError, match=f"expected {name} from .* got {value}"):
+        train(config, load("rankmamba/tiny/train"), tmp_path / "model")
+
+
+def test_a_teacher_that_was_trained_anew_is_asked_anew(tmp_path):
+    tiny = load("rankmamba/tiny/train")
+    scores = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        teacher = Reranker.from_pretrained("tiny-bert", max_length=64, max_query_length=16)
+        torch.nn.init.normal_(teacher.model.score.weight, std=1.0)
+        teacher.save_pretrained(tmp_path / "teacher")
+        groups = TrainingGroups(tiny, tiny.candidates, teacher.inputs, 4, 0, count=4)
+        scores.append(teacher_scores(str(tmp_path / "teacher"), groups, tiny, tmp_path / "kept"))
+    assert not np.allclose(*scores)

@@ -61,10 +61,10 @@ def costs_table(rows: Sequence[tuple[str, int, int, str, dict]]) -> str:
         "batch",
         "mode",
         "tokens/s: median, quartiles",
-        "ms a query",
+        "ms for 100 documents",
         "peak MiB",
         "GFLOP a pair",
-        "of peak",
+        "of a large product's speed",
     ]
     lines = []
     for system, length, batch, mode, found in reversed(rows):

@@ -48,7 +48,10 @@ class RankingPanel(Panel):
         )
         self.systems = [
             widgets.Checkbox(
-                place < 3, description=system, indent=False, layout=widgets.Layout(width="auto", margin="0 16px 0 0")
+                place < 2 or "mamba" in system,
+                description=system,
+                indent=False,
+                layout=widgets.Layout(width="auto", margin="0 16px 0 0"),
             )
             for place, system in enumerate(search.models)
         ]

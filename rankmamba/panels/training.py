@@ -110,7 +110,8 @@ class TrainingPanel(Panel):
         self.table.value = runs_table(self._past, key)
 
     def _show_curves(self, now: Run | None, past: list[dict], steps: int, group_size: int) -> None:
-        earlier = [Run(record["system"], record["result"]["curve"], False) for record in past[-SHOWN_CURVES:]]
+        alike = [record for record in past if record["config"]["group_size"] == group_size]  # guessing is ln(group size)
+        earlier = [Run(record["system"], record["result"]["curve"], False) for record in alike[-SHOWN_CURVES:]]
         self.picture.value = learning_curves([*earlier, *([now] if now else [])], steps, group_size)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch.profiler import record_function
 
 from ..errors import InputError
-from .dispatch import Kernel, forced, implementation, kernel
+from .dispatch import Kernel, forced, implementation, kernel, traced
 from .precision import without_autocast
 
-__all__ = ["Kernel", "causal_conv1d", "forced", "kernel", "rms_norm", "selective_scan", "ssd_scan"]
+__all__ = ["Kernel", "causal_conv1d", "forced", "kernel", "rms_norm", "selective_scan", "ssd_scan", "traced"]
 
 
 @without_autocast

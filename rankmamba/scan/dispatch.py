@@ -44,10 +44,15 @@ def forced(kernel: str | object):
         _forced.reset(token)
 
 
+def traced() -> bool:
+    """Whether torch.compile or torch.jit is recording what runs: neither can look into the kernels."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def implementation(tensor: torch.Tensor) -> ModuleType:
     """Return the module whose functions take `tensor`."""
-    if tensor.dtype == torch.float64 or tensor.numel() == 0 or torch.compiler.is_compiling():
-        return portable  # the kernels know no float64 and those of CUDA no empty tensor, and the compiler cannot look into them
+    if tensor.dtype == torch.float64 or tensor.numel() == 0 or traced():
+        return portable  # the kernels know no float64 and those of CUDA no empty tensor
     return _forced.get() or _choose(tensor.device.type)[1]
 
 

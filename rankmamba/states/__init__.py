@@ -5,6 +5,7 @@ fixed size, whatever the length of the document; attention keeps keys and values
 computes in float32, float32 states give the scores of full scoring; smaller formats round the states, never the computation.
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from ..model import pooled_positions
 from ..precision import autocast
 from ..reranker import Cost, Reranker, _unique
 from .build import BLOCK, SAMPLE, blocks, identity, store_block
-from .formats import DTYPES, FLOATS, Parts, decode, encode, encode_ids, record_bytes
+from .formats import FLOATS, Parts, check_format, decode, encode, encode_ids, record_bytes
 from .kinds import kind_of
 from .reader import Reader, compare_headers
 from .store import Writer, building
@@ -73,8 +74,7 @@ class DocumentStates:
         Raises:
             InputError: the backbone is not causal, the folder holds other states or has another builder, the disk is full, ...
         """
-        if dtype not in DTYPES:
-            raise InputError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
+        check_format(dtype)
         documents = documents.documents if isinstance(documents, Collection) else documents
         documents = documents if isinstance(documents, Documents) else Documents(documents)
         kind = kind_of(reranker, layers)
@@ -159,8 +159,9 @@ class DocumentStates:
         """Write these states, float32 of all layers, in another format; the backbone does not run.
 
         Raises:
-            InputError: these states are not float32 of all layers.
+            InputError: these states are not float32 of all layers, or there is no such format.
         """
+        check_format(dtype)
         manifest, table = self._reader.manifest, self._reader.names.table
         if self.dtype != "float32" or manifest["header"]["layers"] is not None:
             raise InputError(f"expected float32 states of all layers to convert, got {self.dtype} in {self._reader.folder}")
@@ -284,13 +285,14 @@ class HeldStates:
 
     def __init__(self, states: DocumentStates, doc_ids: list[str], batches: list):
         self.states, self.doc_ids, self._batches = states, doc_ids, batches
+        self._lock = threading.Lock()  # a query's keys and values go behind the documents' own, into the same room
 
     @torch.no_grad()
     def rank(self, query: str, top_k: int | None = None) -> list[dict]:
         """Rank the documents held for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order."""
         tokens = self.states.reranker.inputs.queries([query])
         scores = np.empty(len(self.doc_ids), dtype=np.float32)
-        with autocast(self.states.reranker.device, self.states.reranker.dtype):
+        with self._lock, autocast(self.states.reranker.device, self.states.reranker.dtype):
             for batch, loaded in self._batches:
                 scores[batch] = self.states._continue(loaded, tokens * len(batch))
         return _ranked(self.doc_ids, scores, top_k)

@@ -14,6 +14,16 @@ Parts = list[torch.Tensor]  # what one document's state is made of, in a fixed o
 Profile = list[tuple[torch.Tensor, torch.Tensor]]  # for each part the mean of each number over documents, and its unit
 
 
+def check_format(dtype: str) -> None:
+    """Check the name of a number format.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
+
+
 def record_bytes(dtype: str, numbers: int) -> int:
     """Return the bytes that a document of so many numbers takes."""
     size = numbers * FLOATS[dtype].itemsize if dtype in FLOATS else -(-numbers // GROUP) * (GROUP * BITS[dtype] // 8 + 2)

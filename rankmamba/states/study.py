@@ -185,7 +185,7 @@ def length_table(records: list[dict]) -> pd.DataFrame:
 
 
 def outlook(records: list[dict], documents: int, cores: int = 64, memory_gb: int = 512) -> pd.DataFrame:
-    """What the states of a large collection take: terabytes, days of one machine like this one to build, machines to hold them.
+    """What the states of a large collection take: terabytes, hours of a rented machine to build, machines to hold them.
 
     A document there costs what one costs here; break-even: scorings of a document after which building it has paid for itself.
     cores: of a rented machine that builds, taken to be as fast as this machine's threads; memory_gb: of one that holds them.

@@ -1,11 +1,23 @@
 """What a training is made of, and its YAML file."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
 from ..parameters import read_yaml
+
+RANGES = (  # name, lowest, highest
+    ("learning_rate", 0.0, math.inf),
+    ("batch_size", 1, math.inf),
+    ("group_size", 2, math.inf),
+    ("epochs", 0.0, math.inf),
+    ("max_steps", 0, math.inf),
+    ("warmup", 0.0, 1.0),
+    ("weight_decay", 0.0, 1.0),
+    ("lora_r", 0, math.inf),
+)
 
 
 @dataclass
@@ -43,8 +55,13 @@ class TrainConfig:
         """Check what the fields' types do not say.
 
         Raises:
-            InputError: the batch cannot be shared evenly by so many processes, or loss and teacher do not fit.
+            InputError: a number is out of its range, the batch cannot be shared evenly by so many processes, or loss and teacher do
+                not fit.
         """
+        for name, low, high in RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InputError(f"expected {name} from {low:g} to {high:g}, got {value!r}")
         if self.batch_size % processes:
             raise InputError(
                 f"expected a batch_size that {processes} processes can share evenly, got {self.batch_size}; it counts the queries of "

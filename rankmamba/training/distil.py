@@ -7,8 +7,9 @@ import numpy as np
 from accelerate import PartialState
 
 from ..collection import Collection
-from ..files import replacing
+from ..files import replacing, sha256
 from ..reranker import Reranker
+from ..saved import WEIGHTS
 from .groups import TrainingGroups
 
 
@@ -18,7 +19,9 @@ def teacher_scores(teacher: str, groups: TrainingGroups, collection: Collection,
     A pair that is in several groups is scored once. The scores are kept in `folder`, so a training that is continued reads them.
     """
     pairs = [(group.query_id, doc_id) for group in groups.groups for doc_id in (group.positive, *group.negatives)]
-    path = folder / f"teacher-{hashlib.sha256(repr((teacher, pairs)).encode()).hexdigest()[:16]}.npy"
+    weights = Path(teacher) / WEIGHTS
+    of = (sha256(weights) if weights.is_file() else teacher, pairs)
+    path = folder / f"teacher-{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.npy"
     processes = PartialState()
     with processes.main_process_first():  # the others wait and then read
         if not path.is_file():
