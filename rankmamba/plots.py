@@ -271,7 +271,7 @@ def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY, baseline: 
         axes.plot(range(len(groups)), part["difference"], **_marker(system) | {"linestyle": look(system).line})
         ends[system] = part["difference"].iloc[-1]
     ticks = [
-        f"{words}\n({queries:,} queries, {baseline} {own:.2f})"
+        f"{words}\n{queries:,} queries\n{baseline} {own:.2f}"
         for words, queries, own in groups[["words", "queries", "of the baseline"]].itertuples(index=False, name=None)
     ]
     axes.set_xticks(range(len(groups)), ticks)

@@ -148,6 +148,29 @@ def by_reading(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["collection", "reading", "tokens", "system", "mean", "low", "high"])
 
 
+def gains(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
+    """What each system gains, query by query, by reading as many tokens as it did instead of as few: mean and 95% interval as text.
+
+    A row a system, a column a collection, with the two lengths of a document's beginning; only systems read at several lengths.
+    """
+    cells = []
+    firsts = [record for record in records if record["config"]["max_passages"] == 1]
+    for collection in sorted({record["collection"] for record in firsts}, key=lambda name: (len(name), name)):
+        here = [record for record in firsts if record["collection"] == collection]
+        found = values(here, measure)
+        lengths: dict[str, set[int]] = {}
+        for record in here:
+            lengths.setdefault(record["system"].partition(", ")[0], set()).add(record["config"]["max_length"])
+        for system, read in lengths.items():
+            short, long = (found[f"{system}, {reading(length)}"] for length in (min(read), max(read)))
+            if len(read) > 1:
+                mean, low, high = mean_interval((long - short).to_numpy())
+                head = f"{collection.removeprefix('rankmamba/')}, {max(read):,} instead of {min(read):,} tokens"
+                cells.append((system, head, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"))
+    table = pd.DataFrame(cells, columns=["system", "reading", "gain"])
+    return table.pivot(index="system", columns="reading", values="gain")[list(dict.fromkeys(table["reading"]))].fillna("")
+
+
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     """The means of `by_reading` as text: a row a system, a column a collection and reading."""
     cells = table.assign(cell=table["mean"].map("{:.3f}".format), collection=table["collection"].str.removeprefix("rankmamba/"))
