@@ -5,14 +5,12 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, logging
 
 from . import native_attention
-from .backbones import infer_family
-from .systems import FAMILIES
+from .backbones import family_of
 
 
 def choose_attention(backbone: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
     """Switch a backbone to the fastest attention that it, the device and the precision of products allow; return which, and why."""
-    family = FAMILIES.get(backbone.config.model_type) or infer_family(backbone.config)
-    name, reason = _choose(family.attention, device, dtype)
+    name, reason = _choose(family_of(backbone.config).attention, device, dtype)
     if name == "sdpa" and native_attention.runs(backbone.config.model_type, device, dtype):
         name, reason = native_attention.NATIVE, "our kernel scores in float32 on a CPU; SDPA trains"
     if name != "none":

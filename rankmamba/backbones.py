@@ -10,12 +10,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from .embedded.sources import say
 from .errors import InputError
 from .inputs import KINDS
 from .model import RerankerConfig, RerankerModel
 from .packages import package_folder, unpacked
 from .saved import is_saved, load_saved
+from .sources import say
 from .systems import FAMILIES, FLASH, SCRATCH, SDPA, SYSTEMS, Family, ModelSpec, Packed
 
 # Their first position is the one behind the padding token's id, so they have fewer than their configuration says.
@@ -38,9 +38,18 @@ def find(name: str) -> ModelSpec:
         raise InputError(
             f"expected a system ({', '.join(SYSTEMS)}), a saved folder or a Hub id, got {name!r}: {str(error).splitlines()[0]}"
         ) from error
-    family = FAMILIES.get(config.model_type) or infer_family(config)
+    family = family_of(config)
     say(f"{name}: of type {config.model_type!r}, so {family.kind}: {KINDS[family.kind]}")
     return ModelSpec(name, family, name, max_length=positions(config))
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a backbone's configuration: a row of the table, or inferred.
+
+    Raises:
+        InputError: it is no masked, causal or encoder-decoder language model.
+    """
+    return FAMILIES.get(config.model_type) or infer_family(config)
 
 
 def infer_family(config: PreTrainedConfig) -> Family:
@@ -105,7 +114,8 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
             if not is_saved(spec.source):
                 raise InputError(
                     f"expected the pre-trained {spec.name} in {spec.source}, found none; make it with `python -m rankmamba.study "
-                    f"--scale pretrain` and `python -m rankmamba.pretrained`, or start from random weights with {spec.name}{SCRATCH}"
+                    f"--scale pretrain` and `python -m rankmamba.pretrained results/pretrain`, or start from random weights with "
+                    f"{spec.name}{SCRATCH}"
                 )
             folder, spec = spec.source, None
     model, tokenizer = load_saved(folder, limits) if spec is None else build(spec, **limits)

@@ -162,7 +162,7 @@ class Collection:
 
 
 def load(name_or_folder: str | Path) -> Collection:
-    """Load a collection: an ir_datasets id (ours are rankmamba/tiny and rankmamba/nq/train, /dev, /test), msmarco-document/test (both
+    """Load a collection: an ir_datasets id (ours: see `embedded`), msmarco-document/test (both
     TREC years with judgements) or a folder of your own.
 
     A folder holds documents.jsonl, queries.tsv (query_id, tab, text), qrels.txt (TREC) and, if any, candidates.run (TREC).
@@ -173,7 +173,7 @@ def load(name_or_folder: str | Path) -> Collection:
     """
     import ir_datasets
 
-    from . import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; imported here because it imports this module
+    from . import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; here, because the two take long to import
 
     name = str(name_or_folder)
     if name in UNIONS:

@@ -28,7 +28,7 @@ from .evaluate import PRIMARY, clusters, interpolate, interpolate_tuned, per_que
 from .files import sha256
 from .inputs import PairTokenizer
 from .reranker import Cost, Reranker
-from .results import environment, fingerprint, new_record, read_records, remove_record, write_record
+from .results import environment, find_record, fingerprint, new_record, read_records, remove_record, write_record
 from .saved import WEIGHTS
 from .tables import measured
 from .train import TrainConfig, train
@@ -202,7 +202,9 @@ class Experiment:
             dev = self.split("dev")
             values = weight_values(self.run(system, "dev"), self.run(mixed_with, "dev"), dev.qrels, measure)
             run, weights = interpolate_tuned(run, self.run(mixed_with, "test"), test.qrels, values, measure)
-            result = {"measure": measure, "weights": weights, "dev": {"weight": list(values), "value": values.mean().tolist()}}
+            alone = per_query(interpolate(self.run(system, "dev"), self.run(mixed_with, "dev"), 1.0), dev.qrels).mean().to_dict()
+            result = {"measure": measure, "weights": weights}
+            result["dev"] = {"weight": list(values), "value": values.mean().tolist(), "alone": alone}
         elif reranked is not None:
             run = interpolate(run, self.run(config["first_stage"], "test"), 1.0)
         first_stage = self._last("first_stage", system, "test")
@@ -225,7 +227,11 @@ class Experiment:
     def weight_tables(self, systems: Sequence[str], mixed_with: str = "bm25") -> dict[str, pd.DataFrame]:
         """{system: table of weight and value on dev} from the records of `evaluate`."""
         records = {system: self._last("evaluate", f"{system} + {mixed_with}", "test") for system in systems}
-        return {system: pd.DataFrame(record["result"]["dev"]) for system, record in records.items() if record is not None}
+        return {
+            system: pd.DataFrame({name: record["result"]["dev"][name] for name in ("weight", "value")})
+            for system, record in records.items()
+            if record is not None
+        }
 
     def side_by_side(self, systems: Sequence[str], top: int = 5) -> tuple[str, pd.DataFrame]:
         """Put the `top` documents of several systems beside one another for the test query on which they differ most.
@@ -264,8 +270,7 @@ class Experiment:
         run = read_run(path)
         for kind in ("first_stage", "rerank"):
             record = self._last(kind, system, "test")
-            rows = record["result"].get("rows", {}).get(part, len(run)) if record else len(run)
-            if rows != len(run):
+            if record and (rows := record["result"]["rows"][part]) != len(run):
                 raise InputError(f"expected {rows:,} results, got {len(run):,} ({path}); delete the file and run its step again")
         return run
 
@@ -283,11 +288,7 @@ class Experiment:
 
     def _last(self, kind: str, system: str, part: str) -> dict | None:
         """The record of a step, whatever its settings were."""
-        if not self.folder.is_dir():
-            return None
-        wanted = (system, f"{self.collection}/{part}", self.seed)
-        records = read_records(self.folder, kind)
-        return next((r for r in records if (r["system"], r["collection"], r["seed"]) == wanted), None)
+        return find_record(self.folder, kind, system=system, collection=f"{self.collection}/{part}", seed=self.seed)
 
     def _found(self, kind: str, system: str, part: str, config: dict) -> dict | None:
         """The record of a step that was done with the same settings."""

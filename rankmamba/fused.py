@@ -8,7 +8,6 @@ architectures, not how much care each one's kernels got. Training and other prec
 import torch
 from torch import nn
 from torch.nn.modules import module as every_module
-from torch.profiler import record_function
 from transformers.activations import GELUActivation
 
 from . import scan
@@ -35,8 +34,7 @@ class FusedOutput:
         rows = _product(self.dense, hidden_states)
         from .scan import native
 
-        with record_function("rankmamba::pointwise"):
-            native.add_norm_(rows, self.dense.bias, input_tensor.flatten(0, -2), norm.weight, norm.bias, norm.eps)
+        native.add_norm_(rows, self.dense.bias, input_tensor.flatten(0, -2), norm.weight, norm.bias, norm.eps)
         return rows.view(input_tensor.shape)
 
 
@@ -78,6 +76,5 @@ def _gelu_of(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     rows = _product(linear, hidden)
     from .scan import native
 
-    with record_function("rankmamba::pointwise"):
-        native.gelu_(rows, linear.bias)
+    native.gelu_(rows, linear.bias)
     return rows.view(*hidden.shape[:-1], linear.out_features)

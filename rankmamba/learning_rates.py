@@ -22,7 +22,7 @@ from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment, progress
 from .parameters import ROOT, parse_parameters, settle
 from .reranker import Reranker
-from .results import environment, new_record, read_records, write_record
+from .results import environment, find_record, new_record, write_record
 from .train import TrainConfig
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
@@ -50,9 +50,8 @@ def last_quarter(curve: Sequence[dict]) -> float:
 def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
     """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
     settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
-    for record in read_records(experiment.folder, "learning_rate") if experiment.folder.is_dir() else []:
-        if (record["system"], record["config"]) == (config.system, settings) and "loss" in record["result"]:
-            return record
+    if record := find_record(experiment.folder, "learning_rate", system=config.system, config=settings):
+        return record
     with progress(f"{config.system}, {config.learning_rate:g}") as on_step:
         loss = last_quarter(experiment.train(config, on_step)["result"]["curve"])
     dev, reranker = experiment.split("dev"), Reranker.from_pretrained(experiment.model_path(config.system))

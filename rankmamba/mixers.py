@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,38 +55,6 @@ class MambaState:
             )
         layers = [self._next[layer] for layer in sorted(self._next)]
         return MambaState(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
-
-    def __len__(self) -> int:
-        """The number of sequences, B."""
-        return 0 if self.ssm is None else self.ssm.shape[1]
-
-    def select(self, rows: Sequence[int] | torch.Tensor) -> MambaState:
-        """Return the states of these rows of the batch, in this order; a row may come several times."""
-        self._need_tokens()
-        rows = torch.as_tensor(rows, dtype=torch.long, device=self.ssm.device)
-        return MambaState(self.conv.index_select(1, rows), self.ssm.index_select(1, rows))
-
-    def expand(self, n: int) -> MambaState:
-        """Return the state of one sequence n times, without copying it."""
-        if len(self) != 1:
-            raise InputError(f"expected the state of one sequence to repeat, got {len(self)}; use select")
-        return MambaState(*(t.expand(-1, n, *t.shape[2:]) for t in (self.conv, self.ssm)))
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MambaState:
-        """Return the state on `device`, stored as `dtype`; the scan makes float32 of it again."""
-        self._need_tokens()
-        return MambaState(*(t.to(device=device, dtype=dtype) for t in (self.conv, self.ssm)))
-
-    @staticmethod
-    def cat(states: Sequence[MambaState]) -> MambaState:
-        """Return the states of several batches as one batch."""
-        for state in states:
-            state._need_tokens()
-        return MambaState(torch.cat([s.conv for s in states], 1), torch.cat([s.ssm for s in states], 1))
-
-    def _need_tokens(self):
-        if self.ssm is None:
-            raise InputError("expected a state that has read tokens, got an empty one; use the `after` of a forward pass")
 
     def _read(self, layer):
         return (None, None) if self.ssm is None else (self.conv[layer], self.ssm[layer])

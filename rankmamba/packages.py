@@ -5,9 +5,9 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from .embedded.sources import Source, fetch
 from .errors import InputError
 from .files import replacing
+from .sources import Source, fetch
 
 
 def package_folder(package: str) -> Path:

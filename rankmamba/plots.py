@@ -20,7 +20,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, Tables, seeds_of, summarise
 from .files import replacing
 from .style import STYLE, base, look, mixed
@@ -96,16 +95,13 @@ def forest(
 
 
 @_styled
-def cost(table: pd.DataFrame, measure: str = PRIMARY, by: str = "pairs_per_s") -> Figure:
-    """Effectiveness against cost on a logarithmic axis, from one collection's final table; without that cost, a line across.
+def cost(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
+    """Effectiveness against speed on a logarithmic axis, from one collection's final table; without a speed, a line across.
 
-    by: "pairs_per_s", "minutes" (training) or "tokens" (training). A thin line joins a system to its mixture.
+    A thin line joins a system to its mixture.
     """
-    names = {"pairs_per_s": "documents scored per second", "minutes": "minutes of training", "tokens": "tokens of training"}
-    if by not in names:
-        raise InputError(f"expected a cost among {', '.join(names)}, got {by!r}")
-    figure, axes = _figure(ylabel=f"{measure} (bar: a typical 95% interval)", xlabel=f"{names[by]}, logarithmic")
-    labels = {}
+    by, labels = "pairs_per_s", {}
+    figure, axes = _figure(ylabel=f"{measure} (bar: a typical 95% interval)", xlabel="documents scored per second, logarithmic")
     for system, part in table.groupby(table["system"].map(base), sort=False):
         if part[by].isna().all():
             axes.axhline(part[measure].iloc[0], color=look(system).color, linestyle=look(system).line, linewidth=1.5)
@@ -125,23 +121,20 @@ def cost(table: pd.DataFrame, measure: str = PRIMARY, by: str = "pairs_per_s") -
 
 
 @_styled
-def training_curves(
-    curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]], group_size: int | None = None, by: str = "step"
-) -> Figure:
+def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]], group_size: int | None = None) -> Figure:
     """Training loss of every system, smoothed over a twentieth of the run, 5 steps at least.
 
     Faint behind: the raw values, or the range of the seeds.
 
-    curves: {system: table with step, loss (nats) and tokens, or one for each seed}. by: "step" or "tokens". group_size draws the
-    loss of guessing, ln(group size).
+    curves: {system: table with step and loss (nats), or one for each seed}. group_size draws the loss of guessing, ln(group size).
     """
-    figure, axes = _figure(xlabel=f"training {by}s".replace("ss", "s"), ylabel="LCE loss (nats)")
+    figure, axes = _figure(xlabel="training steps", ylabel="LCE loss (nats)")
     ends = {}
     for system, given in curves.items():
         style = look(system)
         tables = [table.reset_index(drop=True) for table in seeds_of(given)]
         smooth = pd.concat([table["loss"].ewm(span=max(5, len(table) / 20)).mean() for table in tables], axis=1)
-        places = pd.concat([table[by] for table in tables], axis=1).mean(axis=1)
+        places = pd.concat([table["step"] for table in tables], axis=1).mean(axis=1)
         if len(tables) == 1:
             axes.plot(places, tables[0]["loss"], color=style.color, linewidth=0.6, alpha=0.15)
         axes.fill_between(places, smooth.min(axis=1), smooth.max(axis=1), color=style.color, alpha=0.25, linewidth=0)

@@ -23,7 +23,7 @@ from .learning_rates import last_quarter, scale_config
 from .parameters import ROOT, parse_parameters, settle
 from .pretrained import publish
 from .reranker import Reranker
-from .results import environment, new_record, read_records, write_record
+from .results import environment, find_record, new_record, write_record
 from .systems import CHECKPOINTS, SCRATCH
 from .train import TrainConfig, train
 
@@ -49,9 +49,8 @@ def tried(folder: Path, before: TrainConfig, collection: str, after: TrainConfig
     Returns the record, found again if it was done; the models stay in a folder of their own below `folder`.
     """
     settings = {"pretraining": dataclasses.asdict(before), "fine_tuning": dataclasses.asdict(after), "top_k": top_k}
-    for record in read_records(folder, "pretraining") if folder.is_dir() else []:
-        if record["config"] == settings:
-            return record
+    if record := find_record(folder, "pretraining", config=settings):
+        return record
     models = folder / f"{after.system}-seed{before.seed}"
     checkpoint = pretrained(models, before, collection)
     with progress(f"{after.system} of seed {before.seed}, fine-tuning") as on_step:

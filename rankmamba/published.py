@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import style
 from .collection import UNIONS, load
 from .tables import tidy
 
@@ -46,9 +47,8 @@ def _as_reported(records: list[dict]) -> pd.DataFrame:
         if record["kind"] != "evaluate" or record["collection"] not in UNIONS:
             continue
         base, result = record["collection"].rpartition("/")[0], record["result"]
-        if "dev" in result:  # of the mixture with the first stage; weight 1 is the system alone
-            alone = dict(zip(result["dev"]["weight"], result["dev"]["value"], strict=True))[1.0]
-            rows.append((record["system"].partition(" + ")[0], f"{base}/dev", "RR@100", alone))
+        if "dev" in result:  # only the record of the mixture has it
+            rows.append((style.base(record["system"]), f"{base}/dev", "RR@100", result["dev"]["alone"]["RR@100"]))
             continue
         values = result["per_query"]["nDCG@10"]
         for year in UNIONS[record["collection"]]:

@@ -298,6 +298,5 @@ def _sum_over_processes(scores: np.ndarray, count: int, device: torch.device) ->
 
 def _unique(values: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """Return the distinct values in order of first appearance, and for each value its place among them."""
-    places: dict[str, int] = {}
-    index = [places.setdefault(value, len(places)) for value in values]
-    return list(places), np.array(index, dtype=int)
+    index, distinct = pd.factorize(np.array(list(values), dtype=object))
+    return list(distinct), index

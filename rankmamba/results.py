@@ -208,6 +208,12 @@ def _file_name(record: Mapping) -> str:
     return f"{'-'.join(_slug(record[key]) for key in IDENTITY[:3])}-seed{record['seed']}.json"
 
 
+def find_record(folder: str | Path, kind: str, **wanted) -> dict | None:
+    """Return the record of this kind whose fields are as wanted; None where there is none, or no folder."""
+    records = read_records(folder, kind) if Path(folder).is_dir() else []
+    return next((record for record in records if all(record[name] == value for name, value in wanted.items())), None)
+
+
 def remove_record(folder: str | Path, record: Mapping) -> None:
     """Remove a record that `write_record` wrote, before what it speaks of is replaced."""
     path = Path(folder) / "records" / _file_name(record)

@@ -110,9 +110,9 @@ def plan(path: Path, scale: str, only: str | None, overrides: dict, folder: Path
 
 def finished(run: Run) -> bool:
     """Whether a run has left its record, made with the same notebooks and parameters."""
-    from .results import read_records
+    from .results import find_record
 
-    return run.folder.is_dir() and any(record["config"] == run.config for record in read_records(run.folder, "study"))
+    return find_record(run.folder, "study", config=run.config) is not None
 
 
 def start_here(jobs: int) -> Callable[[list[str], Path], subprocess.Popen]:

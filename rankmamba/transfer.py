@@ -11,7 +11,7 @@ from .embedded import answer_starts
 from .evaluate import PRIMARY, interpolate, mean_interval, per_query
 from .experiment import Experiment
 from .reranker import Reranker
-from .results import environment, fingerprint, new_record, read_records, write_record
+from .results import environment, find_record, fingerprint, new_record, write_record
 from .tables import measured
 
 STARTS = (0, 128, 256, 512, 1024)  # words of a document before what answers the query
@@ -43,9 +43,8 @@ def transfer(
     name = f"{system}, {reading(max_length, max_passages)}"
     config = {"max_length": max_length, "max_passages": max_passages, "n_queries": n_queries, "top_k": top_k}
     config["trained"] = fingerprint(experiment.trained(system))
-    for record in read_records(experiment.folder, "transfer"):
-        if (record["system"], record["collection"], record["config"]) == (name, collection, config):
-            return record
+    if record := find_record(experiment.folder, "transfer", system=name, collection=collection, config=config):
+        return record
     reranker = Reranker.from_pretrained(experiment.model_path(system), max_length=max_length)
     test = load(collection).sample(n_queries)
     candidates = test.candidates

@@ -23,9 +23,9 @@ import pytest
 import torch
 from forks import fork
 
-from rankmamba import embedded, experiment, resumable, states, token_store
+from rankmamba import embedded, experiment, resumable, sources, states, token_store
 from rankmamba.backbones import load_tokenizer
-from rankmamba.embedded import nq, sources
+from rankmamba.embedded import nq
 from rankmamba.experiment import PARTS, Experiment
 from rankmamba.files import sha256
 from rankmamba.formats import Documents

@@ -38,11 +38,12 @@ def test_every_parameter_has_a_type_and_a_comment(path):
         assert parameter["inferred_type_name"] != "None" and parameter["help"], name
 
 
-@pytest.mark.parametrize("scale", ["tiny", "quick", "paper"])
+@pytest.mark.parametrize("scale", sorted(path.stem for path in (study.NOTEBOOKS / "scales").glob("*.yaml")))
 def test_a_scale_names_only_parameters_that_notebooks_have_and_times_each_notebook(scale):
     settings = study.read_scale(scale)
     study.settle(scale)
-    assert set(settings["minutes"]) == {path.stem for path in NOTEBOOKS}
+    not_run = {"05_profile", "06_state_cache"} if scale == "pretrain" else set()
+    assert set(settings["minutes"]) == {path.stem for path in NOTEBOOKS} - not_run
 
 
 def test_the_defaults_in_the_notebooks_are_the_scale_quick():

@@ -12,7 +12,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from rankmamba import plots
-from rankmamba.errors import InputError
 from rankmamba.evaluate import summarise
 from rankmamba.style import FAMILIES, look
 
@@ -73,9 +72,8 @@ WORDS = pd.DataFrame(
 FIGURES = {
     "forest": lambda: plots.forest(VALUES, ["RR@100", "nDCG@10"]),
     "cost": lambda: plots.cost(FINAL),
-    "cost of bm25 alone": lambda: plots.cost(FINAL[:1], by="minutes"),
+    "cost of bm25 alone": lambda: plots.cost(FINAL[:1]),
     "training curves": lambda: plots.training_curves({"nano-mamba": STEPS, "nano-bert": [STEPS, STEPS[:90]]}, 8),
-    "training curves by tokens": lambda: plots.training_curves({"nano-mamba": STEPS}, by="tokens"),
     "wins and losses": lambda: plots.wins_and_losses(VALUES),
     "document lengths": lambda: plots.document_lengths(range(5, 400), 128),
     "answer positions": lambda: plots.answer_positions(POSITIONS),
@@ -213,8 +211,3 @@ def test_labels_are_moved_apart_in_order_and_only_if_they_touch(wanted, gap):
     assert np.mean(places) == pytest.approx(np.mean(wanted), abs=1e-6)
     if all(after - before >= gap for before, after in itertools.pairwise(wanted)):
         assert places == pytest.approx(wanted)
-
-
-def test_an_unknown_cost_is_refused():
-    with pytest.raises(InputError, match="expected a cost among pairs_per_s, minutes, tokens, got 'money'"):
-        plots.cost(FINAL, by="money")

@@ -8,9 +8,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from rankmamba import embedded, pretrained
+from rankmamba import embedded, pretrained, sources
 from rankmamba.collection import load
-from rankmamba.embedded import nq, sources, squad, wiki
+from rankmamba.embedded import nq, squad, wiki
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import sha256

@@ -98,7 +98,7 @@ def test_the_command_gets_its_arguments_a_passive_openmp_large_pages_kept_byteco
 
 
 @pytest.mark.parametrize(
-    "name", ["pyproject.toml", "requirements.txt", "constraints.txt", "setup.py", "rankmamba/scan/csrc/scan.cpp"]
+    "name", ["pyproject.toml", "requirements.txt", "constraints.txt", "setup.py", "rankmamba/scan/native/kernels.cpp"]
 )
 def test_a_changed_requirement_or_native_source_installs_again_and_keeps_the_extras(checkout, name):
     installed(checkout, "lab")

@@ -49,8 +49,8 @@ from ..formats import (
     write_queries,
     write_run,
 )
+from ..sources import fetch, say
 from . import nq, squad, wiki
-from .sources import fetch, say
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 SPLITS = ("train", "dev", "test")

@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from scipy import sparse
 from tqdm import tqdm
 
 from ..errors import InputError
-from .sources import Source, say
+from ..sources import Source, say
 
 SOURCE = Source(
     "bigbench==1.0.0",
@@ -219,23 +221,19 @@ def near_copies(fingerprints: Sequence[str]) -> tuple[list[int], list[tuple[int,
     shared = Counter(
         (first, second) for ids in holders.values() if len(ids) > 1 for n, first in enumerate(ids) for second in ids[n + 1 :]
     )
-    groups = list(range(len(fingerprints)))
-
-    def root(i: int) -> int:
-        while groups[i] != i:
-            groups[i] = groups[groups[i]]
-            i = groups[i]
-        return i
-
     copies: list[list[int]] = [[] for _ in fingerprints]
+    joined = []
     for (first, second), count in shared.items():
         share = count / min(len(grams[first]), len(grams[second]))
         if share >= SAME_GROUP:
-            groups[root(second)] = root(first)
+            joined.append((first, second))
         if share >= SAME_PASSAGE:
             copies[first].append(second)
             copies[second].append(first)
-    return [root(i) for i in range(len(groups))], [tuple(sorted(ids)) for ids in copies]
+    one, other = np.array(joined, dtype=int).reshape(-1, 2).T
+    links = sparse.coo_array((np.ones(len(joined)), (one, other)), shape=(len(fingerprints), len(fingerprints)))
+    _, groups = sparse.csgraph.connected_components(links, directed=False)
+    return groups.tolist(), [tuple(sorted(ids)) for ids in copies]
 
 
 def deal(fingerprints: Sequence[str], groups: Sequence[int]) -> list[str]:

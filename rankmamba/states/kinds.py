@@ -7,10 +7,10 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..backbones import family_of
 from ..errors import InputError
 from ..mixers import MambaState
 from ..reranker import Reranker
-from ..systems import FAMILIES
 from .formats import Parts, Profile
 
 
@@ -25,8 +25,7 @@ def kind_of(reranker: Reranker, layers: Sequence[int] | None = None) -> "Recurre
             f"expected a causal backbone, got the {reranker.model.config.kind} {reranker.model.config.system!r}: "
             "it reads the document in the light of the query, so nothing can be stored beforehand"
         )
-    family = FAMILIES.get(reranker.model.backbone.config.model_type)
-    if family is not None and family.hybrid:
+    if family_of(reranker.model.backbone.config).hybrid:
         raise InputError(f"expected a backbone with layers of one kind, got the hybrid {reranker.model.config.system!r}")
     return (Recurrent if reranker.has_scan else Attention)(reranker, layers)
 

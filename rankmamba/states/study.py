@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .. import scan
 from ..backbones import SYSTEMS
 from ..collection import Collection
-from ..errors import InputError
 from ..evaluate import mean_interval, per_query
 from ..experiment import Experiment
 from ..reranker import Reranker
-from ..results import environment, fingerprint, new_record, read_records, write_record
+from ..results import environment, find_record, fingerprint, new_record, write_record
 from . import DocumentStates
 
 FULL = "full scoring"
@@ -47,14 +45,12 @@ def trial(
         InputError: the system was not trained here.
     """
     folder, collection = experiment.model_path(system), f"{experiment.collection}/test"
-    known = read_records(experiment.folder) if experiment.folder.is_dir() else []
-    known = {record["kind"]: record for record in known if (record["system"], record["seed"]) == (system, experiment.seed)}
-    if "train" not in known or not folder.is_dir():
-        raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
+    trained = fingerprint(experiment.trained(system))
     config = {"first_stage": first_stage, "top_k": top_k, "n_queries": n_queries, "dtypes": list(dtypes)}
-    config |= {"lengths": list(lengths), "measure": measure, "trained": fingerprint(known["train"])}
-    if "states" in known and (known["states"]["collection"], known["states"]["config"]) == (collection, config):
-        return known["states"]
+    config |= {"lengths": list(lengths), "measure": measure, "trained": trained}
+    found = find_record(experiment.folder, "states", system=system, collection=collection, seed=experiment.seed, config=config)
+    if found:
+        return found
     reranker = Reranker.from_pretrained(folder)
     test = experiment.split("test").sample(n_queries)
     candidates = experiment.run(first_stage, "test")
@@ -88,10 +84,8 @@ def trial(
     }
     timing = {"full_seconds": cost.seconds, "build_seconds": build_seconds, "seconds": seconds, "by_length": by_length}
     timing["pairs_per_s"] = cost.pairs / seconds[dtypes[0]]
-    ran = {"precision": reranker.precision, "scan": scan.kernel(reranker.device).name if reranker.has_scan else "none"}
-    record = new_record(
-        "states", system, collection, experiment.scale, experiment.seed, config, result, timing, environment() | ran
-    )
+    ran = environment() | reranker.setup
+    record = new_record("states", system, collection, experiment.scale, experiment.seed, config, result, timing, ran)
     write_record(experiment.folder, record)
     return record
 

@@ -1,9 +1,8 @@
 """LoRA (arXiv 2106.09685) through peft: small trained updates beside frozen weights, for backbones above 700 M parameters."""
 
-from ..backbones import infer_family
+from ..backbones import family_of
 from ..errors import InputError
 from ..model import RerankerModel
-from ..systems import FAMILIES
 
 DROPOUT = 0.1  # as in the original RankMamba
 # The decoder of an encoder-decoder takes one step, and attention over one token depends on neither its query nor its key.
@@ -24,8 +23,7 @@ def add_lora(model: RerankerModel, r: int, alpha: int):
         raise InputError(
             "expected peft to be installed for lora_r > 0, got no such package; pip install 'rankmamba[hf]'"
         ) from error
-    backbone = model.config.backbone_config
-    family = FAMILIES.get(backbone.model_type) or infer_family(backbone)
+    family = family_of(model.config.backbone_config)
     targets = family.lora_targets
     adapted = get_peft_model(
         model,

