@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from .evaluate import BASELINE, PRIMARY, Tables, seeds_of, summarise
+from .evaluate import BASELINE, PRIMARY, Tables, by_seed, seeds_of, summarise
 from .files import replacing
 from .style import STYLE, base, look, mixed
 
@@ -161,9 +161,9 @@ def wins_and_losses(
     rows = math.ceil(len(systems) / columns)
     figure = Chart(figsize=(0.8 + 3.3 * columns, 0.7 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    reference = _means(values[baseline], measure)
+    reference = by_seed(values[baseline], measure).mean(axis=1)
     for place, (axes, system) in enumerate(zip(panels, systems, strict=False)):
-        differences = np.sort((_means(values[system], measure) - reference).to_numpy())[::-1]
+        differences = np.sort(by_seed(values[system], measure).mean(axis=1) - reference)[::-1]
         edges, color = np.linspace(0, 1, len(differences) + 1), look(system).color
         axes.stairs(np.maximum(differences, 0), edges, fill=True, color=color)
         axes.stairs(np.minimum(differences, 0), edges, fill=True, facecolor="white", edgecolor=color, hatch="////", linewidth=0.8)
@@ -347,12 +347,6 @@ def state_speed_up(table: pd.DataFrame) -> Figure:
 def _figure(xlabel: str, ylabel: str, height: float = 4.8) -> tuple[Figure, Axes]:
     figure = Chart(figsize=(8.5, height), layout="constrained")
     return figure, figure.subplots(subplot_kw={"xlabel": xlabel, "ylabel": ylabel})
-
-
-def _means(tables: Tables, measure: str) -> pd.Series:
-    """Every query's value, mean over seeds."""
-    tables = seeds_of(tables)
-    return sum(table[measure] for table in tables) / len(tables)
 
 
 def _marker(system: str) -> dict:

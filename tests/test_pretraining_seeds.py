@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from rankmamba import pretrainings
+from rankmamba import pretraining_seeds
 from rankmamba.collection import load
 from rankmamba.evaluate import PRIMARY, per_query
 from rankmamba.reranker import Reranker
@@ -24,7 +25,7 @@ RECIPE = [
 
 
 def run(folder, capsys, *more) -> str:
-    code = pretrainings.main([*RECIPE, "--results", str(folder), *more])
+    code = pretraining_seeds.main([*RECIPE, "--results", str(folder), *more])
     said = capsys.readouterr()
     assert code == 0, said.err
     return said.out
@@ -46,20 +47,36 @@ def test_each_seed_is_pre_trained_and_fine_tuned_alike_and_measured_on_dev_and_a
 
 
 def test_a_pre_training_that_is_published_is_taken_and_one_of_another_recipe_is_not(tmp_path):
-    given = pretrainings.settle("pretrain", None, {})
-    config = pretrainings.scale_config(given, "nano-mamba-scratch")
-    assert pretrainings.pretrained(tmp_path, config, given["collection"]) == CHECKPOINTS / "nano-mamba"
+    given = pretraining_seeds.settle("pretrain", None, {})
+    config = pretraining_seeds.scale_config(given, "nano-mamba-scratch")
+    assert pretraining_seeds.pretrained(tmp_path, config, given["collection"]) == CHECKPOINTS / "nano-mamba"
     assert not list(tmp_path.iterdir())
-    other = pretrainings.dataclasses.replace(config, max_steps=1)
-    assert pretrainings.pretrained(tmp_path, other, "rankmamba/tiny") == tmp_path / "checkpoints" / "nano-mamba"
+    other = pretraining_seeds.dataclasses.replace(config, max_steps=1)
+    assert pretraining_seeds.pretrained(tmp_path, other, "rankmamba/tiny") == tmp_path / "checkpoints" / "nano-mamba"
 
 
 def test_spreads_tell_seeds_from_systems():
     values = pd.DataFrame({0: [0.5, 0.7], 1: [0.5, 0.7], 2: [0.5, 0.7]})
-    assert pretrainings.spreads(values) == pytest.approx((0, 0.02**0.5))
-    assert pretrainings.spreads(values.T) == pytest.approx((0.02**0.5, 0))
+    assert pretraining_seeds.spreads(values) == pytest.approx((0, 0.02**0.5))
+    assert pretraining_seeds.spreads(values.T) == pytest.approx((0.02**0.5, 0))
+
+
+def test_systems_are_compared_query_by_query_over_all_their_pre_trainings():
+    queries, draw = [f"q{n:02d}" for n in range(40)], np.random.default_rng(0)
+    records = [
+        {"system": system, "result": {"per_query": dict(zip(queries, draw.random(40) * 0.5 + better, strict=True))}}
+        for system, better in (("nano-bert", 0.3), ("nano-mamba", 0.0))
+        for _ in range(3)
+    ]
+    (pair,) = pretraining_seeds.pairs(records, {query_id: int(query_id[1:]) // 2 for query_id in queries}).to_dict("records")
+    values = {r["system"]: [] for r in records}
+    for record in records:
+        values[record["system"]].append(np.mean(list(record["result"]["per_query"].values())))
+    assert (pair["system"], pair["other"], pair["seeds"]) == ("nano-bert", "nano-mamba", "9 of 9")
+    assert pair["difference"] == pytest.approx(np.mean(values["nano-bert"]) - np.mean(values["nano-mamba"]))
+    assert pair["low"] < pair["difference"] < pair["high"] and pair["p_holm"] < 0.001
 
 
 def test_a_system_that_does_not_exist_is_one_sentence(tmp_path, capsys):
-    assert pretrainings.main(["-p", "systems=[nano-nothing]", "--results", str(tmp_path)]) == 1
+    assert pretraining_seeds.main(["-p", "systems=[nano-nothing]", "--results", str(tmp_path)]) == 1
     assert "nano-nothing" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """What one pre-training is worth: every nano system pre-trained from several seeds, then fine-tuned alike.
 
-`python -m rankmamba.pretrainings` pre-trains each system of scale pretrain with every seed but the one that data/checkpoints has
+`python -m rankmamba.pretraining_seeds` pre-trains each system of scale pretrain with every seed but the one that data/checkpoints has
 (the seed draws the weights, the order of the queries and their negatives), fine-tunes all of them with one seed by the recipe of scale
 quick, and ranks every dev query; no test query is touched. If systems differ by no more than the pre-trainings of one of them do, their
 difference says nothing of the architectures. A run that was stopped goes on where it was.
@@ -10,16 +10,18 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .errors import InputError
-from .evaluate import PRIMARY, per_query
+from .evaluate import PRIMARY, clusters, per_query
 from .experiment import Experiment, progress
 from .learning_rates import last_quarter, scale_config
+from .pairwise import pairwise
 from .parameters import ROOT, parse_parameters, settle
 from .pretrained import publish
 from .reranker import Reranker
@@ -83,13 +85,22 @@ def table(records: Sequence[dict]) -> pd.DataFrame:
     return found.loc[found[PRIMARY].mean(axis=1).sort_values(ascending=False).index]
 
 
+def pairs(records: Sequence[dict], shared: Mapping[str, int]) -> pd.DataFrame:
+    """Compare all systems pair by pair (`pairwise.pairwise`): the seeds of its intervals are those of the pre-trainings."""
+    values: dict[str, list[pd.DataFrame]] = {}
+    for record in records:
+        table = pd.DataFrame({PRIMARY: record["result"]["per_query"]}).sort_index()
+        values.setdefault(record["system"], []).append(table)
+    return pairwise(values, list(combinations(values, 2)), shared=shared)
+
+
 def spreads(values: pd.DataFrame) -> tuple[float, float]:
     """Standard deviations of the values (systems, seeds): between the seeds of one system, pooled, and between the systems' means."""
     return float(np.sqrt(values.var(axis=1, ddof=1).mean())), float(values.mean(axis=1).std(ddof=1))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rankmamba.pretrainings", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m rankmamba.pretraining_seeds", description=__doc__.split("\n")[0])
     parser.add_argument(
         "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="override one of scale pretrain"
     )
@@ -98,8 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--results",
         type=Path,
-        default=ROOT / "results" / "pretrainings",
-        help="where everything goes (default: results/pretrainings)",
+        default=ROOT / "results" / "pretraining_seeds",
+        help="where everything goes (default: results/pretraining_seeds)",
     )
     options = parser.parse_args(arguments)
     try:
@@ -115,11 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     found = table(records)
     print(found.to_string(float_format="{:.3f}".format))
-    if len(options.seeds) > 1:
-        between_seeds, between_systems = spreads(found[PRIMARY])
-        print(
-            f"standard deviation of {PRIMARY}: {between_seeds:.3f} between the seeds of a system, {between_systems:.3f} between systems"
-        )
+    if len(before["systems"]) > 1:
+        compared = pairs(records, clusters(study.split("dev").qrels)).drop(columns=["effect", "detectable"])
+        print("\n" + compared.to_string(index=False, float_format="{:.3f}".format))
+    if len(options.seeds) > 1 and len(before["systems"]) > 1:
+        within, between = spreads(found[PRIMARY])
+        print(f"\nstandard deviation of {PRIMARY}: {within:.3f} between the seeds of a system, {between:.3f} between systems")
     return 0
 
 
