@@ -1,4 +1,4 @@
-"""Measures, intervals, paired tests and interpolation with the first stage.
+"""Measures, intervals and paired tests.
 
 A run is measured by its `rank` column, which `collection.sort_run` made by the one tie rule: tools that see only scores break
 ties in their own ways (trec_eval by larger doc_id, MS MARCO by smaller). The judged queries decide every mean.
@@ -12,15 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, stats
 
-from .collection import sort_run
 from .errors import InputError
 
 MEASURES = ("nDCG@10", "RR@10", "RR@100", "AP@100")
 PRIMARY = "RR@100"
 BASELINE = "bm25"
 RESAMPLES = 10_000
-WEIGHTS = tuple(step / 10 for step in range(11))  # of the model in a mixture
-FOLDS = 5
 Tables = pd.DataFrame | Sequence[pd.DataFrame]  # what `per_query` returns, or one of them for each seed of a system
 
 
@@ -236,7 +233,7 @@ def compare(
     _same_queries({f"{system} ({k})": table for system, given in tables.items() for k, table in enumerate(given)})
     samples = {system: by_seed(given, measure) for system, given in tables.items()}
     reference = samples.pop(baseline)
-    cluster = clustered(seeds_of(values[baseline])[0].index, shared)
+    cluster = clustered(tables[baseline][0].index, shared)
     means = bootstrap_means([reference, *samples.values()], seed=seed, cluster=cluster)
     low, high = np.quantile(means[:, 1:] - means[:, :1], [(1 - level) / 2, (1 + level) / 2], axis=0)
     differences = np.array([sample.mean(axis=1) - reference.mean(axis=1) for sample in samples.values()])
@@ -327,85 +324,3 @@ def detectable_difference(
     groups = independent * queries / len(differences)
     needed = stats.t.ppf([1 - alpha / 2, power], groups - 1).sum()
     return float(needed * standard_error(differences, cluster) * np.sqrt(len(differences) / queries))
-
-
-def interpolate(run: pd.DataFrame, candidates: pd.DataFrame, weight: float) -> pd.DataFrame:
-    """Mix a reranked run with its first stage: weight * z(model) + (1 - weight) * z(first stage); returns a run.
-
-    A reranker scores only the top of the candidates. The mix, and the mean and deviation of both z, are over the documents that
-    the model scored, query by query (equal scores: z = 0). The other candidates follow below in their first-stage order, as when
-    a top-k is reranked; their scores count down from the lowest mixed one. weight 1 gives exactly the model's order, 0 the first
-    stage's (of the whole list, if the model scored a top-k), and their scores are places.
-
-    Raises:
-        InputError: a weight outside [0, 1], or a document that is no candidate of its query.
-    """
-    return _mix(_align(run, candidates), weight)
-
-
-def weight_values(
-    run: pd.DataFrame, candidates: pd.DataFrame, qrels: pd.DataFrame, measure: str = PRIMARY, weights: Sequence[float] = WEIGHTS
-) -> pd.DataFrame:
-    """A measure of `interpolate` for every weight: a row a judged query, a column a weight."""
-    return _weight_values(_align(run, candidates), qrels, measure, weights)
-
-
-def _weight_values(aligned, qrels, measure, weights):
-    return pd.DataFrame({weight: per_query(_mix(aligned, weight), qrels, [measure])[measure] for weight in weights})
-
-
-def best_weight(values: pd.DataFrame) -> float:
-    """The weight with the best mean; of equally good ones the smallest, the one nearest the first stage."""
-    means = values.mean()
-    return float(means[means == means.max()].index.min())
-
-
-def interpolate_tuned(
-    run: pd.DataFrame,
-    candidates: pd.DataFrame,
-    qrels: pd.DataFrame,
-    dev: pd.DataFrame,
-    measure: str = PRIMARY,
-    folds: int = FOLDS,
-) -> tuple[pd.DataFrame, list[float]]:
-    """Mix each fold of the queries with the weight that is best on the others and on the dev queries: (run, a weight a fold).
-
-    dev: `weight_values` of the dev queries. Folds are neighbours in the order of the query ids; no query's judgement has a say in its
-    own weight.
-    """
-    aligned = _align(run, candidates)
-    values = _weight_values(aligned, qrels, measure, dev.columns)
-    query_ids, mixed, weights = np.sort(aligned["query_id"].unique()), [], []
-    for fold in np.array_split(query_ids, min(folds, len(query_ids))):
-        weights.append(best_weight(pd.concat([dev, values[~values.index.isin(fold)]])))
-        mixed.append(_mix(aligned[aligned["query_id"].isin(fold)], weights[-1]))
-    return pd.concat(mixed, ignore_index=True), weights
-
-
-def _align(run: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
-    """The candidates in order; for `model` and `first` the z-scores and the place ("... order", best 0) over the scored ones."""
-    scored = sort_run(run)[["query_id", "doc_id", "score"]].rename(columns={"score": "model"})
-    both = sort_run(candidates).merge(scored, on=["query_id", "doc_id"], how="outer", indicator="found")
-    alien = both[both["found"] == "right_only"]
-    if len(alien):
-        query_id, doc_id = alien.iloc[0][["query_id", "doc_id"]]
-        raise InputError(f"expected only candidates of their query, got {doc_id!r} for {query_id!r} and {len(alien) - 1} more")
-    both["first"] = both["score"].where(both["model"].notna())
-    for column in ("model", "first"):
-        values, groups = both[column], both.groupby("query_id")[column]
-        both[f"{column} order"] = 1 - groups.rank(method="dense", ascending=False)
-        equal = values.notna() & (groups.transform("max") == groups.transform("min"))
-        both[column] = ((values - groups.transform("mean")) / groups.transform("std", ddof=0)).mask(equal, 0.0)
-    return both.sort_values(["query_id", "rank"], ignore_index=True)
-
-
-def _mix(aligned: pd.DataFrame, weight: float) -> pd.DataFrame:
-    if not 0 <= weight <= 1:
-        raise InputError(f"expected a weight from 0 (first stage) to 1 (model), got {weight}")
-    if weight in (0, 1):  # exactly that order: a huge score among small ones would make small z-scores equal
-        mixed = aligned["model order" if weight else "first order"]
-    else:
-        mixed = weight * aligned["model"] + (1 - weight) * aligned["first"]
-    lowest = mixed.groupby(aligned["query_id"]).transform("min").fillna(0.0)
-    place = mixed.isna().groupby(aligned["query_id"]).cumsum()
-    return sort_run(aligned[["query_id", "doc_id"]].assign(score=mixed.fillna(lowest - place)))

@@ -24,9 +24,10 @@ from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25
 from .collection import Collection, load, read_run, write_run
 from .errors import InputError
-from .evaluate import PRIMARY, clusters, interpolate, interpolate_tuned, per_query, weight_values
+from .evaluate import PRIMARY, clusters, per_query
 from .files import sha256
 from .inputs import PairTokenizer
+from .interpolation import interpolate, interpolate_tuned, weight_values
 from .reranker import Cost, Reranker
 from .results import environment, find_record, fingerprint, new_record, read_records, remove_record, write_record
 from .saved import WEIGHTS
@@ -106,7 +107,7 @@ class Experiment:
         settings = dataclasses.asdict(config)
         record = self._found("train", config.system, "train", settings)
         folder = self.model_path(config.system)
-        if record and not record["result"]["partial"] and folder.is_dir() and self._made(record, folder):
+        if record and not record["result"]["partial"] and self._made(record, folder):
             return record
         trained = train(config, self.split("train"), folder, on_step=on_step, stop=stop)
         result = trained.result() | {"weights": sha256(folder / WEIGHTS)}
@@ -115,17 +116,17 @@ class Experiment:
     @staticmethod
     def _made(record: dict, folder: Path) -> bool:
         """Whether a training's record speaks of the model in `folder`, not of one that another, killed training has replaced since."""
-        weights = record["result"].get("weights")  # records of before 2026-11-28 lack it
-        return weights is None or (folder / WEIGHTS).is_file() and sha256(folder / WEIGHTS) == weights
+        made = record["result"].get("weights")  # records of before 2026-11-28 lack it
+        return (folder / WEIGHTS).is_file() and made in (None, sha256(folder / WEIGHTS))
 
     def trained(self, system: str) -> dict:
         """The record of a system's training.
 
         Raises:
-            InputError: it was not trained, or its model is gone.
+            InputError: it was not trained, or its model is gone, or another's is in its place.
         """
         record, folder = self._last("train", system, "train"), self.model_path(system)
-        if record is None or not folder.is_dir():
+        if record is None or not self._made(record, folder):
             raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
         return record
 

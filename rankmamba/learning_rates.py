@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .backbones import find
+from .collection import Collection
 from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment, progress
@@ -47,6 +48,13 @@ def last_quarter(curve: Sequence[dict]) -> float:
     return float(np.mean(losses[-max(1, len(losses) // 4) :]))
 
 
+def measured_on(dev: Collection, reranker: Reranker, top_k: int) -> dict:
+    """Rerank the `top_k` candidates of each query: {"measure", "mean", "per_query"}."""
+    run = reranker.rerank(dev.candidates, dev, top_k, show_progress_bar=True)
+    values = per_query(run, dev.qrels, [PRIMARY])[PRIMARY]
+    return {"measure": PRIMARY, "mean": float(values.mean()), "per_query": values.to_dict()}
+
+
 def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
     """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
     settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
@@ -55,9 +63,7 @@ def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
     with progress(f"{config.system}, {config.learning_rate:g}") as on_step:
         loss = last_quarter(experiment.train(config, on_step)["result"]["curve"])
     dev, reranker = experiment.split("dev"), Reranker.from_pretrained(experiment.model_path(config.system))
-    run = reranker.rerank(dev.candidates, dev, top_k, show_progress_bar=True)
-    values = per_query(run, dev.qrels, [PRIMARY])[PRIMARY]
-    result = {"loss": loss, "measure": PRIMARY, "mean": float(values.mean()), "per_query": values.to_dict()}
+    result = {"loss": loss} | measured_on(dev, reranker, top_k)
     ran = environment() | reranker.setup
     record = new_record(
         "learning_rate",

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError
-from .evaluate import PRIMARY, clusters, per_query
+from .evaluate import PRIMARY, clusters
 from .experiment import Experiment, progress
-from .learning_rates import last_quarter, scale_config
+from .learning_rates import last_quarter, measured_on, scale_config
 from .pairwise import pairwise
 from .parameters import ROOT, parse_parameters, settle
 from .pretrained import publish
@@ -59,16 +59,9 @@ def tried(folder: Path, before: TrainConfig, collection: str, after: TrainConfig
         config = dataclasses.replace(after, system=str(checkpoint))
         trained = train(config, study.split("train"), models / "fine-tuned", on_step=on_step)
     dev, reranker = study.split("dev"), Reranker.from_pretrained(models / "fine-tuned")
-    run = reranker.rerank(dev.candidates, dev, top_k, show_progress_bar=True)
-    values = per_query(run, dev.qrels, [PRIMARY])[PRIMARY]
     curve = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["result"]["curve"]
-    result = {
-        "pretraining_loss": last_quarter(curve),
-        "loss": last_quarter(trained.curve),
-        "measure": PRIMARY,
-        "mean": float(values.mean()),
-        "per_query": values.to_dict(),
-    }
+    losses = {"pretraining_loss": last_quarter(curve), "loss": last_quarter(trained.curve)}
+    result = losses | measured_on(dev, reranker, top_k)
     timing, ran = {"seconds": reranker.cost.seconds}, environment() | reranker.setup
     record = new_record("pretraining", after.system, dev.name, study.scale, before.seed, settings, result, timing, ran)
     write_record(folder, record)

@@ -1,8 +1,8 @@
 """Records: one JSON file a run. Every table and figure (`tables`, `plots`) is made from records and from nothing else.
 
 `config` and `result` of a record are deterministic: the same seed gives the same ones. What varies stands in `timing`,
-`environment` and `created`. `python -m rankmamba.results FOLDER [--csv]` prints the final table, or its tidy numbers. A record may
-lie gzipped (`gzip -9n FOLDER/records/*.json`), as those that are kept for long do.
+`environment` and `created`. `python -m rankmamba.results FOLDER [--baseline SYSTEM | --csv]` prints the final table, or its tidy
+numbers. A record may lie gzipped (`gzip -9n FOLDER/records/*.json`), as those that are kept for long do.
 """
 
 import argparse
@@ -231,15 +231,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rankmamba.results", description="Print the final table of a results folder.")
     parser.add_argument("folder", help="a folder with records, such as results/quick or data/study")
     parser.add_argument("--csv", action="store_true", help="print system, seed, collection, measure and value instead")
+    parser.add_argument("--baseline", metavar="SYSTEM", help="what the others are compared with (default: bm25)")
     options = parser.parse_args(arguments)
-    from .tables import final_table, format_table, tidy  # with scipy and pandas more than a second
+    from .evaluate import BASELINE  # with scipy and pandas more than a second
+    from .tables import final_table, format_table, tidy
 
     try:
         records = read_records(options.folder)
         if options.csv:
             tidy(records).to_csv(sys.stdout, index=False, lineterminator="\n")
         else:
-            print(format_table(final_table(records)))
+            table = final_table(records, baseline=options.baseline or BASELINE)
+            if options.baseline is not None and options.baseline not in set(table["system"]):
+                systems = ", ".join(dict.fromkeys(table["system"]))
+                raise InputError(f"expected a baseline among {systems}, got {options.baseline!r}")
+            print(format_table(table))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

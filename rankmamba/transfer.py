@@ -8,8 +8,9 @@ import pandas as pd
 from .backbones import find
 from .collection import load
 from .embedded import answer_starts
-from .evaluate import PRIMARY, interpolate, mean_interval, per_query
+from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment
+from .interpolation import interpolate
 from .reranker import Reranker
 from .results import environment, find_record, fingerprint, new_record, write_record
 from .tables import measured

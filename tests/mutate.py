@@ -40,6 +40,7 @@ TESTS = {
     "candidates": ["test_candidates.py"],
     "fused": ["test_fused.py"],
     "evaluate": ["test_evaluate.py"],
+    "interpolation": ["test_evaluate.py"],
     "states/__init__": ["test_states.py"],
 }
 EXAMPLES = 20  # of a hypothesis test at most: more of them would kill more mutants, at several times the cost

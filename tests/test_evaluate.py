@@ -15,21 +15,18 @@ from rankmamba.evaluate import (
     BASELINE,
     MEASURES,
     PRIMARY,
-    best_weight,
     bootstrap_means,
     clusters,
     compare,
     detectable_difference,
     extremes,
     holm,
-    interpolate,
-    interpolate_tuned,
     mean_interval,
     paired_p,
     per_query,
     summarise,
-    weight_values,
 )
+from rankmamba.interpolation import best_weight, interpolate, interpolate_tuned, weight_values
 
 IDS = [f"d{number}" for number in range(12)]
 

@@ -26,6 +26,7 @@ from forks import fork
 from rankmamba import embedded, experiment, resumable, sources, states, token_store
 from rankmamba.backbones import load_tokenizer
 from rankmamba.embedded import nq
+from rankmamba.errors import InputError
 from rankmamba.experiment import PARTS, Experiment
 from rankmamba.files import sha256
 from rankmamba.formats import Documents
@@ -327,5 +328,7 @@ def test_a_model_whose_record_was_not_written_does_not_stand_in_for_the_one_befo
         tried.train(dataclasses.replace(QUICK, learning_rate=1e-2))
     monkeypatch.undo()
     assert weights.read_bytes() != kept
+    with pytest.raises(InputError, match="expected the trained model"):
+        tried.trained("tiny-mamba")  # nothing is scored with it under the other's record
     again = tried.train(QUICK)
     assert again["result"] == first["result"] and weights.read_bytes() == kept

@@ -288,6 +288,10 @@ def test_a_study_at_scale_paper_runs_its_notebooks_on_the_miniature_with_both_tr
     assert set(records) == {"bm25", "tiny-mamba", "tiny-mamba + bm25"}
     assert len(records["tiny-mamba"]["result"]["per_query"]["nDCG@10"]) == 8
     assert "come with msmarco-document" in records["bm25"]["note"]
+    mixed = records["tiny-mamba + bm25"]["result"]
+    best = max(mixed["dev"]["value"])
+    assert mixed["measure"] == "nDCG@10" and mixed["dev"]["alone"]["nDCG@10"] == pytest.approx(mixed["dev"]["value"][-1])
+    assert all(mixed["dev"]["value"][round(10 * weight)] <= best for weight in mixed["weights"])
     table = beside_ours(read_records(tmp_path))
     ours = table[table["system"] == "tiny-mamba"]
     assert set(ours["collection"]) == {

@@ -274,6 +274,15 @@ def test_stored_states_answer_a_query_with_the_scores_of_reading_and_are_made_an
     assert anew.rerank("tiny-mamba", "a river", doc_ids).scores != ranking.scores
 
 
+def test_storing_a_systems_states_leaves_those_of_one_whose_name_goes_on(experiment, tmp_path):
+    experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
+    models = dict.fromkeys(("nano-mamba", "nano-mamba-scratch"), experiment.model_path("tiny-mamba"))
+    search = Search(experiment.split("test"), models, tmp_path / "states")
+    for system in ("nano-mamba-scratch", "nano-mamba"):
+        search.store(system, lambda count: None, threading.Event())
+    assert search.storable() == [] and len(list((tmp_path / "states").iterdir())) == 2
+
+
 def test_the_ranking_panel_stores_states_and_then_answers_from_them(experiment, tmp_path):
     experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
     search = Search(experiment.split("test"), {"tiny-mamba": experiment.model_path("tiny-mamba")}, tmp_path / "states")

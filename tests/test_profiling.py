@@ -145,7 +145,7 @@ def records(speeds):
                 "high": 1.01 * rate,
                 "pairs_per_s": 1,
                 "latency_ms": 1,
-                "seconds": [1],
+                "seconds": [1] * 3,
             }
             yield {
                 "system": system,
@@ -179,6 +179,18 @@ def test_the_verdict_follows_the_records_against_the_fastest_transformer(rates, 
     text = profile_tables.verdict(made)
     assert says in text and ("overtakes at about" in text) == (rates == [100, 250, 400])
     assert set(profile_tables.against_transformers(profile_tables.speed_table(made))["rival"]) == {"nano-bert"}
+
+
+def test_speeds_of_one_pass_or_of_some_layers_are_level_within_a_fifth():
+    for change in ("turns", "depths"):
+        made = list(records({("nano-mamba", True): {128: 115}, ("nano-bert", False): {128: 100}}))
+        assert profile_tables.against_transformers(profile_tables.speed_table(made))["standing"].tolist() == ["faster"]
+        ours = next(record for record in made if record["system"] == "nano-mamba")
+        if change == "turns":
+            ours["timing"]["training"]["seconds"] = ours["timing"]["training"]["seconds"][:1]
+        else:
+            ours["result"] |= {"layers": 24, "depths": [2, 6]}
+        assert profile_tables.against_transformers(profile_tables.speed_table(made))["standing"].tolist() == ["level"]
 
 
 def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models(tmp_path, monkeypatch, capsys):

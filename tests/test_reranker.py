@@ -330,3 +330,15 @@ def test_a_kernel_that_is_asked_for_runs_on_every_thread():
     with threads(2), scan.forced(Counted()):
         reranker.predict(pairs, batch_tokens=64)
     assert "selective_scan" in called
+
+
+def test_a_trace_sees_no_kernel_that_it_could_not_follow():
+    model = Reranker.from_pretrained("tiny-bert", dtype=torch.float32).model.eval().requires_grad_(False)
+    first, second = torch.randint(200, 900, (2, 2, 12))
+
+    def logits(ids):
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+    with torch.no_grad():
+        traced = torch.jit.trace(logits, first, check_trace=False)
+        assert torch.allclose(traced(second), logits(second), atol=1e-5)

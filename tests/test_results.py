@@ -376,3 +376,32 @@ def test_a_broken_gzipped_record_is_named(tmp_path, broken):
     path.unlink()
     with pytest.raises(InputError, match=f"no JSON .*{path.name}.gz"):
         read_records(tmp_path)
+
+
+def test_the_command_compares_with_the_baseline_that_is_asked_for(tmp_path, capsys):
+    study(tmp_path)
+    assert results.main([str(tmp_path), "--baseline", "nano-mamba"]) == 0
+    printed = capsys.readouterr().out
+    assert "RR@100 against nano-mamba" in printed and "- nano-mamba" in printed
+    assert results.main([str(tmp_path), "--baseline", "nano-nothing"]) == 1
+    assert "expected a baseline among bm25, nano-mamba" in capsys.readouterr().err
+
+
+def test_the_answer_names_what_beats_the_first_stage_and_speeds_of_one_machine_only(tmp_path):
+    write_record(tmp_path, record("evaluate", "nano-bert", result=measured(values(2, gain=-0.3))))
+    write_record(tmp_path, record("rerank", "nano-bert", "set/dev+test", timing={"pairs_per_s": 99}))
+    table = final_table(read_records(study(tmp_path)))
+    said = report.answer(table)
+    assert "bm25 alone reaches" in said and "**Better than the first stage**: nano-mamba + bm25 (+0." in said
+    assert "**Worse than the first stage**: nano-bert (-0." in said and "scoring from 99 (nano-bert) to 150" in said
+    assert "documents per second" not in report.answer(table.assign(timed_on="a GPU"))
+
+
+def test_queries_that_share_a_document_widen_the_final_tables_intervals_and_the_caption_says_so(tmp_path):
+    alone = final_table(read_records(study(tmp_path)))
+    shared = {query_id: number // 4 for number, query_id in enumerate(values(1).index)}
+    write_record(tmp_path, record("queries", "relevant documents", result={"words": {}, "clusters": shared}))
+    table = final_table(read_records(tmp_path))
+    assert table["clusters"].tolist() == [10] * 3 and alone["clusters"].tolist() == [40] * 3
+    assert table["difference"].equals(alone["difference"]) and not table["p"].equals(alone["p"])
+    assert "are one draw, of 10," in caption(table) and "one draw" not in caption(alone)

@@ -184,6 +184,9 @@ def test_jobs_share_the_threads_of_the_machine(monkeypatch, tmp_path):
     for jobs in (1, 4, 8):
         sweep.start_here(jobs)([], tmp_path / "log")
     assert seen == ["6", "1", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # as good as unset
+    sweep.start_here(1)([], tmp_path / "log")
+    assert int(seen[-1]) >= 1
 
 
 FITS = {"seed": ("int", 0), "rate": ("float", 0.5), "names": ("list", [])}

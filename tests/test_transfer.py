@@ -6,8 +6,9 @@ import pytest
 from rankmamba import transfer
 from rankmamba.collection import load
 from rankmamba.errors import InputError
-from rankmamba.evaluate import interpolate, per_query
+from rankmamba.evaluate import per_query
 from rankmamba.experiment import Experiment
+from rankmamba.interpolation import interpolate
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig
 
@@ -100,3 +101,15 @@ def test_readings_stand_in_order_beside_the_first_stage_and_only_beginnings_have
     wide = transfer.side_by_side(table)
     assert [read for _, read in wide.columns] == ["512 tokens", "512 tokens", "1024 tokens", "MaxP, 4 x 512 tokens"]
     assert wide.loc["a"].tolist() == ["0.250", "0.250", "0.750", "0.250"] and set(wide.loc["bm25"]) == {"0.500"}
+
+
+def test_gains_are_of_the_same_queries_read_at_both_lengths():
+    def read(system, tokens, values, passages=1):
+        made = record(f"{system}, {transfer.reading(tokens, passages)}", dict(zip("abcd", values, strict=True)))
+        return made | {"collection": "rankmamba/x/test", "config": {"max_length": tokens, "max_passages": passages}}
+
+    records = [read("s", 512, [0.1, 0.2, 0.3, 0.4]), read("s", 1024, [0, 0, 0, 0]), read("s", 2048, [0.35, 0.45, 0.55, 0.65])]
+    others = [read("once", 512, [0.1] * 4), read("s", 512, [1.0] * 4, passages=4)]
+    table = transfer.gains([*records, *others])
+    assert table.to_dict() == {"x/test, 2,048 instead of 512 tokens": {"s": "+0.250 [+0.250, +0.250]"}}
+    assert transfer.gains(others).empty
