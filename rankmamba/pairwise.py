@@ -91,7 +91,7 @@ def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
     lines.append(
         f"\nWith these queries a true difference of about {across['detectable'].median():.3f} is found four times in five, a smaller one "
         "less often. The intervals speak of other queries and, where there are several seeds, of other seeds of the training; with one "
-        "seed another training may give another order."
+        "seed another training may give another order. None speaks of another pre-training: each system starts from one."
     )
     return "\n".join(lines)
 
