@@ -9,7 +9,12 @@ from .. import portable
 from ..precision import without_autocast
 from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, pointer, rows, tracked, workers
 
-CHUNK = 64  # tokens; work inside a chunk grows with it, work on the states between chunks with its inverse
+CHUNK = 64  # tokens of a long sequence
+
+
+def _chunk(length: int, n: int) -> int:
+    """Tokens of a chunk. Pairs of tokens cost more the larger it is, states less; a short sequence needs no state between chunks."""
+    return length if length <= max(CHUNK, min(3 * n // 2, 192)) else CHUNK
 
 
 def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):
@@ -50,7 +55,7 @@ def _common(kernel, x, delta, A, B, C, D, initial_state):
     x, B, C = _rows(x), _rows(B.to(x.dtype)), _rows(C.to(x.dtype))
     delta, A, D, initial_state = map(as_plain, (delta, A, D, initial_state))
     A2 = A * math.log2(math.e)
-    arguments = kernel(batch, length, heads, width, groups, n, min(CHUNK, length), rows(x), rows(B), rows(C))
+    arguments = kernel(batch, length, heads, width, groups, n, _chunk(length, n), rows(x), rows(B), rows(C))
     _point(arguments, delta=delta, A2=A2, D=D, initial=initial_state)
     return arguments, (x, B, C, delta, A, A2, D, initial_state)
 

@@ -16,7 +16,9 @@ constexpr int ROWS = W == 16 ? 8 : 4;
 template <bool ADD, int R, int V>
 inline void product_tile(int depth, const float *__restrict left, int64_t left_stride, const float *__restrict right,
                          int64_t right_stride, float *__restrict out, int64_t out_stride) {
-    vf sums[R][V] = {};
+    vf sums[R][V];
+    for (int i = 0; i < R; i++)
+        for (int c = 0; c < V; c++) sums[i][c] = vf{};
     for (int64_t k = 0; k < depth; k++, right += right_stride)
         for (int i = 0; i < R; i++) {
             const vf l = broadcast(left[i * left_stride + k]);
@@ -34,10 +36,18 @@ template <bool ADD, int R = ROWS>
 inline void product(int depth, int vectors, const float *left, int64_t left_stride, const float *right, int64_t right_stride, float *out,
                     int64_t out_stride) {
     int v = 0;
+    if constexpr (W == 16 && R == ROWS)  // half of the rows by four vectors take the fewest loads
+        for (; v + 4 <= vectors; v += 4)
+            for (int i = 0; i < R; i += R / 2)
+                product_tile<ADD, R / 2, 4>(depth, left + i * left_stride, left_stride, right + v * W, right_stride,
+                                            out + i * out_stride + v * W, out_stride);
     for (; v + 2 <= vectors; v += 2)
         product_tile<ADD, R, 2>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
     if (v < vectors) product_tile<ADD, R, 1>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
 }
+
+// What there is of a square matrix: beyond its diagonal are zeros, or numbers that nobody reads.
+enum Part { WHOLE, LOWER, UPPER };
 
 struct Vectors {
     typedef float Number;
@@ -59,13 +69,16 @@ struct Vectors {
             for (int i = 0; i < W; i++) store(to + (k + i) * stride + t, turned[i]);
         }
     }
-    // out = [out +] left right. lower: left is zero right of its diagonal.
+    // out = [out +] left right
     template <bool ADD>
     static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
-                         int right_stride, float *out, int out_stride, bool lower = false) {
-        for (int i = 0; i < rows; i += ROWS)
-            product<ADD>(lower ? smaller(i + ROWS, depth) : depth, columns / W, left + i * left_stride, left_stride, right,
-                         right_stride, out + i * out_stride, out_stride);
+                         int right_stride, float *out, int out_stride, Part of_left = WHOLE, Part of_out = WHOLE) {
+        for (int i = 0; i < rows; i += ROWS) {
+            const int k = of_left == UPPER ? i : 0, k_end = of_left == LOWER ? smaller(i + ROWS, depth) : depth;
+            const int j = of_out == UPPER ? i / W * W : 0, j_end = of_out == LOWER ? padded(i + ROWS, W) : columns;
+            product<ADD>(k_end - k, (j_end - j) / W, left + i * left_stride + k, left_stride, right + k * right_stride + j, right_stride,
+                         out + i * out_stride + j, out_stride);
+        }
     }
 };
 
@@ -111,10 +124,10 @@ struct Tiles {
     }
     template <bool ADD>
     static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
-                         int right_stride, float *out, int out_stride, bool lower = false) {
+                         int right_stride, float *out, int out_stride, Part of_left = WHOLE, Part of_out = WHOLE) {
         const int line = out_stride * 4;
         for (int i = 0; i < rows; i += UNIT)
-            for (int j = 0; j < columns; j += UNIT) {
+            for (int j = of_out == UPPER ? i : 0; j < (of_out == LOWER ? i + UNIT : columns); j += UNIT) {
                 float *to = out + i * out_stride + j, *below = to + SIDE * out_stride;
                 if (ADD) {
                     _tile_loadd(0, to, line);
@@ -127,7 +140,7 @@ struct Tiles {
                     _tile_zero(2);
                     _tile_zero(3);
                 }
-                for (int k = 0; k < (lower ? smaller(i + UNIT, depth) : depth); k += UNIT) {
+                for (int k = of_left == UPPER ? i : 0; k < (of_left == LOWER ? i + UNIT : depth); k += UNIT) {
                     const Number *from = left + i * left_stride + k, *pairs = right + k * right_stride + 2 * j;
                     _tile_loadd(4, from, left_stride * 2);
                     _tile_loadd(5, from + SIDE * left_stride, left_stride * 2);

@@ -20,6 +20,7 @@ struct SsdPart {
     float *const space;
     int64_t used = 0;
     int64_t b = 0, g = 0, part = 0, first = 0, count = 0, t0 = 0;  // sequence, group, its part, its heads; the chunk's first token
+    int64_t next_head = 0, next_t0 = 0;                            // what comes after this head of this chunk
     int tokens = 0, rows = 0;                                      // of the chunk, and filled up
     // (Q): a in two floats, so that differences of large sums stay exact; delta; exp(a_i); exp(a_Q - a_i); that times delta_i
     float *high = floats(Q), *low = floats(Q), *delta = floats(Q), *since = floats(Q), *until = floats(Q), *weight = floats(Q);
@@ -45,13 +46,24 @@ struct SsdPart {
     void choose_chunk(int64_t k) {
         t0 = k * s.chunk, tokens = smaller(s.chunk, s.length - t0), rows = padded(tokens, M::UNIT);
     }
+    // The item's head i; after the last one comes the first one of the chunk that lies `step` tokens on.
+    int64_t choose_head(int64_t i, int64_t step) {
+        const bool last = i + 1 == count;
+        next_head = last ? first : first + i + 1, next_t0 = last ? t0 + step : t0;
+        return first + i;
+    }
 
     // The chunk's row t, channels from `from` on; zeros where there is none.
     void load_token(const Rows &r, int t, int64_t from, int64_t channels, int size, float *to) const {
         load_row(r, b, t0 + t, from, t < tokens ? (int)channels : 0, size, to);
     }
-    void prefetch_chunk(const Rows &r, int64_t start, int64_t from, int64_t channels) const {
-        for (int64_t t = start; t < start + s.chunk && t < s.length; t++) prefetch_row(r, b, t, from, channels);
+    // Ask ahead for the next chunk's B and C. Rows of heads are asked for one by one between other work: many at once would have to wait.
+    void prefetch_shared() const {
+        if (next_t0 == t0 || next_t0 < 0) return;
+        for (int64_t t = next_t0; t < next_t0 + s.chunk && t < s.length; t++) {
+            prefetch_row(s.B, b, t, g * s.n, s.n);
+            prefetch_row(s.C, b, t, g * s.n, s.n);
+        }
     }
 
     // W of the chunk's rows of B or C: as they are in `block`, and turned, W channels at a time: each(channel, vectors).

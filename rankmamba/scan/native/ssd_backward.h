@@ -9,9 +9,9 @@ template <class M>
 struct SsdBackwardPart : SsdPart<SsdBackward, M> {
     typedef SsdPart<SsdBackward, M> Base;
     typedef typename Base::Number Number;
-    using Base::s, Base::Q, Base::N, Base::P, Base::b, Base::g, Base::part, Base::first, Base::count, Base::t0, Base::tokens,
-        Base::rows, Base::high, Base::low, Base::delta, Base::since, Base::until, Base::weight, Base::block, Base::floats,
-        Base::numbers;
+    using Base::s, Base::Q, Base::N, Base::P, Base::b, Base::g, Base::part, Base::first, Base::count, Base::t0, Base::next_t0,
+        Base::next_head, Base::tokens, Base::rows, Base::high, Base::low, Base::delta, Base::since, Base::until, Base::weight,
+        Base::block, Base::floats, Base::numbers;
     float *scores = floats(Q * Q), *dscores = floats(Q * Q), *dM = floats(Q * Q);  // (j, i)
     float *C_turned = floats(N * Q), *dB = floats(N * Q), *dC = floats(N * Q), *hdy = floats(N * Q);
     float *dx = floats(Q * P), *Bdh = floats(Q * P), *dh = floats(HEADS * N * P);
@@ -40,7 +40,7 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
                 for (int i = 0; i < W; i += 2) M::store_right(C_right, Q, n + i, t, turned[i], turned[i + 1]);
             });
         }
-        M::template multiply<false>(rows, N, rows, B, N, C_right, Q, scores, Q);
+        M::template multiply<false>(rows, N, rows, B, N, C_right, Q, scores, Q, WHOLE, UPPER);
         memset(dscores, 0, rows * Q * sizeof(float));
         memset(dB, 0, N * Q * sizeof(float));
         memset(dC, 0, N * Q * sizeof(float));
@@ -118,15 +118,20 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
     }
 
     // Within the chunk: the gradients of C . B, a and delta; M is left for that of x. Returns the gradient of D.
-    float through_mixing() {
+    float through_mixing(int64_t head) {
         const vi lanes = lane_numbers();
         float dD = 0;
-        M::template multiply<false>(rows, P, rows, x, P, dy_right, Q, dM, Q);
+        M::template multiply<false>(rows, P, rows, x, P, dy_right, Q, dM, Q, WHOLE, UPPER);
         for (int j = 0; j < rows; j++) {
+            prefetch_row(s.dx, b, t0 + j, head * s.width, s.width);
+            if (next_t0 >= 0) {
+                prefetch_row(s.x, b, next_t0 + j, next_head * s.width, s.width);
+                prefetch_row(s.dy, b, next_t0 + j, next_head * s.width, s.width);
+            }
             Number *row = mixing + j * Q;
-            const int start = j / W * W;
+            const int unit = j / M::UNIT * M::UNIT, start = j / W * W;
             vf row_sum = {};
-            memset(row, 0, start * sizeof(Number));
+            memset(row + unit, 0, (start - unit) * sizeof(Number));
             for (int i = start; i < rows; i += W) {
                 const int at = j * Q + i;
                 vf keep = (load(high + i) - high[j]) + (load(low + i) - low[j]);
@@ -143,7 +148,7 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
             da[j] -= by_step * delta[j];
             if (j < tokens) dD += dM[j * Q + j];
         }
-        M::template multiply<true>(rows, rows, P, mixing, Q, dy, P, dx, P);
+        M::template multiply<true>(rows, rows, P, mixing, Q, dy, P, dx, P, UPPER);
         return dD;
     }
 
@@ -212,24 +217,16 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
             const bool reads = k >= this->reads_from(), adds = s.dfinal || k + 1 < this->chunks();
             load_shared();
             for (int64_t i = 0; i < count; i++) {
-                const int64_t head = first + i;
+                const int64_t head = this->choose_head(i, -s.chunk);
                 float *own = dh + i * N * P;
-                // for the end of this head, and for the next one
-                this->prefetch_chunk(s.dx, t0, head * s.width, s.width);
-                if (i + 1 < count) {
-                    this->prefetch_chunk(s.x, t0, (head + 1) * s.width, s.width);
-                    this->prefetch_chunk(s.dy, t0, (head + 1) * s.width, s.width);
-                } else if (k > 0) {
-                    this->prefetch_chunk(s.x, t0 - s.chunk, first * s.width, s.width);
-                    this->prefetch_chunk(s.dy, t0 - s.chunk, first * s.width, s.width);
-                }
                 memset(da, 0, rows * sizeof(float));
                 memset(ddelta, 0, rows * sizeof(float));
+                this->prefetch_shared();
                 this->load_steps(head);
                 load_x_and_dy(head);
                 if (reads) through_reading(k, head);
                 if (adds) through_adding(own);
-                dD[i] += through_mixing();
+                dD[i] += through_mixing(head);
                 store_dx(head, adds);
                 if (reads) through_state(k, head, own);
                 dA[i] += store_ddelta(head);

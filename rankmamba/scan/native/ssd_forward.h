@@ -8,8 +8,9 @@ template <class M>
 struct SsdForwardPart : SsdPart<SsdForward, M> {
     typedef SsdPart<SsdForward, M> Base;
     typedef typename Base::Number Number;
-    using Base::s, Base::Q, Base::N, Base::P, Base::b, Base::g, Base::first, Base::count, Base::t0, Base::tokens, Base::rows, Base::high,
-        Base::low, Base::delta, Base::since, Base::weight, Base::block, Base::floats, Base::numbers;
+    using Base::s, Base::Q, Base::N, Base::P, Base::b, Base::g, Base::first, Base::count, Base::t0, Base::next_t0,
+        Base::next_head, Base::tokens, Base::rows, Base::high, Base::low, Base::delta, Base::since, Base::weight, Base::block,
+        Base::floats, Base::numbers;
     float *scores = floats(Q * Q), *y = floats(Q * P), *carried = floats(Q * P);  // C . B, M x, C h
     float *h = floats(HEADS * N * P);                                             // (HEADS, N, P)
     Number *C = numbers(Q * N), *B = numbers(N * Q), *B_right = numbers(N * Q);   // left, left, right
@@ -29,7 +30,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
                 for (int i = 0; i < W; i += 2) M::store_right(B_right, Q, n + i, t, turned[i], turned[i + 1]);
             });
         }
-        M::template multiply<false>(rows, N, rows, C, N, B_right, Q, scores, Q);
+        M::template multiply<false>(rows, N, rows, C, N, B_right, Q, scores, Q, WHOLE, LOWER);
     }
 
     // x as it is, and weighed for the state; y begins as D x.
@@ -49,20 +50,22 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
         }
     }
 
-    void mix() {
+    void mix(int64_t head) {
         const vi lanes = lane_numbers();
-        for (int i = 0; i < rows; i++) {
+        for (int i = 0; i < tokens; i++) {
+            prefetch_row(s.y, b, t0 + i, head * s.width, s.width);
+            if (next_t0 + i < s.length) prefetch_row(s.x, b, next_t0 + i, next_head * s.width, s.width);
             Number *row = mixing + i * Q;
-            const int end = i < tokens ? i + 1 : 0;
             int j = 0;
-            for (; j < end; j += W) {
+            for (; j <= i; j += W) {
                 vf keep = (high[i] - load(high + j)) + (low[i] - load(low + j));
                 exp2_clamped<1>(&keep);
                 keep *= load(scores + i * Q + j) * load(delta + j);
-                M::store_left(row + j, select(lanes < end - j, keep, vf{}));
+                M::store_left(row + j, select(lanes <= i - j, keep, vf{}));
             }
             memset(row + j, 0, (rows - j) * sizeof(Number));
         }
+        for (int i = tokens; i < rows; i++) memset(mixing + i * Q, 0, rows * sizeof(Number));
     }
 
     // The state before the chunk, for the product with C; what the chunk keeps of it stays in `own`.
@@ -96,21 +99,13 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
             const bool reads = k >= this->reads_from(), last = k + 1 == this->chunks();
             load_shared();
             for (int64_t i = 0; i < count; i++) {
-                const int64_t head = first + i;
+                const int64_t head = this->choose_head(i, s.chunk);
                 float *own = h + i * N * P;
-                // for the end of this head, and for the next one
-                this->prefetch_chunk(s.y, t0, head * s.width, s.width);
-                if (i + 1 < count) {
-                    this->prefetch_chunk(s.x, t0, (head + 1) * s.width, s.width);
-                } else {
-                    this->prefetch_chunk(s.x, t0 + s.chunk, first * s.width, s.width);
-                    this->prefetch_chunk(s.B, t0 + s.chunk, g * s.n, s.n);
-                    this->prefetch_chunk(s.C, t0 + s.chunk, g * s.n, s.n);
-                }
+                this->prefetch_shared();
                 this->load_steps(head);
                 load_x(head);
-                mix();
-                M::template multiply<true>(rows, rows, P, mixing, Q, x, P, y, P, true);
+                mix(head);
+                M::template multiply<true>(rows, rows, P, mixing, Q, x, P, y, P, LOWER);
                 for (int64_t n = 0; s.before && reads && n < s.n; n++)
                     store_row(this->before(), 0, n, this->before_at(k, head), (int)s.width, own + n * P);
                 if (reads) read_state(own);
