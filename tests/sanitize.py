@@ -96,7 +96,8 @@ def run_all_shapes() -> None:
             backward([scan.rms_norm(rows[0], normal(inner))])
             count += 2
         for batch, length, heads, width, groups, n in [
-            (1, 1, 1, 1, 1, 1), (2, 63, 2, 5, 2, 3), (1, 65, 3, 17, 1, 9), (2, 130, 4, 8, 2, 16), (1, 64, 2, 64, 1, 33)
+            (1, 1, 1, 1, 1, 1), (2, 63, 2, 5, 2, 3), (1, 65, 3, 17, 1, 9), (2, 130, 4, 8, 2, 16), (1, 64, 2, 64, 1, 33),
+            (1, 150, 2, 64, 1, 128)
         ]:  # fmt: skip
             x = make(batch, length, heads * width, dtype=dtype).unflatten(-1, (heads, width))
             B, C = (make(batch, length, groups * n, dtype=dtype).unflatten(-1, (groups, n)) for _ in "BC")

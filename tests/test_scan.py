@@ -95,7 +95,7 @@ def mamba2(batch, length, heads, width, groups, n, seed=0, state=True, dtype=tor
 
 
 SCAN_SHAPES = [(2, 70, 37, 16), (1, 1, 1, 1), (3, 33, 64, 5), (2, 129, 8, 17), (1, 32, 33, 3)]
-SSD_SHAPES = [(2, 130, 6, 10, 3, 7), (1, 1, 1, 1, 1, 1), (2, 64, 4, 64, 1, 16), (1, 65, 2, 5, 2, 64)]
+SSD_SHAPES = [(2, 130, 6, 10, 3, 7), (1, 1, 1, 1, 1, 1), (2, 64, 4, 64, 1, 16), (1, 65, 2, 5, 2, 64), (1, 150, 3, 64, 1, 128)]
 
 
 @every_kernel
@@ -165,7 +165,7 @@ def test_rms_norm_rounds_its_result_to_another_format_and_takes_its_gradient_in_
 def test_bfloat16_inputs_cost_no_more_than_their_rounding(kernel):
     # one rounding of the result is 2^-9; the gradients of bfloat16 inputs are rounded too
     check("selective_scan", kernel, mamba(2, 70, 37, 16, dtype=torch.bfloat16), 2**-8, 2**-7, return_final_state=True)
-    for shape in ((2, 130, 4, 16, 2, 16), (1, 70, 11, 17, 1, 33)):
+    for shape in ((2, 130, 4, 16, 2, 16), (1, 70, 11, 17, 1, 33), (1, 150, 3, 64, 1, 128)):
         check("ssd_scan", kernel, mamba2(*shape, dtype=torch.bfloat16), 2**-6, 2**-5, return_final_state=True)
 
 

@@ -17,8 +17,8 @@ int64_t attention_workspace(const Attention &s) {
 // columns of `right` for all rows, so that they stay near.
 inline void multiply_rows(int rows, int depth, int columns, const float *left, int left_stride, const float *right, int right_stride,
                           float *out, int out_stride) {
-    for (int j = 0; j < columns; j += 4 * W) {
-        const int vectors = smaller(4, (columns - j) / W);
+    for (int j = 0; j < columns; j += COLUMNS * W) {
+        const int vectors = smaller(COLUMNS, (columns - j) / W);
         for (int i = 0; rows >= ROWS && i < rows; i += ROWS) {
             const int at = smaller(i, rows - ROWS);
             product<false>(depth, vectors, left + at * left_stride, left_stride, right + j, right_stride, out + at * out_stride + j,

@@ -9,12 +9,10 @@ from .. import portable
 from ..precision import without_autocast
 from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, pointer, rows, tracked, workers
 
-CHUNK = 64  # tokens of a long sequence
-
 
 def _chunk(length: int, n: int) -> int:
-    """Tokens of a chunk. Pairs of tokens cost more the larger it is, states less; a short sequence needs no state between chunks."""
-    return length if length <= max(CHUNK, min(3 * n // 2, 192)) else CHUNK
+    """Tokens of a chunk. Work on pairs of tokens grows with it, work on states between chunks with its inverse: a short sequence is one."""
+    return length if length <= max(64, min(3 * n // 2, 192)) else 64
 
 
 def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):

@@ -9,14 +9,15 @@ namespace {
 
 inline int padded(int64_t n, int unit) { return (int)(ceil_div(n, unit) * unit); }
 
-// Rows of a product computed together: each loaded vector serves all of them. Wide vectors come with registers for more.
-constexpr int ROWS = W == 16 ? 8 : 4;
+// Rows of a product computed together: each loaded vector serves all of them. Wide vectors come with registers for more, and where there are
+// COLUMNS vectors, half of the rows take the fewest loads.
+constexpr int ROWS = W == 16 ? 8 : 4, COLUMNS = W == 16 ? 4 : 2;
 
 // out (R, V W) = [out +] left (R, depth) right (depth, V W)
 template <bool ADD, int R, int V>
 inline void product_tile(int depth, const float *__restrict left, int64_t left_stride, const float *__restrict right,
                          int64_t right_stride, float *__restrict out, int64_t out_stride) {
-    vf sums[R][V];
+    vf sums[R][V];  // `= {}` would clear them in memory first
     for (int i = 0; i < R; i++)
         for (int c = 0; c < V; c++) sums[i][c] = vf{};
     for (int64_t k = 0; k < depth; k++, right += right_stride)
@@ -36,18 +37,18 @@ template <bool ADD, int R = ROWS>
 inline void product(int depth, int vectors, const float *left, int64_t left_stride, const float *right, int64_t right_stride, float *out,
                     int64_t out_stride) {
     int v = 0;
-    if constexpr (W == 16 && R == ROWS)  // half of the rows by four vectors take the fewest loads
-        for (; v + 4 <= vectors; v += 4)
+    if constexpr (COLUMNS > 2 && R == ROWS)
+        for (; v + COLUMNS <= vectors; v += COLUMNS)
             for (int i = 0; i < R; i += R / 2)
-                product_tile<ADD, R / 2, 4>(depth, left + i * left_stride, left_stride, right + v * W, right_stride,
-                                            out + i * out_stride + v * W, out_stride);
+                product_tile<ADD, R / 2, COLUMNS>(depth, left + i * left_stride, left_stride, right + v * W, right_stride,
+                                                  out + i * out_stride + v * W, out_stride);
     for (; v + 2 <= vectors; v += 2)
         product_tile<ADD, R, 2>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
     if (v < vectors) product_tile<ADD, R, 1>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
 }
 
 // What there is of a square matrix: beyond its diagonal are zeros, or numbers that nobody reads.
-enum Part { WHOLE, LOWER, UPPER };
+enum Shape { WHOLE, LOWER, UPPER };
 
 struct Vectors {
     typedef float Number;
@@ -72,7 +73,7 @@ struct Vectors {
     // out = [out +] left right
     template <bool ADD>
     static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
-                         int right_stride, float *out, int out_stride, Part of_left = WHOLE, Part of_out = WHOLE) {
+                         int right_stride, float *out, int out_stride, Shape of_left = WHOLE, Shape of_out = WHOLE) {
         for (int i = 0; i < rows; i += ROWS) {
             const int k = of_left == UPPER ? i : 0, k_end = of_left == LOWER ? smaller(i + ROWS, depth) : depth;
             const int j = of_out == UPPER ? i / W * W : 0, j_end = of_out == LOWER ? padded(i + ROWS, W) : columns;
@@ -124,7 +125,7 @@ struct Tiles {
     }
     template <bool ADD>
     static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
-                         int right_stride, float *out, int out_stride, Part of_left = WHOLE, Part of_out = WHOLE) {
+                         int right_stride, float *out, int out_stride, Shape of_left = WHOLE, Shape of_out = WHOLE) {
         const int line = out_stride * 4;
         for (int i = 0; i < rows; i += UNIT)
             for (int j = of_out == UPPER ? i : 0; j < (of_out == LOWER ? i + UNIT : columns); j += UNIT) {
