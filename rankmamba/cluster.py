@@ -30,7 +30,7 @@ class Job:
         try:
             return self.job.result()
         except FailedJobError as error:  # it has said itself why it cannot go on
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip() or "it failed without a word").splitlines()[-1]
         except UncompletedJobError:
             reason = f"job {self.job.job_id} died"
             if self.tries < TRIES:

@@ -148,7 +148,13 @@ class Collection:
         )
 
     def sample(self, count: int | None, seed: int = 0) -> "Collection":
-        """Draw `count` queries (all if None), the same for the same seed, with their judgements and candidates."""
+        """Draw `count` queries (all if None), the same for the same seed, with their judgements and candidates.
+
+        Raises:
+            InputError: fewer than one.
+        """
+        if count is not None and count < 1:
+            raise InputError(f"expected at least one query, got {count}; give null for all of them")
         if count is None or count >= len(self.queries):
             return self
         kept = set(random.Random(seed).sample(sorted(self.queries), count))
@@ -244,7 +250,13 @@ def _from_ir_datasets(name: str, dataset) -> Collection:
             for row in dataset.scoreddocs_iter():
                 for column, value in zip(columns, (row.query_id, row.doc_id, row.score), strict=True):
                     column.append(one.setdefault(value, value) if isinstance(value, str) else value)
-        return sort_run(pd.DataFrame(dict(zip(RUN_COLUMNS[:3], columns, strict=True))))
+        run = pd.DataFrame(dict(zip(RUN_COLUMNS[:3], columns, strict=True)))
+        if len(run) > 1 and run["score"].nunique() == 1:  # msmarco-passage's top 1,000: a set in no order
+            raise InputError(
+                f"expected candidates with scores, got {run['score'].iloc[0]} for all {len(run):,} of {name}; "
+                "rank its documents yourself (rankmamba.candidates), write the run with write_run and lay it in a folder of your own"
+            )
+        return sort_run(run)
 
     return Collection(name, IrDocuments(dataset, name), queries, qrels, candidates if dataset.has("scoreddocs") else None)
 

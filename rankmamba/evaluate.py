@@ -18,6 +18,8 @@ MEASURES = ("nDCG@10", "RR@10", "RR@100", "AP@100")
 PRIMARY = "RR@100"
 BASELINE = "bm25"
 RESAMPLES = 10_000
+ROUNDING = 1e-12  # differences below it are no differences
+MAX_RELEVANCE = 1_000  # trec_eval keeps an array that long
 Tables = pd.DataFrame | Sequence[pd.DataFrame]  # what `per_query` returns, or one of them for each seed of a system
 
 
@@ -39,20 +41,24 @@ def per_query(run: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[str] = 
     """Measure a run: a table with one row a judged query (index query_id, sorted) and one column a measure, in [0, 1].
 
     As in ir_measures and `trec_eval -c`: a judged query that the run lacks counts 0, and so does one whose judgements name no
-    relevant document; queries without judgements are left out. Only the order by `rank` counts, never the scores.
+    relevant document; queries without judgements are left out. Only the order by `rank` counts, never the scores. A negative
+    relevance is none.
 
     Raises:
-        InputError: an unknown measure, no judgements, a rank or document twice in one query, or none of the judged queries.
+        InputError: an unknown measure, no judgements, a relevance above 1,000, a rank or document twice in one query, or none of
+            the judged queries.
     """
     parsed = {name: parse_measure(name) for name in measures}
     if qrels.empty:
         raise InputError("expected at least one judgement, got empty qrels")
+    if (highest := qrels["relevance"].max()) > MAX_RELEVANCE:
+        raise InputError(f"expected a relevance of at most {MAX_RELEVANCE:,}, got {highest:,}; grade on a smaller scale")
     for column in ("rank", "doc_id"):
         twice = run.duplicated(["query_id", column])
         if twice.any():
             query_id, value = run.loc[twice, ["query_id", column]].iloc[0]
             raise InputError(f"expected each {column} once a query, got {value!r} again for {query_id!r}; use sort_run first")
-    judged = _nested(qrels, qrels["relevance"].astype(int))
+    judged = _nested(qrels, qrels["relevance"].astype(int).clip(lower=0))  # trec_eval counts by grade, in an array
     # whole numbers: trec_eval keeps scores in float32, where close ones would fall together
     ranked = {query_id: found for query_id, found in _nested(run, -run["rank"].astype(float)).items() if query_id in judged}
     if not ranked and len(run):
@@ -191,6 +197,7 @@ def paired_p(differences: np.ndarray, cluster: np.ndarray | None = None) -> np.n
     if groups < 2:
         return np.ones(differences.shape[:-1])
     mean, error = differences.mean(axis=-1), standard_error(differences, cluster)
+    mean, error = (np.where(np.abs(found) < ROUNDING, 0.0, found) for found in (mean, error))
     with np.errstate(divide="ignore", invalid="ignore"):
         p = 2 * stats.t.sf(np.abs(mean / error), groups - 1)
     return np.where((mean == 0) & (error == 0), 1.0, p)
@@ -238,7 +245,7 @@ def compare(
     low, high = np.quantile(means[:, 1:] - means[:, :1], [(1 - level) / 2, (1 + level) / 2], axis=0)
     differences = np.array([sample.mean(axis=1) - reference.mean(axis=1) for sample in samples.values()])
     differences = differences.reshape(len(samples), len(reference))  # also if there is nothing but the baseline
-    differences[np.abs(differences) < 1e-12] = 0.0  # rounding in the mean over seeds is no win
+    differences[np.abs(differences) < ROUNDING] = 0.0  # in the mean over seeds, which is no win
     mean = differences.mean(axis=1)
     spread = differences.std(axis=1, ddof=1) if len(reference) > 1 else np.zeros_like(mean)
     p = paired_p(differences, cluster)
@@ -248,7 +255,7 @@ def compare(
             "difference": mean,
             "low": low,
             "high": high,
-            "effect": np.divide(mean, spread, out=np.zeros_like(mean), where=spread > 0),
+            "effect": np.divide(mean, spread, out=np.zeros_like(mean), where=spread > ROUNDING),
             "p": p,
             "p_holm": holm(p),
             "wins": (differences > 0).sum(axis=1),
@@ -319,8 +326,8 @@ def detectable_difference(
     differences = np.asarray(differences, dtype=np.float64)
     queries = len(differences) if queries is None else queries
     independent = len(differences) if cluster is None else len(np.unique(cluster))
-    if min(queries, independent) < 2:
-        raise InputError(f"expected at least 2 queries that share no relevant document, got {min(queries, independent)}")
     groups = independent * queries / len(differences)
+    if min(queries, groups) < 2:
+        raise InputError(f"expected at least 2 queries that share no relevant document, got {min(queries, groups):g}")
     needed = stats.t.ppf([1 - alpha / 2, power], groups - 1).sum()
     return float(needed * standard_error(differences, cluster) * np.sqrt(len(differences) / queries))

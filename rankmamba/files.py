@@ -23,6 +23,8 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EACCES: "choose a folder that you may write",
     errno.EPERM: "choose a folder that you may write",
+    errno.ENOTDIR: "choose a folder that is no file",
+    errno.EEXIST: "choose a folder that is no file",
 }
 
 
@@ -50,7 +52,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     a folder replaces an earlier one in two renames, so a reader sees the old one, nothing, or the new one, never a mixture.
 
     Raises:
-        InputError: the disk is full or may not be written.
+        InputError: the disk is full or may not be written, or a file would replace a folder.
     """
     path = Path(os.path.abspath(path))  # "." has no name
     with refusals(path):
@@ -63,8 +65,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
+            if path.is_dir() and not temporary.is_dir():
+                raise InputError(f"expected the name of a file to write, got the folder {path}; name a file in it")
             if path.is_dir():
-                os.rename(path, workspace / "replaced")
+                os.rename(path, _replaced(workspace, path))
             os.replace(temporary, path)
         finally:
             _give_back(workspace, path)
@@ -82,9 +86,14 @@ def _workspace(path: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=path.parent))
 
 
+def _replaced(workspace: Path, path: Path) -> Path:
+    """Where the folder that was `path` waits until the new one is in its place."""
+    return workspace / f"{path.name}.replaced"
+
+
 def _give_back(workspace: Path, path: Path) -> None:
     """Put the folder that was `path` back if the new one did not come to take its place."""
-    replaced = workspace / "replaced"
+    replaced = _replaced(workspace, path)
     if replaced.is_dir() and not path.exists():
         os.rename(replaced, path)
 

@@ -210,7 +210,14 @@ def read_qrels(path: str | Path) -> pd.DataFrame:
 
 
 def write_qrels(path: str | Path, qrels: pd.DataFrame) -> None:
-    """Write qrels in the TREC format."""
+    """Write qrels in the TREC format.
+
+    Raises:
+        InputError: a relevance is not a whole number, or an id has white space.
+    """
+    whole = qrels["relevance"] % 1 == 0
+    if not whole.all():
+        raise InputError(f"expected a whole number as relevance, got {qrels['relevance'][~whole].iloc[0]} ({path})")
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
         for query_id, doc_id, relevance in zip(qrels["query_id"], qrels["doc_id"], qrels["relevance"], strict=True):
             handle.write(f"{_id(query_id, 'query_id', path)} 0 {_id(doc_id, 'doc_id', path)} {int(relevance)}\n")

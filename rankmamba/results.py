@@ -100,11 +100,11 @@ def write_record(folder: str | Path, record: Mapping) -> Path:
     record = _plain(record, "")
     _check(record, "the record")
     path = Path(folder) / "records" / _file_name(record)
-    if path.is_file():
+    if path.is_file() or _gzipped(path).is_file():
         try:
-            other = json.loads(path.read_bytes())
+            other = json.loads(path.read_bytes() if path.is_file() else gzip.decompress(_gzipped(path).read_bytes()))
             taken = any(other[key] != record[key] for key in IDENTITY)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error):
             taken = False  # a broken file is mended by replacing it
         if taken:
             mine, theirs = ([found[key] for key in IDENTITY] for found in (record, other))

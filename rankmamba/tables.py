@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError
-from .evaluate import BASELINE, PRIMARY, Tables, by_seed, compare, summarise
+from .evaluate import BASELINE, PRIMARY, Tables, by_seed, clustered, compare, seeds_of, summarise
 from .style import base
 
 
@@ -152,7 +152,7 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
             for name in ("difference", "low", "high", "effect", "p", "p_holm"):
                 row[name] = differences[name].get(system, math.nan) if name in differences else math.nan
             row |= _costs(records, system, collection, devices[0] if devices else None)
-            row |= {"clusters": len(set(shared.values())) if shared else row["queries"]}
+            row |= {"clusters": len(set(clustered(values[system][0].index, shared)))}
             rows.append(row | {"timed_on": devices[0] if len(devices) > 1 else "", "measure": measure, "baseline": baseline})
     return pd.DataFrame(rows)
 

@@ -8,6 +8,7 @@ import pandas as pd
 from .backbones import find
 from .collection import load
 from .embedded import answer_starts
+from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment
 from .interpolation import interpolate
@@ -46,9 +47,13 @@ def transfer(
     config["trained"] = fingerprint(experiment.trained(system))
     if record := find_record(experiment.folder, "transfer", system=name, collection=collection, config=config):
         return record
-    reranker = Reranker.from_pretrained(experiment.model_path(system), max_length=max_length)
     test = load(collection).sample(n_queries)
     candidates = test.candidates
+    if candidates is None:
+        raise InputError(
+            f"expected a collection that comes with candidates, got none in {collection}; add a candidates.run to it"
+        )
+    reranker = Reranker.from_pretrained(experiment.model_path(system), max_length=max_length)
     run = reranker.rerank(candidates, test, top_k, show_progress_bar=show_progress, max_passages=max_passages)
     result = measured(per_query(interpolate(run, candidates, 1.0), test.qrels))
     result["first_stage"] = measured(per_query(candidates, test.qrels))
@@ -102,11 +107,11 @@ def values(records: Sequence[dict], measure: str = PRIMARY) -> dict[str, pd.Seri
 
 
 def by_domain(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
-    """Mean and 95% interval by domain, the first word of a query's id.
+    """Mean and 95% interval by domain, what a query's id has before its first "-"; ids without one are of one domain, "all".
 
     A row each: domain, queries, reading (how documents were read; empty for the first stage), system, mean, low, high.
     """
-    return _by(values(records, measure), lambda query_id: query_id.split("-")[0], "domain")
+    return _by(values(records, measure), lambda query_id: query_id.partition("-")[0] if "-" in query_id else "all", "domain")
 
 
 def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = PRIMARY) -> pd.DataFrame:

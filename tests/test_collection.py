@@ -237,6 +237,16 @@ def test_an_unknown_name_is_refused_with_names_like_it():
         load("rankmamba/nq")
 
 
+def test_candidates_that_no_score_orders_are_refused():
+    home = ir_datasets.util.home_path() / "msmarco-passage" / "trec-dl-2019"
+    home.mkdir(parents=True)
+    (home / "queries.tsv").write_text("1\tbees\n")
+    (home / "qrels").write_text("1 0 77 1\n")
+    (home / "ms.run").write_text("1 0 77 0 0 x\n1 0 5 0 0 x\n")  # as ir_datasets writes what it made of top1000.dev.tar.gz
+    with pytest.raises(InputError, match="expected candidates with scores, got 0.0 for all 2 of msmarco-passage"):
+        _ = load("msmarco-passage/trec-dl-2019").candidates
+
+
 def test_a_failed_download_is_one_error_that_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path):
     monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path))
     dataset = ir_datasets.load("msmarco-document/dev")

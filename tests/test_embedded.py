@@ -190,7 +190,12 @@ def test_the_archive_is_fetched_once_with_its_hash_required_and_kept(archive, ho
     assert call.startswith("download --no-deps --no-binary=:all:") and "--require-hashes" in call
     load("rankmamba/nq/dev")
     assert len(calls(tmp_path)) == 1
-    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.SOURCE.file, f"nq-{embedded.NQ_VERSION}"]
+    assert sorted(path.name for path in home.iterdir()) == [
+        ".fetch.lock",
+        ".nq.lock",
+        nq.SOURCE.file,
+        f"nq-{embedded.NQ_VERSION}",
+    ]
 
 
 def test_a_damaged_archive_is_fetched_again(archive, home, tmp_path, capsys):
@@ -213,7 +218,7 @@ def test_an_archive_that_cannot_be_had_is_explained_and_leaves_nothing(archive, 
         load("rankmamba/nq/test")
     assert f"at {home / nq.SOURCE.file} by hand" in str(error.value)
     assert ("no route to the index" if case == "no network" else "with SHA-256") in str(error.value)
-    assert [path.name for path in home.iterdir()] == [".nq.lock"]
+    assert sorted(path.name for path in home.iterdir()) == [".fetch.lock", ".nq.lock"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no archive inside" * 100)],
@@ -232,11 +237,16 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_start_mends_it(a
         patch.setattr(embedded, "write_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load("rankmamba/nq/test")
-    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.SOURCE.file]
+    assert sorted(path.name for path in home.iterdir()) == [".fetch.lock", ".nq.lock", nq.SOURCE.file]
     (home / f".nq-{embedded.NQ_VERSION}.killed").mkdir()  # what a killed process would leave
     (home / f".{nq.SOURCE.file}.killed").mkdir()
     assert len(load("rankmamba/nq/test").documents) == 50
-    assert sorted(path.name for path in home.iterdir()) == [".nq.lock", nq.SOURCE.file, f"nq-{embedded.NQ_VERSION}"]
+    assert sorted(path.name for path in home.iterdir()) == [
+        ".fetch.lock",
+        ".nq.lock",
+        nq.SOURCE.file,
+        f"nq-{embedded.NQ_VERSION}",
+    ]
 
 
 def test_preparing_twice_gives_the_same_files(archive, home):

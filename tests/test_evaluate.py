@@ -131,6 +131,14 @@ def test_an_unknown_measure_is_named(name):
         per_query(make_run({"a": {"d1": 1}}), make_qrels({"a": {"d1": 1}}), [name])
 
 
+def test_a_negative_relevance_counts_as_none_and_grades_that_trec_eval_cannot_hold_are_refused():
+    run = make_run({"q": {"d0": 3.0, "d1": 2.0, "d2": 1.0}})
+    spam = per_query(run, make_qrels({"q": {"d0": -2, "d1": 1, "d3": -5}}))
+    assert spam.equals(per_query(run, make_qrels({"q": {"d0": 0, "d1": 1, "d3": 0}})))
+    with pytest.raises(InputError, match="a relevance of at most 1,000, got 2,147,483,648"):
+        per_query(run, make_qrels({"q": {"d0": 2**31}}))
+
+
 def test_a_repeated_rank_or_document_is_refused():
     run, qrels = make_run({"a": {"d1": 2, "d2": 1}}), make_qrels({"a": {"d1": 1}})
     with pytest.raises(InputError, match="rank once a query"):
@@ -289,6 +297,13 @@ def test_one_query_decides_nothing():
     assert compare(systems(bm25=[0.1], x=[0.9])).iloc[0]["p"] == 1.0
 
 
+def test_rounding_is_neither_a_spread_nor_a_difference():
+    tables = systems(bm25=[0.1, 0.2, 0.3], x=[0.3, 0.4, 0.5])
+    assert tables["x"].sub(tables["bm25"]).iloc[:, 0].std() > 0 and compare(tables).iloc[0]["effect"] == 0.0
+    cancelling = np.tile([0.1, 0.2, -0.3], 10)
+    assert cancelling.mean() != 0 and paired_p(cancelling, np.arange(30) // 3) == 1.0
+
+
 def test_a_detectable_difference_is_detected_as_often_as_it_says():
     pilot = reciprocal_ranks(5_000, 19) - reciprocal_ranks(5_000, 20)
     shift = detectable_difference(pilot, queries=200)
@@ -297,6 +312,8 @@ def test_a_detectable_difference_is_detected_as_often_as_it_says():
     assert detectable_difference(pilot, 800) == pytest.approx(shift / 2, rel=0.02)
     with pytest.raises(InputError, match="at least 2 queries that share no"):
         detectable_difference([0.1])
+    with pytest.raises(InputError, match="share no relevant document, got 0.5"):
+        detectable_difference(pilot[:100], queries=5, cluster=np.arange(100) // 10)
 
 
 FIRST = make_run({"a": {"d1": 9, "d2": 8, "d3": 7, "d5": 1, "d4": 1}, "b": {"d1": 2, "d2": 2}})

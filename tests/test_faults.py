@@ -141,6 +141,17 @@ def test_another_error_inside_a_write_keeps_its_class_and_leaves_nothing(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_never_takes_the_place_of_a_folder_and_a_folder_in_a_file_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    write_text(tmp_path / "folder" / "precious", "years of work")
+    with pytest.raises(InputError, match="the folder .*; name a file in it"):
+        write_text(tmp_path / "folder", "text")
+    with pytest.raises(InputError, match="choose a folder that is no file"):
+        write_text(tmp_path / "folder" / "precious" / "new", "text")
+    assert (tmp_path / "folder" / "precious").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_what_killed_processes_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     with replacing(tmp_path / "file") as temporary:
@@ -153,8 +164,9 @@ def test_what_killed_processes_left_is_removed_and_what_a_living_one_writes_is_n
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_is_still_there_after_a_kill_or_an_error_between_its_two_renames(tmp_path, monkeypatch):
-    old, path = {"weights": "old"}, tmp_path / "model"
+@pytest.mark.parametrize("name", ["model", "replaced"])
+def test_a_folder_is_still_there_after_a_kill_or_an_error_between_its_two_renames(tmp_path, monkeypatch, name):
+    old, path = {"weights": "old"}, tmp_path / name
 
     def contents():
         return {file.name: file.read_text() for file in path.iterdir()}

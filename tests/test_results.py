@@ -367,6 +367,11 @@ def test_gzipped_records_read_as_they_were_and_a_new_record_takes_their_place(tm
     assert fingerprint(newer) in [fingerprint(r) for r in read_records(tmp_path)]
     write_record(tmp_path, newer)
     assert list(path.parent.glob("evaluate-bm25-set*")) == [path]
+    path = write_record(tmp_path, record(system="a/b"))
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    with pytest.raises(InputError, match="another name than data-a-b-set"):
+        write_record(tmp_path, record(system="a-b"))
 
 
 @pytest.mark.parametrize("broken", [b"no gzip", gzip.compress(b"{}")[:-9], gzip.compress(b"\xff")], ids=["other", "cut", "utf8"])
@@ -405,3 +410,7 @@ def test_queries_that_share_a_document_widen_the_final_tables_intervals_and_the_
     assert table["clusters"].tolist() == [10] * 3 and alone["clusters"].tolist() == [40] * 3
     assert table["difference"].equals(alone["difference"]) and not table["p"].equals(alone["p"])
     assert "are one draw, of 10," in caption(table) and "one draw" not in caption(alone)
+    first = next(iter(shared))  # a query without a relevant document is in no cluster
+    apart = {query_id: place for place, query_id in enumerate(shared) if query_id != first}
+    write_record(tmp_path, record("queries", "relevant documents", result={"words": {}, "clusters": apart}))
+    assert final_table(read_records(tmp_path))["clusters"].tolist() == [40] * 3

@@ -8,6 +8,7 @@ from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.experiment import Experiment
+from rankmamba.formats import write_documents, write_qrels, write_queries
 from rankmamba.interpolation import interpolate
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig
@@ -41,6 +42,16 @@ def test_a_transfer_is_done_once_and_other_readings_stand_beside_it(experiment, 
         transfer.transfer(experiment, "tiny-bert", "rankmamba/tiny/test", 48)
 
 
+def test_a_collection_without_candidates_is_refused_before_a_model_is_loaded(experiment, tmp_path, monkeypatch):
+    tiny = load("rankmamba/tiny/test")
+    write_documents(tmp_path / "documents.jsonl", tiny.documents.pairs())
+    write_queries(tmp_path / "queries.tsv", tiny.queries)
+    write_qrels(tmp_path / "qrels.txt", tiny.qrels)
+    monkeypatch.setattr(Reranker, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="add a candidates.run to it"):
+        transfer.transfer(experiment, "tiny-mamba", str(tmp_path), 48)
+
+
 def test_a_system_is_read_only_as_far_as_it_has_positions(monkeypatch):
     monkeypatch.setattr(transfer, "transfer", lambda experiment, *read: read)
     found = transfer.everywhere(None, ["minilm-l6", "nano-mamba"], ["a", "b"], [[512, 4], [1024, 1]], 5, 20)
@@ -69,6 +80,8 @@ def test_domains_are_told_apart_by_the_first_word_of_a_query_id_over_seeds():
     assert table.loc[("nyt", "a"), "mean"] == pytest.approx(0.5) and table.loc[("wiki", "a"), "mean"] == pytest.approx(0.375)
     assert (table.xs("bm25", level="system")["mean"] == 0.5).all() and (table["queries"] == 2).all()
     assert ((table["low"] <= table["mean"]) & (table["mean"] <= table["high"])).all()
+    plain = transfer.by_domain([record("a", {"1037798": 1.0, "1110199": 0.5})])
+    assert plain["domain"].tolist() == ["all", "all"] and (plain["queries"] == 2).all()
 
 
 def test_answers_are_binned_by_the_words_before_them_and_every_query_is_in_one_bin():
