@@ -136,6 +136,11 @@ class Group(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
 
+    @property
+    def doc_ids(self) -> tuple[str, ...]:
+        """The positive, then the negatives."""
+        return self.positive, *self.negatives
+
 
 def lce_groups(
     candidates: pd.DataFrame,

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -61,15 +62,12 @@ class IrDocuments(Documents):
 
     def __init__(self, dataset, name: str):
         self._dataset, self._name = dataset, name
-        self._store_or_none = None
         self.namespace = dataset.docs_namespace() or name.split("/")[0]  # equal where the documents are the same
 
-    @property
+    @cached_property
     def _store(self):
-        if self._store_or_none is None:
-            with _fetching(self._name, "docs"):
-                self._store_or_none = self._dataset.docs_store()
-        return self._store_or_none
+        with _fetching(self._name, "docs"):
+            return self._dataset.docs_store()
 
     def __len__(self) -> int:
         with _fetching(self._name, "docs"):

@@ -20,6 +20,7 @@ BASELINE = "bm25"
 RESAMPLES = 10_000
 ROUNDING = 1e-12  # differences below it are no differences
 MAX_RELEVANCE = 1_000  # trec_eval keeps an array that long
+BOUNDS = (0.025, 0.975)  # of every interval
 Tables = pd.DataFrame | Sequence[pd.DataFrame]  # what `per_query` returns, or one of them for each seed of a system
 
 
@@ -137,8 +138,8 @@ def _draw(generator: np.random.Generator, rows: int, size: int) -> np.ndarray:
     return np.bincount(cells.ravel(), minlength=rows * size).reshape(rows, size) / draws
 
 
-def mean_interval(values, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of values (n queries,) or (n queries, seeds): percentile bootstrap over queries and, if several, seeds.
+def mean_interval(values) -> tuple[float, float, float]:
+    """(mean, low, high: 95%) of values (n queries,) or (n queries, seeds): percentile bootstrap over queries and, if several, seeds.
 
     Each query counts as independent.
 
@@ -146,12 +147,10 @@ def mean_interval(values, level: float = 0.95, seed: int = 0) -> tuple[float, fl
         InputError: no values, or one that is not finite.
     """
     sample = np.asarray(values, dtype=np.float64)
-    return _mean_intervals([sample[:, None] if sample.ndim == 1 else sample], level, seed, None)[0]
+    return _mean_intervals([sample[:, None] if sample.ndim == 1 else sample], None)[0]
 
 
-def summarise(
-    tables: Tables, level: float = 0.95, seed: int = 0, shared: Mapping[str, int] | None = None
-) -> dict[str, dict[str, float]]:
+def summarise(tables: Tables, shared: Mapping[str, int] | None = None) -> dict[str, dict[str, float]]:
     """{measure: {"mean", "low", "high"}} of one `per_query` table, or of several, one for each seed of a system.
 
     shared: the `clusters` of the queries.
@@ -160,18 +159,15 @@ def summarise(
     _same_queries({f"seed {k}": table for k, table in enumerate(tables)})
     measures = list(tables[0].columns)
     samples = [by_seed(tables, measure) for measure in measures]
-    intervals = _mean_intervals(samples, level, seed, clustered(tables[0].index, shared))
+    intervals = _mean_intervals(samples, clustered(tables[0].index, shared))
     return {measure: dict(zip(("mean", "low", "high"), intervals[k], strict=True)) for k, measure in enumerate(measures)}
 
 
-def _mean_intervals(
-    samples: list[np.ndarray], level: float, seed: int, cluster: np.ndarray | None
-) -> list[tuple[float, float, float]]:
+def _mean_intervals(samples: list[np.ndarray], cluster: np.ndarray | None) -> list[tuple[float, float, float]]:
     for sample in samples:
         if sample.size == 0 or not np.isfinite(sample).all():
             raise InputError(f"expected finite values, got {sample.size}, of them {(~np.isfinite(sample)).sum()} not finite")
-    means = bootstrap_means(samples, seed=seed, cluster=cluster)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.quantile(bootstrap_means(samples, cluster=cluster), BOUNDS, axis=0)
     return [(float(sample.mean()), float(low[k]), float(high[k])) for k, sample in enumerate(samples)]
 
 
@@ -216,8 +212,6 @@ def compare(
     values: Mapping[str, Tables],
     baseline: str = BASELINE,
     measure: str = PRIMARY,
-    level: float = 0.95,
-    seed: int = 0,
     shared: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
     """Compare systems with a baseline; a row a system: system, difference, low, high, effect, p, p_holm, wins, ties, losses.
@@ -241,8 +235,8 @@ def compare(
     samples = {system: by_seed(given, measure) for system, given in tables.items()}
     reference = samples.pop(baseline)
     cluster = clustered(tables[baseline][0].index, shared)
-    means = bootstrap_means([reference, *samples.values()], seed=seed, cluster=cluster)
-    low, high = np.quantile(means[:, 1:] - means[:, :1], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    means = bootstrap_means([reference, *samples.values()], cluster=cluster)
+    low, high = np.quantile(means[:, 1:] - means[:, :1], BOUNDS, axis=0)
     differences = np.array([sample.mean(axis=1) - reference.mean(axis=1) for sample in samples.values()])
     differences = differences.reshape(len(samples), len(reference))  # also if there is nothing but the baseline
     differences[np.abs(differences) < ROUNDING] = 0.0  # in the mean over seeds, which is no win

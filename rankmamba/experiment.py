@@ -70,11 +70,7 @@ class Experiment:
         started = time.perf_counter()
         index = BM25.build(self.split("test").documents, k1=k1, b=b)
         built = time.perf_counter()
-        rows = {}
-        for part in PARTS:
-            run = index.search(self.split(part).queries)
-            write_run(self.run_path(system, part), run, system)
-            rows[part] = len(run)
+        rows = self._keep_runs(system, {part: index.search(self.split(part).queries) for part in PARTS})
         queries = len(self.split("dev").queries) + len(self.split("test").queries)
         timing = {"index_seconds": built - started, "queries_per_s": queries / (time.perf_counter() - built)}
         result = {"documents": len(self.split("test").documents), "rows": rows}
@@ -85,13 +81,11 @@ class Experiment:
         config = self._config(candidates="given")
         if (record := self._found("first_stage", system, "test", config)) and self._has_runs(system):
             return record
-        rows = {}
-        for part in PARTS:
-            run = self.split(part).candidates
+        runs = {part: self.split(part).candidates for part in PARTS}
+        for part, run in runs.items():
             if run is None:
                 raise InputError(f"expected candidates that come with {self.split(part).name}, got none; rank with BM25 instead")
-            write_run(self.run_path(system, part), run, system)
-            rows[part] = len(run)
+        rows = self._keep_runs(system, runs)
         result = {"documents": len(self.split("test").documents), "rows": rows}
         note = f"the candidates that come with {self.collection}, ranked by its authors"
         return self._leave("first_stage", system, "test", config, result, {}, note=note)
@@ -175,9 +169,7 @@ class Experiment:
                 cost += part_cost
             if (before := self._last("rerank", system, "test")) is not None:
                 remove_record(self.folder, before)  # never a record beside the runs of another
-            for part, run in runs.items():
-                write_run(self.run_path(system, part), run, system)
-            rows = {part: len(run) for part, run in runs.items()}
+            rows = self._keep_runs(system, runs)
             result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens, "rows": rows}
             rates = {"pairs_per_s": cost.pairs / cost.seconds, "tokens_per_s": cost.tokens / cost.seconds}
             ran = reranker.setup
@@ -277,6 +269,12 @@ class Experiment:
 
     def run_path(self, system: str, part: str) -> Path:
         return self.folder / "runs" / f"{system}-{part}-seed{self.seed}.run"
+
+    def _keep_runs(self, system: str, runs: dict[str, pd.DataFrame]) -> dict[str, int]:
+        """Write the run of each part; returns how many rows each has."""
+        for part, run in runs.items():
+            write_run(self.run_path(system, part), run, system)
+        return {part: len(run) for part, run in runs.items()}
 
     def _has_runs(self, system: str) -> bool:
         return all(self.run_path(system, part).is_file() for part in PARTS)

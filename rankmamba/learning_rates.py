@@ -23,7 +23,7 @@ from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment, progress
 from .parameters import ROOT, parse_parameters, settle
 from .reranker import Reranker
-from .results import environment, find_record, new_record, write_record
+from .results import environment, find_record, leave_record
 from .train import TrainConfig
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
@@ -64,20 +64,8 @@ def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
         loss = last_quarter(experiment.train(config, on_step)["result"]["curve"])
     dev, reranker = experiment.split("dev"), Reranker.from_pretrained(experiment.model_path(config.system))
     result = {"loss": loss} | measured_on(dev, reranker, top_k)
-    ran = environment() | reranker.setup
-    record = new_record(
-        "learning_rate",
-        config.system,
-        dev.name,
-        experiment.scale,
-        config.seed,
-        settings,
-        result,
-        {"seconds": reranker.cost.seconds},
-        ran,
-    )
-    write_record(experiment.folder, record)
-    return record
+    made = experiment.folder, "learning_rate", config.system, dev.name, experiment.scale, config.seed
+    return leave_record(*made, settings, result, {"seconds": reranker.cost.seconds}, environment() | reranker.setup)
 
 
 def table(records: Sequence[dict]) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from .pairwise import pairwise
 from .parameters import ROOT, parse_parameters, settle
 from .pretrained import publish
 from .reranker import Reranker
-from .results import environment, find_record, new_record, write_record
+from .results import environment, find_record, leave_record
 from .systems import CHECKPOINTS, SCRATCH
 from .train import TrainConfig, train
 
@@ -62,10 +62,8 @@ def tried(folder: Path, before: TrainConfig, collection: str, after: TrainConfig
     curve = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["result"]["curve"]
     losses = {"pretraining_loss": last_quarter(curve), "loss": last_quarter(trained.curve)}
     result = losses | measured_on(dev, reranker, top_k)
-    timing, ran = {"seconds": reranker.cost.seconds}, environment() | reranker.setup
-    record = new_record("pretraining", after.system, dev.name, study.scale, before.seed, settings, result, timing, ran)
-    write_record(folder, record)
-    return record
+    made = folder, "pretraining", after.system, dev.name, study.scale, before.seed
+    return leave_record(*made, settings, result, {"seconds": reranker.cost.seconds}, environment() | reranker.setup)
 
 
 def table(records: Sequence[dict]) -> pd.DataFrame:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -27,9 +26,6 @@ from .precision import autocast, autocast_dtype
 from .saved import check_target
 from .threads import at_once, batch_cost, even_batches, side_by_side
 from .token_store import document_tokens
-
-if TYPE_CHECKING:
-    from .states import DocumentStates
 
 # Tokens of a batch when scoring: for each thread of a CPU what stays in its cache, many for anything else.
 TOKENS_PER_THREAD, TOKENS_ON_A_GPU = 2048, 16384
@@ -165,7 +161,6 @@ class Reranker:
         top_k: int = 100,
         batch_tokens: int | None = None,
         show_progress_bar: bool = False,
-        states: "DocumentStates | None" = None,
         max_passages: int = 1,
     ) -> pd.DataFrame:
         """Rerank the `top_k` best candidates of each query: run -> run of those documents, scores raw logits.
@@ -174,16 +169,11 @@ class Reranker:
         the run of one process.
 
         max_passages: 1 reads the beginning of a document (FirstP; LongP if the reranker's max_length is long), more score so many
-        passages of it and take the best (MaxP); `cost` then counts passages. states: the stored states of the documents, made by
-        this reranker (`states.DocumentStates`); then only the queries' tokens run.
+        passages of it and take the best (MaxP); `cost` then counts passages.
 
         Raises:
             InputError: the run names a query or a document that the collection does not have.
         """
-        if states is not None:
-            run = states.rerank(candidates, collection, top_k, show_progress_bar)
-            self.cost = Cost(states.cost.pairs, states.cost.tokens, states.cost.tokens, states.cost.seconds)
-            return run
         head = candidates[candidates["rank"] <= top_k]
         check_run(head, collection, columns=["query_id"])
         query_ids, query_of = _unique(head["query_id"])
@@ -225,10 +215,10 @@ class Reranker:
         document_lengths = np.array([len(ids) for ids in documents], dtype=int)
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
         count = at_once(self.device)
-        cut = [batch_tokens or self.batch_tokens, count, batch_cost(self.device, count)]
+        budget = [batch_tokens or self.batch_tokens, count, batch_cost(self.device, count)]
         if share:  # processes may have different numbers of threads; all have to cut alike
-            dist.broadcast_object_list(cut, src=0, device=self.device)
-        batches = even_batches(lengths, *cut)
+            dist.broadcast_object_list(budget, src=0, device=self.device)
+        batches = even_batches(lengths, *budget)
         if share:
             batches = batches[dist.get_rank() :: dist.get_world_size()]
         scores, padded_tokens = np.zeros(len(lengths), dtype=np.float32), 0

@@ -114,6 +114,13 @@ def write_record(folder: str | Path, record: Mapping) -> Path:
     return path
 
 
+def leave_record(folder: str | Path, *fields, **named) -> dict:
+    """Make a record as `new_record` does, write it as `write_record` does, and return it."""
+    record = new_record(*fields, **named)
+    write_record(folder, record)
+    return record
+
+
 def _gzipped(path: Path) -> Path:
     return path.with_name(path.name + ".gz")
 

@@ -20,6 +20,7 @@ from .collection import Collection
 from .files import sha256
 from .inputs import TOKENISING
 from .reranker import Reranker
+from .saved import WEIGHTS
 from .states import DocumentStates
 from .states.reader import MANIFEST
 from .systems import SYSTEMS
@@ -143,7 +144,7 @@ class Search:
     def _store(self, system: str) -> Path:
         """The folder of a system's states, another one for other weights."""
         if system not in self._stores:
-            weights = sha256(Path(self.models[system]) / "model.safetensors")
+            weights = sha256(Path(self.models[system]) / WEIGHTS)
             self._stores[system] = self.stores / f"{system}-{weights[:12]}"
         return self._stores[system]
 

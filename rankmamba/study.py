@@ -16,6 +16,7 @@ from . import plan
 from .errors import InputError
 from .files import alone, refusals, write_text
 from .parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parameters, read_scale, settle
+from .sources import say
 
 REPORT = "07_report"
 # The final table has eleven columns, which have to fit the window and the page; on paper nothing scrolls.
@@ -138,10 +139,6 @@ def remaining(elapsed: float, done: list[float], left: list[float]) -> float:
 def clock(seconds: float) -> str:
     """Write seconds as m:ss."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def show(folder: Path) -> None:

@@ -22,7 +22,8 @@ from .cluster import starter
 from .errors import InputError
 from .files import write_text
 from .parameters import ROOT, check, known, notebooks, parse_yaml, settle
-from .study import clock, record_config, say
+from .sources import say
+from .study import clock, record_config
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -93,10 +93,6 @@ class ModelSpec:
         """The rank of LoRA in the papers' recipe: 64 above 700 M parameters, else 0, which trains all weights."""
         return 64 if self.millions > 700 else 0
 
-    @property
-    def lora_targets(self) -> tuple[str, ...] | str:
-        return self.family.lora_targets
-
 
 @dataclass(frozen=True)
 class Packed:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError
-from .evaluate import BASELINE, PRIMARY, Tables, by_seed, clustered, compare, seeds_of, summarise
+from .evaluate import BASELINE, PRIMARY, Tables, by_seed, clustered, compare, summarise
 from .style import base
 
 

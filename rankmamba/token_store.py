@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.std import tqdm
 
+from . import lookup
 from .errors import InputError
 from .files import alone, replacing, sha256, write_text
 from .formats import Documents
@@ -84,16 +85,18 @@ class TokenStore(Mapping[str, np.ndarray]):
         self.folder = folder
         manifest = _read_json(folder / "manifest.json", "build it again")
         try:
-            self._count, lookup = int(manifest["documents"]), manifest["lookup"]
+            self._count, expected = int(manifest["documents"]), manifest["lookup"]
             self._shards = [{part: shard[part] for part in PARTS} for shard in manifest["shards"]]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"expected a manifest of tokens, got another form ({folder / 'manifest.json'}); delete it"
             ) from error
-        _check(folder / "lookup.npy", lookup)
-        self._hashes, self._rows = np.load(folder / "lookup.npy", mmap_mode="r")
-        if not self._count == len(self._rows) <= len(self._shards) * SHARD:
-            raise InputError(f"expected {len(self._rows)} documents, got {self._count} ({folder / 'manifest.json'}); delete it")
+        _check(folder / "lookup.npy", expected)
+        self._lookup = np.load(folder / "lookup.npy", mmap_mode="r")
+        if not self._count == self._lookup.shape[1] <= len(self._shards) * SHARD:
+            raise InputError(
+                f"expected {self._lookup.shape[1]} documents, got {self._count} ({folder / 'manifest.json'}); delete it"
+            )
         self._open: dict[int, tuple[np.ndarray, ...]] = {}
 
     @classmethod
@@ -143,13 +146,7 @@ class TokenStore(Mapping[str, np.ndarray]):
             self._shard(shard)
 
     def _row(self, doc_id: str) -> int | None:
-        wanted = _hash(doc_id.encode())
-        for at in range(int(np.searchsorted(self._hashes, wanted)), len(self)):  # as good as never more than one
-            if self._hashes[at] != wanted:
-                return None
-            if self.doc_ids[int(self._rows[at])] == doc_id:
-                return int(self._rows[at])
-        return None
+        return lookup.find(self._lookup, doc_id, self.doc_ids.__getitem__)
 
     def _shard(self, shard: int) -> tuple[np.ndarray, ...]:
         if shard not in self._open:
@@ -209,13 +206,16 @@ def _build(documents: Documents, inputs: PairTokenizer, folder: Path) -> None:
             else:
                 ids = _write_shard(target, pairs, inputs, dtype, bar)
             shards.append(_read_json(target / "sha256.json", "delete the folder"))
-            hashes.append(np.array([_hash(doc_id) for doc_id in ids.tolist()], dtype=np.uint64))
+            hashes.append(np.array([lookup.hash_id(doc_id.decode()) for doc_id in ids.tolist()], dtype=np.uint64))
     hashes = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
-    order = np.argsort(hashes, kind="stable")
+
+    def name(row: int) -> str:
+        return np.load(folder / _name(row // SHARD) / "ids.npy", mmap_mode="r")[row % SHARD].decode()
+
+    table = lookup.make(hashes, name)
     with replacing(folder / "lookup.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, np.stack([hashes[order], order.astype(np.uint64)]))
+        np.save(file, table)
     manifest = {"documents": len(hashes), "shards": shards, "lookup": sha256(folder / "lookup.npy")}
-    _refuse_twins(hashes[order], order, folder)
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
@@ -248,13 +248,6 @@ def _finished(target: Path, pairs: Iterable[tuple[str, str]], bar) -> np.ndarray
     return ids
 
 
-def _refuse_twins(hashes: np.ndarray, rows: np.ndarray, folder: Path) -> None:
-    for at in np.flatnonzero(hashes[1:] == hashes[:-1]):
-        names = [np.load(folder / _name(row // SHARD) / "ids.npy", mmap_mode="r")[row % SHARD] for row in rows[at : at + 2]]
-        if names[0] == names[1]:
-            raise InputError(f"expected each doc_id once, got {names[0].decode()!r} as document {rows[at]} and {rows[at + 1]}")
-
-
 def _batches(items: Iterable, size: int) -> Iterator[Iterator]:
     """Yield iterators over `size` items each, one in memory at a time; each is to be used up before the next."""
     items = iter(items)
@@ -264,10 +257,6 @@ def _batches(items: Iterable, size: int) -> Iterator[Iterator]:
 
 def _name(shard: int) -> str:
     return f"{int(shard):05d}"
-
-
-def _hash(doc_id: bytes) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.blake2b(doc_id, digest_size=8).digest(), "little"))
 
 
 def _read_json(path: Path, remedy: str):

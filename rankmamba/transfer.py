@@ -13,7 +13,7 @@ from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment
 from .interpolation import interpolate
 from .reranker import Reranker
-from .results import environment, find_record, fingerprint, new_record, write_record
+from .results import environment, find_record, fingerprint, leave_record
 from .tables import measured
 
 STARTS = (0, 128, 256, 512, 1024)  # words of a document before what answers the query
@@ -58,11 +58,8 @@ def transfer(
     result = measured(per_query(interpolate(run, candidates, 1.0), test.qrels))
     result["first_stage"] = measured(per_query(candidates, test.qrels))
     timing = {"seconds": reranker.cost.seconds, "pairs_per_s": reranker.cost.pairs / reranker.cost.seconds}
-    record = new_record(
-        "transfer", name, collection, experiment.scale, experiment.seed, config, result, timing, environment() | reranker.setup
-    )
-    write_record(experiment.folder, record)
-    return record
+    ran, scale, seed = environment() | reranker.setup, experiment.scale, experiment.seed
+    return leave_record(experiment.folder, "transfer", name, collection, scale, seed, config, result, timing, ran)
 
 
 def everywhere(

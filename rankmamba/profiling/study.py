@@ -13,7 +13,7 @@ from ..collection import Collection
 from ..errors import InputError
 from ..precision import autocast_dtype
 from ..reranker import TOKENS_PER_THREAD
-from ..results import environment, new_record, read_records, write_record
+from ..results import environment, leave_record, read_records
 from . import MODES, Subject, measure_together, timed
 from .parts import TextPass, breakdown
 from .shapes import depth_of
@@ -133,6 +133,4 @@ def _found(folder, system: str, collection: str, config: dict) -> dict | None:
 
 
 def _leave(folder, scale, system, collection, config, result, timing, ran) -> dict:
-    record = new_record("profile", system, collection, scale, 0, config, result, timing, environment() | ran)
-    write_record(folder, record)
-    return record
+    return leave_record(folder, "profile", system, collection, scale, 0, config, result, timing, environment() | ran)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import lookup
 from ..errors import InputError
 from ..files import sha256
 from .formats import DTYPES, Profile, ids_bytes, record_bytes
@@ -33,7 +34,7 @@ class Names:
         self.table = np.memmap(folder / ROWS, dtype=TABLE, mode="r")
         self._ids = np.memmap(folder / IDS, dtype=np.uint8, mode="r") if os.path.getsize(folder / IDS) else np.empty(0, np.uint8)
         if (folder / LOOKUP).is_file():
-            self._hashes, self._rows = np.memmap(folder / LOOKUP, dtype="<u8", mode="r").reshape(2, -1)
+            self._lookup = np.memmap(folder / LOOKUP, dtype="<u8", mode="r").reshape(2, -1)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -44,14 +45,7 @@ class Names:
 
     def find(self, doc_id: str) -> int | None:
         """Return the row of a document, or None."""
-        wanted = np.uint64(hash_id(doc_id))
-        place = int(np.searchsorted(self._hashes, wanted))
-        while place < len(self) and self._hashes[place] == wanted:  # as good as never more than one
-            row = int(self._rows[place])
-            if self[row] == doc_id:
-                return row
-            place += 1
-        return None
+        return lookup.find(self._lookup, doc_id, self.__getitem__)
 
 
 class Reader:
@@ -187,7 +181,3 @@ def _short(value) -> str:
 
 def _checksum(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def hash_id(doc_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(doc_id.encode(), digest_size=8).digest(), "little")

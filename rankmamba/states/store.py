@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from .. import __version__
+from .. import __version__, lookup
 from ..errors import InputError
 from ..files import refusals, sha256, write_text
 from .formats import Profile, ids_bytes, record_bytes
@@ -26,7 +26,6 @@ from .reader import (
     TABLE,
     Names,
     compare_headers,
-    hash_id,
     read_manifest,
     read_profile,
     sealed,
@@ -156,13 +155,8 @@ class Writer:
         if self.whole:
             return
         names = Names(self.folder)
-        hashes = np.array([hash_id(names[row]) for row in range(len(names))], dtype="<u8")
-        order = np.argsort(hashes, kind="stable").astype("<u8")
-        for place in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]):
-            first, second = order[place : place + 2]
-            if names[first] == names[second]:
-                raise InputError(f"expected each doc_id once, got {names[first]!r} again as document {second + 1}; remove one")
-        (self.folder / LOOKUP).write_bytes(hashes[order].tobytes() + order.tobytes())
+        table = lookup.make([lookup.hash_id(names[row]) for row in range(len(names))], names.__getitem__)
+        (self.folder / LOOKUP).write_bytes(table.tobytes())
         files = [path for name in (ROWS, IDS, LOOKUP, PROFILE) if (path := self.folder / name).is_file()]
         manifest = {"header": self.header, "done": self.done, "sha256": {path.name: sha256(path) for path in files}}
         manifest |= {"version": __version__}

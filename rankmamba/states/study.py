@@ -13,10 +13,12 @@ from ..collection import Collection
 from ..evaluate import mean_interval, per_query
 from ..experiment import Experiment
 from ..reranker import Reranker
-from ..results import environment, find_record, fingerprint, new_record, write_record
+from ..results import environment, find_record, fingerprint, leave_record
 from . import DocumentStates
 
 FULL = "full scoring"
+CORES, MEMORY_GB = 64, 512  # of a rented machine that builds states, and of one that holds them
+MACHINES, HOURS = f"machines of {MEMORY_GB} GB", f"hours to build on {CORES} cores"
 
 
 def causal(systems: Sequence[str]) -> list[str]:
@@ -85,9 +87,8 @@ def trial(
     timing = {"full_seconds": cost.seconds, "build_seconds": build_seconds, "seconds": seconds, "by_length": by_length}
     timing["pairs_per_s"] = cost.pairs / seconds[dtypes[0]]
     ran = environment() | reranker.setup
-    record = new_record("states", system, collection, experiment.scale, experiment.seed, config, result, timing, ran)
-    write_record(experiment.folder, record)
-    return record
+    scale, seed = experiment.scale, experiment.seed
+    return leave_record(experiment.folder, "states", system, collection, scale, seed, config, result, timing, ran)
 
 
 def _formats(reranker: Reranker, dtypes: Sequence[str]):
@@ -178,17 +179,17 @@ def length_table(records: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def outlook(records: list[dict], documents: int, cores: int = 64, memory_gb: int = 512) -> pd.DataFrame:
+def outlook(records: list[dict], documents: int) -> pd.DataFrame:
     """What the states of a large collection take: terabytes, hours of a rented machine to build, machines to hold them.
 
     A document there costs what one costs here; break-even: scorings of a document after which building it has paid for itself.
-    cores: of a rented machine that builds, taken to be as fast as this machine's threads; memory_gb: of one that holds them.
+    A core of the machine that builds is taken to be as fast as a thread of this one.
     """
     rows = []
     for record in records:
         result, timing = record["result"], record["timing"]
         build, full = timing["build_seconds"] / result["documents"], timing["full_seconds"] / result["pairs"]
-        speed = cores / record["environment"]["threads"]
+        speed = CORES / record["environment"]["threads"]
         for name, found in result["formats"].items():
             terabytes = found["bytes_per_document"] * documents / 1e12
             saved = full - timing["seconds"][name] / result["pairs"]
@@ -197,8 +198,8 @@ def outlook(records: list[dict], documents: int, cores: int = 64, memory_gb: int
                     "system": record["system"],
                     "format": name,
                     "TB": terabytes,
-                    f"machines of {memory_gb} GB": int(np.ceil(terabytes * 1000 / memory_gb)),
-                    f"hours to build on {cores} cores": build * documents / speed / 3600,
+                    MACHINES: int(np.ceil(terabytes * 1000 / MEMORY_GB)),
+                    HOURS: build * documents / speed / 3600,
                     "break-even": build / saved if saved > 0 else np.inf,
                 }
             )

@@ -18,7 +18,7 @@ def teacher_scores(teacher: str, groups: TrainingGroups, collection: Collection,
 
     A pair that is in several groups is scored once. The scores are kept in `folder`, so a training that is continued reads them.
     """
-    pairs = [(group.query_id, doc_id) for group in groups.groups for doc_id in (group.positive, *group.negatives)]
+    pairs = [(group.query_id, doc_id) for group in groups.groups for doc_id in group.doc_ids]
     weights = Path(teacher) / WEIGHTS
     of = (sha256(weights) if weights.is_file() else teacher, pairs)
     path = folder / f"teacher-{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.npy"

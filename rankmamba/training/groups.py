@@ -27,7 +27,7 @@ class TrainingGroups:
             epoch += 1
         del self.groups[count:]
         query_ids = sorted({group.query_id for group in self.groups})
-        doc_ids = sorted({doc_id for group in self.groups for doc_id in (group.positive, *group.negatives)})
+        doc_ids = sorted({doc_id for group in self.groups for doc_id in group.doc_ids})
         self.queries = dict(zip(query_ids, inputs.queries([collection.queries[i] for i in query_ids]), strict=True))
         self.documents = document_tokens(collection.documents, doc_ids, inputs)
 
@@ -37,7 +37,7 @@ class TrainingGroups:
     def __getitem__(self, index: int) -> list[Pair]:
         group = self.groups[index]
         query = self.queries[group.query_id]
-        return [self.inputs.join(query, self.documents[doc_id]) for doc_id in (group.positive, *group.negatives)]
+        return [self.inputs.join(query, self.documents[doc_id]) for doc_id in group.doc_ids]
 
     def digest(self) -> str:
         """SHA-256 of the groups, their order and their tokens."""
