@@ -31,7 +31,7 @@ def _choose(runs: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> 
     if not runs:
         return "none", "the backbone has no attention"
     if "sdpa" not in runs:
-        return "eager", "the backbone has no other"
+        return "eager", "the backbone has no SDPA"
     if "flash_attention_2" not in runs:
         return "sdpa", "the backbone has no flash attention"
     if device.type != "cuda" or dtype != torch.bfloat16:

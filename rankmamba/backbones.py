@@ -1,8 +1,10 @@
 """From a system's name to its network and tokenizer: a row of the table, or what a checkpoint's own configuration says."""
 
+import difflib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -14,12 +16,16 @@ from .errors import InputError
 from .inputs import KINDS
 from .model import RerankerConfig, RerankerModel
 from .packages import package_folder, unpacked
-from .saved import is_saved, load_saved
+from .saved import check_vocabulary, is_saved, load_saved
 from .sources import say
-from .systems import FAMILIES, FLASH, SCRATCH, SDPA, SYSTEMS, Family, ModelSpec, Packed
+from .systems import FAMILIES, SCRATCH, SYSTEMS, Family, ModelSpec, Packed
 
 # Their first position is the one behind the padding token's id, so they have fewer than their configuration says.
-_SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+_SHIFTED_POSITIONS = (
+    "roberta xlm-roberta xlm-roberta-xl camembert mpnet longformer data2vec-text xmod roberta-prelayernorm esm".split()
+)
+# They read padding, so the score of a pair would depend on the batch that it is in.
+_READ_PADDING = ("fnet", "bert-generation", "mobilebert", "convbert", "xlnet")
 
 
 def find(name: str) -> ModelSpec:
@@ -35,8 +41,11 @@ def find(name: str) -> ModelSpec:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        like = difflib.get_close_matches(name, SYSTEMS)
+        reason = "there is no such folder" if Path(name).is_absolute() else str(error).splitlines()[0]
         raise InputError(
-            f"expected a system ({', '.join(SYSTEMS)}), a saved folder or a Hub id, got {name!r}: {str(error).splitlines()[0]}"
+            f"expected a system, a saved folder or a Hub id, got {name!r}: {reason}"
+            f"{'; did you mean ' + ' or '.join(like) + '?' if like else ''}; the systems are {', '.join(SYSTEMS)}"
         ) from error
     family = family_of(config)
     say(f"{name}: of type {config.model_type!r}, so {family.kind}: {KINDS[family.kind]}")
@@ -60,11 +69,14 @@ def infer_family(config: PreTrainedConfig) -> Family:
     """
     network = MODEL_MAPPING.get(type(config), None)
     flash, sdpa = (getattr(network, name, False) for name in ("_supports_flash_attn", "_supports_sdpa"))
-    return Family(config.model_type, infer_kind(config), FLASH if flash else SDPA if sdpa else ("eager",), "all-linear")
+    attention = ("eager", *(["sdpa"] if sdpa else []), *(["flash_attention_2"] if flash else []))
+    return Family(config.model_type, infer_kind(config), attention, "all-linear")
 
 
 def infer_kind(config: PreTrainedConfig) -> str:
     """Say how a backbone reads: encoder, causal or encoder-decoder, from its configuration."""
+    if config.model_type in _READ_PADDING:
+        raise InputError(f"expected a backbone that padding does not change, got the type {config.model_type!r}; choose another")
     if config.is_encoder_decoder:
         return "encoder-decoder"
     # Some encoders (BERT, RoBERTa) also have a causal head; only what has no masked one is causal.
@@ -78,12 +90,24 @@ def infer_kind(config: PreTrainedConfig) -> str:
 def positions(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a backbone has positions for; None if it counts none."""
     limit = getattr(config, "max_position_embeddings", None)
-    return limit - config.pad_token_id - 1 if config.model_type in _SHIFTED_POSITIONS else limit
+    return limit - (config.pad_token_id or 0) - 1 if config.model_type in _SHIFTED_POSITIONS else limit
 
 
 def load_tokenizer(spec: ModelSpec):
-    """Load the tokenizer of a system; it pads on the right."""
-    return AutoTokenizer.from_pretrained(**_place(spec.tokenizer or spec.source), padding_side="right")
+    """Load the tokenizer of a system; it pads on the right.
+
+    Raises:
+        InputError: it cannot be found, or has no words.
+    """
+    place = _place(spec.tokenizer or spec.source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place, padding_side="right")
+        if (folder := Path(place["pretrained_model_name_or_path"])).is_dir() and "gguf_file" not in place:
+            check_vocabulary(folder, tokenizer)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"expected the tokenizer of {spec.name}, got: {reason}; save it beside the weights") from error
+    return tokenizer
 
 
 def load_backbone(spec: ModelSpec) -> PreTrainedModel:
@@ -94,9 +118,19 @@ def load_backbone(spec: ModelSpec) -> PreTrainedModel:
     """
     place = _place(spec.source)
     try:
-        return AutoModel.from_pretrained(**place, use_safetensors="gguf_file" not in place, dtype=torch.float32, **spec.overrides)
-    except OSError as error:
+        backbone, found = AutoModel.from_pretrained(
+            **place,
+            use_safetensors="gguf_file" not in place,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **spec.overrides,
+        )
+    except (OSError, SafetensorError) as error:
         raise InputError(f"expected weights of {spec.name} as safetensors, got: {str(error).splitlines()[0]}") from error
+    missing = [name for name in found["missing_keys"] if "pooler" not in name]  # which nobody reads here
+    if missing:
+        raise InputError(f"expected all weights of {spec.name}, got none for {missing[0]} and {len(missing) - 1} more")
+    return backbone
 
 
 def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrainedTokenizerBase]:
@@ -107,6 +141,9 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
     Raises:
         InputError: there is no such thing, it is damaged, or max_length is beyond its positions.
     """
+    for name, limit in limits.items():
+        if type(limit) is not int:
+            raise InputError(f"expected a whole number of tokens as {name}, got {limit!r}")
     folder, spec = Path(path_or_id), None
     if not is_saved(folder):
         spec = find(str(path_or_id))

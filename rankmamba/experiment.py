@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,12 @@ class Experiment:
         texts = [text for _, text in itertools.islice(self.split("test").documents.pairs(), 20_000)]
         return np.array([len(ids) for ids in inputs.documents(texts)])
 
+    @cached_property
+    def negatives(self) -> pd.DataFrame:
+        """The run that training draws its negatives from: the candidates that come with the train split, or BM25's."""
+        given = self.split("train")
+        return BM25.build(given.documents).search(given.queries) if given.candidates is None else given.candidates
+
     def first_stage(self, system: str, k1: float, b: float) -> dict:
         """Rank dev and test with BM25 and keep the runs; returns the record."""
         config = self._config(k1=k1, b=b)
@@ -103,7 +110,7 @@ class Experiment:
         folder = self.model_path(config.system)
         if record and not record["result"]["partial"] and self._made(record, folder):
             return record
-        trained = train(config, self.split("train"), folder, on_step=on_step, stop=stop)
+        trained = train(config, self.split("train"), folder, self.negatives, on_step=on_step, stop=stop)
         result = trained.result() | {"weights": sha256(folder / WEIGHTS)}
         return self._leave("train", config.system, "train", settings, result, trained.timing(), trained.setup)
 

@@ -54,6 +54,7 @@ class PairTokenizer:
     def __init__(self, tokenizer, kind: str, max_length: int = 512, max_query_length: int = 50, marked: bool = False):
         if kind not in KINDS:
             raise InputError(f"expected a kind of model among {', '.join(KINDS)}, got {kind!r}")
+        tokenizer.truncation_side = "right"  # a text keeps its beginning
         self.tokenizer, self.kind = tokenizer, kind
         self.max_length, self.max_query_length, self.marked = max_length, max_query_length, marked
         self.query_first = kind != "causal"

@@ -4,6 +4,7 @@ It is a Hugging Face model of its own type, so `AutoModelForSequenceClassificati
 once `rankmamba.model` is imported.
 """
 
+import hashlib
 import inspect
 from collections.abc import Callable
 
@@ -69,7 +70,10 @@ class RerankerModel(PreTrainedModel):
             _share_projection(backbone)
         self.backbone = use_kernels(backbone)
         self._last_layer = LastLayer(backbone)
-        self._typed = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        self._typed = (
+            "token_type_ids" in inspect.signature(backbone.forward).parameters
+            and getattr(backbone.config, "type_vocab_size", 2) > 1  # 1 where a RoBERTa comes with BERT's tokenizer
+        )
         self.dropout = nn.Dropout(config.head_dropout)
         width = getattr(
             config.backbone_config, "word_embed_proj_dim", config.backbone_config.hidden_size
@@ -121,12 +125,19 @@ class RerankerModel(PreTrainedModel):
                 del inputs["attention_mask"]
             inputs["use_cache"] = False
         elif kind == "encoder-decoder":
-            start = self.config.backbone_config.decoder_start_token_id or 0
+            start = getattr(self.config.backbone_config, "decoder_start_token_id", None) or 0
             inputs["decoder_input_ids"] = input_ids.new_full((len(input_ids), 1), start)
             inputs["use_cache"] = False
         if token_type_ids is not None and self._typed:
             inputs["token_type_ids"] = token_type_ids
         return self.backbone(**inputs).last_hidden_state
+
+    def digest(self) -> str:
+        """The SHA-256 of the weights as they are."""
+        digest = hashlib.sha256()
+        for weight in self.parameters():
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def parameters_outside_embeddings(self) -> int:
         """Count the parameters that are not in an embedding table (a projection of fixed word embeddings counts)."""

@@ -188,7 +188,7 @@ def settle(scale: str, only: str | None = None, overrides: dict | None = None) -
     """Return all parameters that hold: the notebooks' defaults, over them the scale's, over them the overrides.
 
     Raises:
-        InputError: an unknown scale, notebook or parameter, or a value of another type.
+        InputError: an unknown scale, notebook or parameter, or a value of another type or out of range.
     """
     from_scale, overrides, paths = read_scale(scale)["parameters"], overrides or {}, notebooks(only)
     everywhere = known(notebooks())
@@ -196,4 +196,24 @@ def settle(scale: str, only: str | None = None, overrides: dict | None = None) -
     for given, fits, where in ((from_scale, everywhere, scale_path(scale)), (overrides, known(paths), "-p")):
         for name, value in given.items():
             check(name, value, fits, where)
-    return {name: default for name, (_, default) in everywhere.items()} | from_scale | overrides
+    settings = {name: default for name, (_, default) in everywhere.items()} | from_scale | overrides
+    _check_ranges(settings, overrides)
+    return settings
+
+
+def _check_ranges(settings: Mapping, overrides: Mapping) -> None:
+    """Check what would otherwise fail in the midst of a study, minutes later; of the rest each part says itself what it expects."""
+    systems = settings.get("systems", ["any"])
+    if not systems:
+        raise InputError("expected at least one system, got systems=[]")
+    if not 0 <= settings.get("seed", 0) < 2**32:
+        raise InputError(f"expected a seed from 0 to {2**32 - 1}, got {settings['seed']}")
+    for name in {"batch_size", "group_size"} & set(settings):
+        if settings[name] < 1:
+            raise InputError(f"expected {name} >= 1, got {settings[name]}")
+    for name in {"learning_rates", "max_steps"} & set(settings):
+        unknown = [system for system in overrides.get(name, {}) if system not in ("default", *systems)]
+        if unknown:
+            raise InputError(f"expected systems among default, {', '.join(systems)} in {name}, got {unknown[0]}")
+        if "default" not in settings[name]:
+            raise InputError(f"expected a value for default in {name}, got {settings[name]}")

@@ -106,7 +106,7 @@ def cost(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
         if part[by].isna().all():
             axes.axhline(part[measure].iloc[0], color=look(system).color, linestyle=look(system).line, linewidth=1.5)
         axes.plot(part[by], part[measure], color=look(system).color, linewidth=1)
-        for row in part.to_dict("records"):
+        for row in reversed(part.to_dict("records")):  # the mixture first: its open marker would hide the system's own
             axes.plot(row[by], row[measure], **_marker(row["system"]))
         labels[system] = part[measure].iloc[0]
     half = (table[f"{measure} high"] - table[f"{measure} low"]).median() / 2
@@ -129,23 +129,25 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
     curves: {system: table with step and loss (nats), or one for each seed}. group_size draws the loss of guessing, ln(group size).
     """
     figure, axes = _figure(xlabel="training steps", ylabel="LCE loss (nats)")
-    ends = {}
-    for system, given in curves.items():
+    ends, top = {}, 0.0 if group_size is None else math.log(group_size)
+    for turn, (system, given) in enumerate(curves.items()):
         style = look(system)
         tables = [table.reset_index(drop=True) for table in seeds_of(given)]
+        every = max(1, len(tables[0]) // 8)  # markers, those of each system at other steps
         smooth = pd.concat([table["loss"].ewm(span=max(5, len(table) / 20)).mean() for table in tables], axis=1)
         places = pd.concat([table["step"] for table in tables], axis=1).mean(axis=1)
         if len(tables) == 1:
             axes.plot(places, tables[0]["loss"], color=style.color, linewidth=0.6, alpha=0.15)
         axes.fill_between(places, smooth.min(axis=1), smooth.max(axis=1), color=style.color, alpha=0.25, linewidth=0)
-        line = {"linestyle": style.line, "linewidth": 1.8, "markevery": 0.12, "markersize": 6}
+        line = {"linestyle": style.line, "linewidth": 1.8, "markevery": (turn * every // len(curves), every), "markersize": 6}
         axes.plot(places, smooth.mean(axis=1), **_marker(system) | line)
         ends[system] = float(smooth.iloc[-1].mean())
+        top = max(top, smooth.iloc[len(smooth) // 50 :].mean(axis=1).max())  # the first steps would press the rest together
     if group_size is not None:
         axes.axhline(math.log(group_size), color="black", linestyle=":", linewidth=1.5)
         axes.annotate(f"guessing: ln {group_size}", (0.98, math.log(group_size)), xycoords=("axes fraction", "data"), ha="right",
                       xytext=(0, 4), textcoords="offset points", path_effects=[withStroke(linewidth=4, foreground="white")])  # fmt: skip
-    axes.set(ylim=(0, None), xlim=(0, None))
+    axes.set(ylim=(0, 1.1 * top), xlim=(0, None))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _end_labels(axes, ends)
     return figure
@@ -274,12 +276,13 @@ def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY, baseline: 
 
 @_styled
 def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
-    """A measure by the tokens read of a document: a panel a collection, a line a system, the first stage's dotted.
+    """A measure by the tokens read of query and document together: a panel a collection, a line a system, the first stage's dotted.
 
     table: `transfer.by_reading`; its MaxP is left out.
     """
     collections = list(dict.fromkeys(table["collection"]))
     figure = Chart(figsize=(2.4 + 2.9 * len(collections), 4.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     panels = figure.subplots(1, len(collections), sharey=True, squeeze=False)[0]
     for axes, collection in zip(panels, collections, strict=True):
         here = table[(table["collection"] == collection) & (table["tokens"].notna() | (table["system"] == BASELINE))]
@@ -296,7 +299,7 @@ def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     order = sorted(lines, key=lambda system: -table.loc[table["system"] == system, "mean"].max())
     figure.legend([lines[system] for system in order], order, loc="outside right center", frameon=False, handlelength=3)
     half = (table["high"] - table["low"]).median() / 2
-    figure.supxlabel("tokens read of a document", fontsize=12)
+    figure.supxlabel("tokens read of query and document together, logarithmic", fontsize=12)
     figure.supylabel(f"{measure} (typical 95% interval: ±{half:.2f})", fontsize=12)
     return figure
 
@@ -375,7 +378,7 @@ def _end_labels(axes: Axes, values: Mapping[str, float], gap: float = 0.06) -> N
         right = {"transform": axes.transAxes, "clip_on": False}
         axes.plot([1, 1.03, 1.05], [heights[name], place, place], color=look(name).color, linewidth=1, **right)
         axes.plot(1.05, place, **_marker(name), **right)
-        axes.text(1.07, place, name, va="center", transform=axes.transAxes)
+        axes.annotate(name, (1.05, place), xycoords="axes fraction", xytext=(9, 0), textcoords="offset points", va="center")
 
 
 def _spread(values: list[float], gap: float) -> list[float]:

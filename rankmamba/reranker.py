@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ class Reranker:
             write_files(temporary)
 
     def predict(
-        self, pairs: Sequence[tuple[str, str]], batch_tokens: int | None = None, show_progress_bar: bool = False, **cross_encoder
+        self, pairs: Iterable[tuple[str, str]], batch_tokens: int | None = None, show_progress_bar: bool = False, **cross_encoder
     ) -> np.ndarray:
         """Score [(query, document)]: float32 (n,), raw logits, in the order given.
 
@@ -135,8 +135,10 @@ class Reranker:
             from .cross_encoder import check_arguments
 
             check_arguments(**cross_encoder)
+        pairs = list(pairs)
         for pair in pairs:
-            if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            ordered = isinstance(pair, Sequence | np.ndarray) and not isinstance(pair, str)
+            if not ordered or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise InputError(f"expected pairs (query, document) of strings, got {pair!r}")
         queries, query_of = _unique(query for query, _ in pairs)
         documents, document_of = _unique(document for _, document in pairs)
@@ -144,8 +146,17 @@ class Reranker:
             self.inputs.queries(queries), self.inputs.documents(documents), query_of, document_of, batch_tokens, show_progress_bar
         )
 
-    def rank(self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False) -> list[dict]:
-        """Rank documents for a query: [{'corpus_id', 'score', 'text'?}] best first; equal scores keep the given order."""
+    def rank(self, query: str, documents: Iterable[str], top_k: int | None = None, return_documents: bool = False) -> list[dict]:
+        """Rank documents for a query: [{'corpus_id', 'score', 'text'?}] best first; equal scores keep the given order.
+
+        Raises:
+            InputError: a text is no string, documents are a mapping, or `top_k` is negative.
+        """
+        if isinstance(documents, Mapping):
+            raise InputError("expected a sequence of texts, got a mapping; pass list(documents.values())")
+        if top_k is not None and top_k < 0:
+            raise InputError(f"expected top_k >= 0, got {top_k}")
+        documents = list(documents)
         scores = self.predict([(query, document) for document in documents])
         order = np.argsort(-scores, kind="stable")[:top_k]
         ranked = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
@@ -174,6 +185,7 @@ class Reranker:
         Raises:
             InputError: the run names a query or a document that the collection does not have.
         """
+        candidates = candidates if "rank" in candidates else sort_run(candidates)
         head = candidates[candidates["rank"] <= top_k]
         check_run(head, collection, columns=["query_id"])
         query_ids, query_of = _unique(head["query_id"])

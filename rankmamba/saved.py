@@ -39,6 +39,16 @@ def check_target(folder: str | Path) -> None:
         raise InputError(f"expected a new or empty folder, or a saved reranker to replace, got {folder}; choose another name")
 
 
+def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer's words came from its folder.
+
+    Raises:
+        FileNotFoundError: there are none in it; transformers would go on with an empty vocabulary.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
+        raise FileNotFoundError("no vocabulary")
+
+
 def load_saved(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer; limits: what takes the place of the folder's own, see `RerankerConfig`.
 
@@ -60,8 +70,7 @@ def load_saved(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, Pre
             ignore_mismatched_sizes=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
-            raise FileNotFoundError("no vocabulary")  # transformers would go on with an empty one
+        check_vocabulary(folder, tokenizer)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}".splitlines()[0]
         raise InputError(f"expected a whole saved reranker (safetensors) in {folder}, got {reason}; {REMEDY}") from error

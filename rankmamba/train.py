@@ -116,7 +116,10 @@ def train(
     processes = PartialState(cpu=not torch.cuda.is_available())
     candidates = collection.candidates if candidates is None else candidates
     if candidates is None:
-        raise InputError(f"expected candidates to draw negatives from, got none in {collection.name}; pass a first-stage run")
+        raise InputError(
+            f"expected candidates to draw negatives from, got none in {collection.name}; "
+            "lay a candidates.run in its folder, or pass a first-stage run"
+        )
     config.check(processes.num_processes)
     check_target(folder)
     positives = int((collection.qrels["relevance"] > 0).sum())
@@ -127,9 +130,8 @@ def train(
     groups = TrainingGroups(
         collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size
     )
-    checkpoints = Checkpoints(
-        Path(folder).parent / "checkpoints" / Path(folder).name, dataclasses.asdict(config) | {"data": groups.digest()}
-    )
+    made_with = dataclasses.asdict(config) | {"data": groups.digest(), "weights": reranker.model.digest()}
+    checkpoints = Checkpoints(Path(folder).parent / "checkpoints" / Path(folder).name, made_with)
     (resume,) = broadcast_object_list([checkpoints.newest() if processes.is_main_process else None])
     progress = Progress(on_step, stop, checkpoint_seconds, checkpoint_steps)
     if resume is not None:

@@ -9,8 +9,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen3Config, Qwen3Model, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    FNetConfig,
+    Gemma2Config,
+    Qwen3Config,
+    Qwen3Model,
+    RobertaConfig,
+    RobertaModel,
+    ViTConfig,
+)
 
 from rankmamba import native_attention
 from rankmamba.attention import choose_attention
@@ -339,6 +351,45 @@ def test_a_checkpoint_without_safetensors_is_refused_and_so_is_one_that_is_no_la
     ViTConfig().save_pretrained(tmp_path / "vision")
     with pytest.raises(InputError, match="'vit'"):
         Reranker.from_pretrained(tmp_path / "vision")
+
+
+def test_a_checkpoint_that_lacks_weights_or_words_and_one_that_reads_padding_is_refused(tmp_path):
+    write_checkpoint("bert", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = {name: weight for name, weight in weights.items() if "layer.1." not in name}
+    assert len(lacking) < len(weights)
+    save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"expected all weights .* got none for .*layer\.1\."):
+        Reranker.from_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="as safetensors, got"):
+        Reranker.from_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(InputError, match="expected the tokenizer of"):
+        Reranker.from_pretrained(tmp_path)
+    FNetConfig().save_pretrained(tmp_path / "fnet")
+    with pytest.raises(InputError, match="that padding does not change, got the type 'fnet'"):
+        Reranker.from_pretrained(tmp_path / "fnet")
+    with pytest.raises(InputError, match="there is no such folder"):
+        Reranker.from_pretrained(tmp_path / "absent")
+    with pytest.raises(InputError, match="did you mean nano-mamba"):
+        Reranker.from_pretrained("nano-mambo")
+
+
+def test_a_roberta_with_berts_tokenizer_has_no_second_segment(tmp_path):
+    RobertaModel(RobertaConfig(vocab_size=320, type_vocab_size=1, **SIZES)).save_pretrained(tmp_path)
+    wordpiece(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}), encoding="utf-8")
+    reranker = Reranker.from_pretrained(tmp_path, dtype=torch.float32, max_length=500)
+    assert reranker.inputs.typed and np.isfinite(reranker.predict(PAIRS)).all()
+
+
+def test_an_attention_without_sdpa_is_computed_eagerly(tmp_path):
+    config = Gemma2Config(vocab_size=320, head_dim=16, num_key_value_heads=1, **SIZES)
+    config._attn_implementation = "eager"
+    assert infer_family(config).attention == ("eager", "flash_attention_2")
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path):

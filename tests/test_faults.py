@@ -192,7 +192,7 @@ with replacing({str(path)!r}) as temporary:
     monkeypatch.setattr(os, "replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write("new")
-    assert contents() == old and [left.name for left in tmp_path.iterdir()] == ["model"]
+    assert contents() == old and [left.name for left in tmp_path.iterdir()] == [name]
 
 
 # ------------------------------------------------------------------------------------------------------------ damaged files

@@ -95,6 +95,10 @@ def test_both_equal_their_definitions_in_float64_in_every_shape(shape, biased, a
     finally:
         torch.set_num_threads(before)
     assert (got - gelu).abs().max() <= 3e-6
+    ends = scan.native.gelu_(torch.tensor([[-1e30, -100.0, 100.0, torch.inf, -torch.inf, torch.nan]]), None)
+    torch.testing.assert_close(
+        ends, torch.tensor([[0.0, 0.0, 100.0, torch.inf, 0.0, torch.nan]]), rtol=0, atol=1e-6, equal_nan=True
+    )
     # where a row is nearly constant, its deviation is all rounding
     spread = (added + residual.double()).std(-1, correction=0, keepdim=True).clamp_min(1e-3)
     assert ((normed - norm).abs() * spread.clamp_max(1)).max() <= 2e-5

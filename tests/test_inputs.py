@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rankmamba.backbones import load_tokenizer
 from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.inputs import KINDS, MOST_MATCHES, PairTokenizer, token_batches
 from rankmamba.packages import package_folder
 from rankmamba.reranker import Reranker
+from rankmamba.systems import SYSTEMS
 from rankmamba.training.groups import TrainingGroups
 
 vocabulary = st.sampled_from(["who", "wrote", "hamlet", "shakespeare", "antidisestablishmentarianism", "1603", "ü", ","])
@@ -58,6 +60,14 @@ def test_a_saved_reranker_cuts_documents_as_it_did_in_training(tmp_path):
     loaded = Reranker.from_pretrained(tmp_path / "saved").inputs
     assert loaded.document_limit == trained.inputs.document_limit == 28
     assert len(loaded.documents(["word " * 99])[0]) == 28 and len(loaded.documents(["word " * 99], limit=60)[0]) == 60
+
+
+def test_a_text_keeps_its_beginning_whatever_side_its_tokenizer_cuts():
+    tokenizer = load_tokenizer(SYSTEMS["tiny-mamba"])
+    tokenizer.truncation_side = "left"
+    inputs = PairTokenizer(tokenizer, "causal", 20, 8)
+    (ids,) = inputs.documents(["start of a river " + "and so on " * 20 + "end"])
+    assert tokenizer.decode(ids).startswith("document : start of a river")
 
 
 @pytest.mark.parametrize("kind, head", [("encoder", []), ("causal", ["document", ":"]), ("encoder-decoder", [])])

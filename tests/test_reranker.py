@@ -209,6 +209,8 @@ def test_reranking_a_run_gives_the_scores_of_predict(reranker):
     scores = reranker.predict([(collection.queries[q], texts[d]) for q, d in zip(run["query_id"], run["doc_id"], strict=True)])
     assert np.allclose(scores, run["score"], atol=1e-5)
     assert (run.groupby("query_id")["rank"].diff().dropna() == 1).all()
+    without_ranks = collection.candidates[["query_id", "doc_id", "score"]].sample(frac=1, random_state=0)
+    assert reranker.rerank(without_ranks, collection, top_k=5).equals(run)
 
 
 def test_the_pyterrier_interface_adds_score_and_rank_from_zero(reranker):
@@ -231,6 +233,31 @@ def test_an_unknown_system_and_a_number_for_a_text_are_refused():
         Reranker.from_pretrained("no-such-system")
     with pytest.raises(InputError, match="strings"):
         Reranker.from_pretrained("tiny-bert").predict([("query", 3)])
+
+
+def test_pairs_and_texts_may_come_from_any_iterable_and_what_only_looks_like_them_is_refused():
+    reranker = Reranker.from_pretrained("tiny-bert", dtype=torch.float32)
+    pairs = [("a river", text) for text in TEXTS]
+    expected = reranker.predict(pairs)
+    for some in (
+        zip(["a river"] * len(TEXTS), TEXTS, strict=True),
+        np.array(pairs),
+        pd.DataFrame(pairs).values,
+        map(list, pairs),
+    ):
+        assert np.array_equal(reranker.predict(some), expected)
+    for wrong in ([{"query": "a", "document": "b"}], [{"a", "b"}], ["ab", "cd"], pd.DataFrame({"ab": ["x"], "cd": ["y"]})):
+        with pytest.raises(InputError, match="expected pairs"):
+            reranker.predict(wrong)
+    ranked = reranker.rank("a river", TEXTS, return_documents=True)
+    assert reranker.rank("a river", pd.Series(TEXTS, index=range(5, 10)), return_documents=True) == ranked
+    assert reranker.rank("a river", iter(TEXTS), return_documents=True) == ranked
+    with pytest.raises(InputError, match="got a mapping"):
+        reranker.rank("a river", dict(enumerate(TEXTS)))
+    with pytest.raises(InputError, match="top_k >= 0, got -1"):
+        reranker.rank("a river", TEXTS, top_k=-1)
+    with pytest.raises(InputError, match="a whole number of tokens as max_length, got 'a'"):
+        Reranker.from_pretrained("tiny-bert", max_length="a")
 
 
 def test_nano_systems_have_equal_budgets_within_five_percent():

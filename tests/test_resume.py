@@ -203,6 +203,14 @@ def test_a_checkpoint_of_another_configuration_is_said_and_not_continued(stopped
     assert not checkpoints.exists()
 
 
+def test_a_checkpoint_of_other_starting_weights_is_not_continued(stopped, collection, tmp_path, caplog, monkeypatch):
+    stopped(tmp_path)
+    monkeypatch.setattr(RerankerModel, "digest", lambda model: "of other weights")
+    steps = []
+    train(small("tiny-neox"), collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
+    assert "now 'of other weights'" in caplog.text and steps == [*range(1, 9)]
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_training_with_its_step_and_queries_and_keeps_the_checkpoint(
     what, collection, undisturbed, tmp_path, monkeypatch

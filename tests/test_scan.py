@@ -7,8 +7,11 @@ import types
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from rankmamba import scan
 from rankmamba.errors import InputError
@@ -170,6 +173,27 @@ def test_bfloat16_inputs_cost_no_more_than_their_rounding(kernel):
 
 
 @every_kernel
+@pytest.mark.parametrize("length", [1, 17, 47, 65, 129, 150, 193])
+@pytest.mark.parametrize("width, n", [(33, 17), (64, 128), (65, 129)])
+def test_whole_numbers_come_out_exactly_in_bfloat16(kernel, length, width, n):
+    g = torch.Generator().manual_seed(length)
+
+    def whole(low, high, *shape):
+        return torch.randint(low, high + 1, shape, generator=g).float()
+
+    def one_of(count):
+        return torch.nn.functional.one_hot(torch.randint(0, count, (1, length, 1), generator=g), count).to(torch.bfloat16)
+
+    tensors = {"x": whole(-1, 1, 1, length, 3, width).to(torch.bfloat16), "B": one_of(n), "C": one_of(n)}
+    tensors |= {"delta": torch.ones(1, length, 3), "A": torch.zeros(3), "D": whole(-2, 2, 3)}
+    tensors["initial_state"] = whole(-3, 3, 1, 3, width, n)
+    exact, _ = reference.ssd_scan(**{name: tensor.double() for name, tensor in tensors.items()}, return_final_state=True)
+    with scan.forced(kernel), torch.no_grad():
+        y = scan.ssd_scan(**on(kernel, tensors))
+    assert torch.equal(y.cpu(), exact.to(torch.bfloat16))
+
+
+@every_kernel
 def test_a_long_memory_is_kept_to_float32_precision(kernel):
     tensors = mamba(1, 2048, 4, 4)
     tensors["A"] = tensors["A"] * 1e-3
@@ -311,6 +335,61 @@ def test_torch_compile_works_around_the_kernels():
     tensors = mamba(2, 9, 8, 4)
     compiled = torch.compile(scan.selective_scan, backend="eager")
     torch.testing.assert_close(compiled(**tensors), scan.selective_scan(**tensors), rtol=1e-5, atol=1e-5)
+
+
+CALLS = {
+    "selective_scan": lambda: mamba(2, 70, 37, 16),
+    "ssd_scan": lambda: mamba2(1, 150, 3, 64, 1, 33),
+    "causal_conv1d": lambda: {"x": torch.randn(2, 9, 5), "weight": torch.randn(5, 4), "initial_state": torch.randn(2, 3, 5)},
+    "rms_norm": lambda: {"y": torch.randn(2, 40, 96), "weight": torch.randn(96), "z": torch.randn(2, 40, 96)},
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+@every_call
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_precision_changes_nothing(name, dtype):
+    tensors, options = CALLS[name](), {"epsilon": 1e-5} if name == "rms_norm" else {}
+    before = values_and_gradients(getattr(scan, name), tensors, **options)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            y = getattr(scan, name)(**tensors, **options)
+        after = values_and_gradients(getattr(scan, name), tensors, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(y, before["output 0"]) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@every_call
+def test_tensors_that_torch_negates_as_they_are_read_count_negated(name):
+    tensors, options = CALLS[name](), {"epsilon": 1e-5} if name == "rms_norm" else {}
+    first = next(iter(tensors))
+    for wrapped in [key for key, tensor in tensors.items() if tensor is not None and key != "A"]:
+        lazy = tensors | {wrapped: torch._neg_view(tensors[wrapped])}
+        plain = tensors | {wrapped: -tensors[wrapped]}
+        ours, theirs = (getattr(scan, name)(**given, **options) for given in (lazy, plain))
+        assert torch.equal(ours, theirs), (first, wrapped)
+
+
+@every_call
+def test_half_precision_comes_back_as_it_was_given(name):
+    tensors, options = CALLS[name](), {"epsilon": 1e-5} if name == "rms_norm" else {}
+    halves = {key: None if t is None else t.half() for key, t in tensors.items()}
+    assert getattr(scan, name)(**halves, **options).dtype == torch.float16
+
+
+def test_what_records_or_has_no_memory_runs_portable_and_a_forward_derivative_is_refused():
+    tensors = mamba(2, 9, 8, 4, optional=False)
+    rest = {key: tensors[key] for key in ("delta", "A", "B", "C")}
+    graph = make_fx(lambda u: scan.selective_scan(u, **rest))(tensors["u"])
+    other = torch.randn(2, 9, 8)
+    torch.testing.assert_close(graph(other), scan.selective_scan(other, **rest), rtol=1e-5, atol=1e-5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = {key: torch.empty(tensor.shape) for key, tensor in ({"u": other} | rest).items()}
+        assert scan.selective_scan(**fakes).shape == other.shape
+    with fwAD.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        scan.selective_scan(fwAD.make_dual(tensors["u"], torch.ones(2, 9, 8)), **rest)
 
 
 # ---- the choice of a kernel

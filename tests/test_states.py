@@ -11,7 +11,16 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from transformers import FalconMambaConfig, GPT2Config, LlamaConfig, OPTConfig
+from transformers import (
+    BloomConfig,
+    FalconMambaConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from rankmamba import states as states_module
 from rankmamba.backbones import SYSTEMS, load_tokenizer
@@ -24,6 +33,14 @@ from rankmamba.states import build as state_build
 from rankmamba.states.formats import ids_bytes, record_bytes
 
 OTHERS = {
+    "bloom": lambda: BloomConfig(vocab_size=30522, hidden_size=32, n_layer=2, n_head=2, pad_token_id=0),
+    "gpt_neo": lambda: GPTNeoConfig(
+        vocab_size=30522, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["local"], 2]]
+    ),
+    "gptj": lambda: GPTJConfig(vocab_size=30522, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
+    "qwen2": lambda: Qwen2Config(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
+    ),
     "falcon": lambda: FalconMambaConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=2, pad_token_id=0),
     "gpt2": lambda: GPT2Config(vocab_size=30522, n_embd=32, n_layer=2, n_head=2, n_positions=128),
     "llama": lambda: LlamaConfig(
@@ -33,7 +50,7 @@ OTHERS = {
         vocab_size=30522, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2
     ),
 }
-FAMILIES = ["mamba", "mamba2", "falcon", "neox", "gpt2", "llama", "opt"]
+FAMILIES = ["mamba", "mamba2", "falcon", "neox", "gpt2", "llama", "opt", "qwen2", "bloom", "gptj"]
 THINGS = ["rivers", "a mountain", "snow", "old books", "trains"]
 DOCUMENTS = {
     "empty": "",
@@ -83,6 +100,33 @@ def from_states(states, query: str) -> np.ndarray:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "build.lock"}
+
+
+def test_an_attention_that_counts_places_in_the_cache_is_refused(tmp_path):
+    longrope = make("llama")
+    longrope.model.backbone.config.rope_parameters = {"rope_type": "longrope"}
+    for reranker, said in ((make("gpt_neo"), "got 'gpt_neo'"), (longrope, "'llama' with longrope")):
+        with pytest.raises(InputError, match=f"attention goes by positions alone .* {said}"):
+            DocumentStates.build(reranker, DOCUMENTS, tmp_path / "s")
+
+
+def test_states_take_the_place_of_nothing_but_states_and_ids_and_texts_are_strings(mamba, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("years of work")
+    states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
+    for write in (lambda folder: states.convert(folder, "int8"), lambda folder: DocumentStates.build(mamba, DOCUMENTS, folder)):
+        for folder in (tmp_path / "mine", tmp_path / "mine" / "thesis"):
+            with pytest.raises(InputError, match="expected a new folder, or one of states"):
+                write(folder)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis"]
+    for documents in ({1: "a"}, {"a": None}, ["a", "b"]):
+        with pytest.raises(InputError, match="expected a (string as id and as text|collection or a mapping)"):
+            DocumentStates.build(mamba, documents, tmp_path / "typed")
+    with pytest.raises(InputError, match="got 1; build the states of all documents"):
+        states.rank("q", [1])
+    with pytest.raises(InputError, match="expected a query as a string"):
+        states.rank(None, ["d1"])
+    assert states.rank("river", (doc_id for doc_id in DOCUMENTS)) == states.rank("river", list(DOCUMENTS))
 
 
 def test_float32_states_give_the_scores_and_the_order_of_full_scoring(reranker, tmp_path):

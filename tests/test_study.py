@@ -88,6 +88,28 @@ def test_a_finished_study_leaves_a_record_of_what_it_ran_with(tmp_path):
     assert record["config"]["parameters"]["systems"] == parameters.read_scale("tiny")["parameters"]["systems"]
 
 
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"systems": []}, "at least one system"),
+        ({"seed": -1}, "a seed from 0 to 4294967295, got -1"),
+        ({"batch_size": 0}, "batch_size >= 1, got 0"),
+        ({"learning_rates": {"default": 1e-3, "tiny-brt": 0.1}}, "in learning_rates, got tiny-brt"),
+        ({"max_steps": {"tiny-bert": 3}}, "a value for default in max_steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_would_fail_in_the_midst_of_a_study_is_refused_before_it_begins(wrong, said):
+    with pytest.raises(InputError, match=said):
+        parameters.settle("tiny", None, wrong)
+
+
+def test_a_results_folder_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    assert study.main(["--scale", "tiny", "--results", str(tmp_path / "notes")]) == 1
+    assert "choose a folder that is no file" in capsys.readouterr().err and (tmp_path / "notes").read_text() == "mine"
+
+
 def test_two_studies_in_one_folder_go_one_after_another(tmp_path, capsys):
     order = []
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rankmamba.collection import load
+from rankmamba.candidates import BM25
+from rankmamba.collection import load, write_documents, write_qrels, write_queries
 from rankmamba.errors import InputError
+from rankmamba.experiment import Experiment
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig, train
 from rankmamba.training.distil import teacher_scores
@@ -189,3 +191,22 @@ def test_a_teacher_that_was_trained_anew_is_asked_anew(tmp_path):
         groups = TrainingGroups(tiny, tiny.candidates, teacher.inputs, 4, 0, count=4)
         scores.append(teacher_scores(str(tmp_path / "teacher"), groups, tiny, tmp_path / "kept"))
     assert not np.allclose(*scores)
+
+
+def test_a_collection_of_ones_own_that_has_no_candidates_is_trained_on_bm25s(tmp_path):
+    for part in ("train", "dev", "test"):
+        tiny = load(f"rankmamba/tiny/{part}")
+        write_documents(tmp_path / "own" / part / "documents.jsonl", tiny.documents.pairs())
+        write_queries(tmp_path / "own" / part / "queries.tsv", tiny.queries)
+        write_qrels(tmp_path / "own" / part / "qrels.txt", tiny.qrels)
+    experiment = Experiment(tmp_path / "results", str(tmp_path / "own"), "tiny")
+    own = experiment.split("train")
+    assert own.candidates is None
+    record = experiment.train(TrainConfig("tiny-bert", 1e-3, batch_size=2, group_size=3, max_steps=2, max_length=64))
+    expected = train(
+        TrainConfig("tiny-bert", 1e-3, batch_size=2, group_size=3, max_steps=2, max_length=64),
+        own,
+        tmp_path / "model",
+        BM25.build(own.documents).search(own.queries),
+    )
+    assert record["result"]["curve"] == expected.result()["curve"]

@@ -176,7 +176,8 @@ class RankingPanel(Panel):
         self._open()
 
     def _open(self, change=None) -> None:
-        if not self._offering and self.document.value and self.judge.value:
+        listed = self._answer is not None and FIRST_STAGE in self._answer.lists  # not before BM25 has, nor after it failed
+        if listed and not self._offering and self.document.value and self.judge.value:
             self._show_lists()
             self.reading.begin()
 

@@ -12,6 +12,8 @@ import torch
 from . import portable
 
 _log = logging.getLogger(__name__)
+# torch.fx's modes, with tensors that have no memory or whose operations are written down
+RECORDERS = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 _forced = contextvars.ContextVar("rankmamba.scan", default=None)
 
 
@@ -45,8 +47,9 @@ def forced(kernel: str | object):
 
 
 def traced() -> bool:
-    """Whether torch.compile or torch.jit is recording what runs: neither can look into the kernels."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether torch.compile, torch.jit or torch.fx is recording what runs: none can look into the kernels."""
+    recorded = any(torch._C._get_dispatch_mode(mode) is not None for mode in RECORDERS)
+    return recorded or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def implementation(tensor: torch.Tensor) -> ModuleType:

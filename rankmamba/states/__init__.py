@@ -27,7 +27,7 @@ from .build import BLOCK, SAMPLE, blocks, identity, store_block
 from .formats import FLOATS, Parts, check_format, decode, encode, encode_ids, record_bytes
 from .kinds import kind_of
 from .reader import Reader, compare_headers
-from .store import Writer, building
+from .store import Writer, building, check_folder
 
 
 class DocumentStates:
@@ -72,13 +72,17 @@ class DocumentStates:
         build, which can be taken up again.
 
         Raises:
-            InputError: the backbone is not causal, the folder holds other states or has another builder, the disk is full, ...
+            InputError: the backbone is not causal, the folder holds other states or something else, or has another builder, the disk
+                is full, an id or a text is no string, ...
         """
         check_format(dtype)
         documents = documents.documents if isinstance(documents, Collection) else documents
+        if not isinstance(documents, Mapping):
+            raise InputError(f"expected a collection or a mapping from ids to texts, got {type(documents).__name__}")
         documents = documents if isinstance(documents, Documents) else Documents(documents)
         kind = kind_of(reranker, layers)
         folder = Path(folder)
+        check_folder(folder)
         header = identity(reranker) | {"dtype": dtype, "layers": kind.kept, "batch_tokens": batch_tokens}
         with building(folder):
             writer = Writer(folder, header)
@@ -136,6 +140,9 @@ class DocumentStates:
         Raises:
             InputError: a document has no state here.
         """
+        if not isinstance(query, str):
+            raise InputError(f"expected a query as a string, got {query!r:.80}")
+        doc_ids = list(doc_ids)
         rows = self._rows(doc_ids)
         return _ranked(doc_ids, self._score([query], np.zeros(len(rows), dtype=int), rows), top_k)
 
@@ -159,9 +166,10 @@ class DocumentStates:
         """Write these states, float32 of all layers, in another format; the backbone does not run.
 
         Raises:
-            InputError: these states are not float32 of all layers, or there is no such format.
+            InputError: these states are not float32 of all layers, there is no such format, or the folder holds something else.
         """
         check_format(dtype)
+        check_folder(Path(folder))
         manifest, table = self._reader.manifest, self._reader.names.table
         if self.dtype != "float32" or manifest["header"]["layers"] is not None:
             raise InputError(f"expected float32 states of all layers to convert, got {self.dtype} in {self._reader.folder}")
@@ -200,16 +208,18 @@ class DocumentStates:
         Raises:
             InputError: a document has no state here.
         """
+        doc_ids = list(doc_ids)
         rows = self._rows(doc_ids)
         batches = self._batches(np.zeros(len(rows), dtype=int), rows)
-        return HeldStates(self, list(doc_ids), [(batch, self._load(rows[batch])) for batch in batches])
+        return HeldStates(self, doc_ids, [(batch, self._load(rows[batch])) for batch in batches])
 
     def _rows(self, doc_ids: Sequence[str]) -> np.ndarray:
-        rows = [self._reader.names.find(doc_id) for doc_id in doc_ids]
+        rows = [self._reader.names.find(doc_id) if isinstance(doc_id, str) else None for doc_id in doc_ids]
         for doc_id, row in zip(doc_ids, rows, strict=True):
             if row is None:
                 raise InputError(
-                    f"expected a document with a state in {self._reader.folder}, got {doc_id!r}; build the states again"
+                    f"expected a document with a state in {self._reader.folder}, got {doc_id!r}; "
+                    "build the states of all documents, it among them, in another folder"
                 )
         return np.array(rows, dtype=int)
 

@@ -13,6 +13,8 @@ from ..mixers import MambaState
 from ..reranker import Reranker
 from .formats import Parts, Profile
 
+ATTENTION = ("opt", "gpt_neox", "gpt2", "llama", "qwen2", "bloom", "gptj")  # whose keys and values can be continued
+
 
 def kind_of(reranker: Reranker, layers: Sequence[int] | None = None) -> "Recurrent | Attention":
     """Say how the states of a reranker's backbone are handled; layers: those whose states are kept, None for all.
@@ -107,6 +109,14 @@ class Attention:
         if layers is not None:
             raise InputError(
                 f"expected a Mamba backbone to keep only some layers of, got {type(self.backbone).__name__}; leave it out"
+            )
+        config = self.backbone.config
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        if config.model_type not in ATTENTION or rope == "longrope":
+            raise InputError(
+                f"expected a backbone whose attention goes by positions alone ({', '.join(ATTENTION)}), got {config.model_type!r}"
+                f"{' with longrope' if rope == 'longrope' else ''}: the states of some others count places in the cache, so a score "
+                "would depend on the documents beside it"
             )
         one = self._caches(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         self.depth, _, _, self.heads, _, self.width = torch.stack([torch.stack([c.keys, c.values]) for c in one]).shape

@@ -63,12 +63,14 @@ class Reader:
         for name in (STATES, *sums):
             path = folder / name
             if not path.is_file() or path.resolve().parent != folder.resolve():
-                raise InputError(f"expected the file {path}, found none in that folder; build the states again")
+                raise InputError(f"expected the file {path}, found none in that folder; delete the folder, build again")
             size = path.stat().st_size
             if size != sizes.get(name, size):
-                raise InputError(f"expected {sizes[name]:,} bytes, got {size:,} ({path}); build the states again")
+                raise InputError(f"expected {sizes[name]:,} bytes, got {size:,} ({path}); delete the folder, build again")
             if name in sums and sha256(path) != sums[name]:
-                raise InputError(f"expected the file as it was written, got an altered one ({path}); build the states again")
+                raise InputError(
+                    f"expected the file as it was written, got an altered one ({path}); delete the folder, build again"
+                )
         self.names = Names(folder)
         self._states = np.memmap(folder / STATES, dtype=np.uint8, mode="c")  # copy on write: torch wants it writable
         self._checked = np.zeros(len(self.names), dtype=bool)
@@ -108,7 +110,7 @@ class Reader:
     def _altered(self, row: int) -> InputError:
         place = f"{self.folder / STATES}, byte {self.names.table['offset'][row]}"
         return InputError(
-            f"expected the state of {self.names[row]!r} as it was written, got other bytes ({place}); build the states again"
+            f"expected the state of {self.names[row]!r} as it was written, got other bytes ({place}); delete the folder, build again"
         )
 
 
@@ -116,7 +118,9 @@ def read_profile(folder: Path, shapes: Sequence[Sequence[int]]) -> Profile:
     flat = torch.from_numpy(np.fromfile(folder / PROFILE, dtype=np.float32))
     sizes = [2 * int(np.prod(shape)) for shape in shapes]
     if len(flat) != sum(sizes):
-        raise InputError(f"expected {sum(sizes):,} numbers, got {len(flat):,} ({folder / PROFILE}); build the states again")
+        raise InputError(
+            f"expected {sum(sizes):,} numbers, got {len(flat):,} ({folder / PROFILE}); delete the folder, build again"
+        )
     pieces = flat.split(sizes)
     return [tuple(piece.view(2, *shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
@@ -136,7 +140,7 @@ def read_manifest(folder: Path) -> dict:
     sums = manifest.get("sha256")
     if not isinstance(sums, dict) or not {ROWS, IDS, LOOKUP} <= set(sums) <= {ROWS, IDS, LOOKUP, PROFILE}:
         raise InputError(
-            f"expected the checksums of {ROWS}, {IDS} and {LOOKUP}, got {sums!r:.80} ({path}); build the states again"
+            f"expected the checksums of {ROWS}, {IDS} and {LOOKUP}, got {sums!r:.80} ({path}); delete the folder, build again"
         )
     return manifest
 

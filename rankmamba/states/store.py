@@ -33,6 +33,7 @@ from .reader import (
 )
 
 LOCK = "build.lock"
+FILES = (STATES, ROWS, IDS, LOOKUP, PROFILE, MANIFEST, PROGRESS, LOCK)
 
 
 @contextmanager
@@ -47,6 +48,19 @@ def building(folder: Path) -> Iterator[None]:
         raise InputError(
             f"expected one builder in {folder}, got a second; wait for the other, or choose another folder"
         ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Check that states may be written to `folder`: it is absent, or holds nothing but states, finished or begun.
+
+    Raises:
+        InputError: it is a file, or holds something else.
+    """
+    if folder.is_dir():
+        others = sorted(path.name for path in folder.iterdir() if path.name not in FILES and not path.name.startswith("."))
+    if folder.is_file() or folder.is_dir() and others:
+        found = f"{others[0]} in it" if folder.is_dir() else "a file"
+        raise InputError(f"expected a new folder, or one of states, got {folder} ({found}); choose another folder")
 
 
 class Writer:
@@ -64,8 +78,6 @@ class Writer:
             before = read_manifest(folder) if self.whole else unsealed(folder / PROGRESS)
             compare_headers(header, before["header"], f"the states in {folder}", "choose another folder, or delete this one")
             self.done = before["done"]
-        for halfway in folder.glob(".*.json.*"):  # what a kill left of `write_text`
-            shutil.rmtree(halfway)
         if self.whole:
             (folder / PROGRESS).unlink(missing_ok=True)
             return
@@ -85,6 +97,8 @@ class Writer:
             InputError: the stored documents turn out to be others.
         """
         for item in (doc_id, text):
+            if not isinstance(item, str):
+                raise InputError(f"expected a string as id and as text of each document, got {item!r:.80} (document {place + 1})")
             encoded = item.encode()
             self.digest.update(b"%d:" % len(encoded) + encoded)
         stored = self.done["documents"]

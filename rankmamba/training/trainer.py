@@ -123,7 +123,8 @@ class LCETrainer(Trainer):
             ) from error
         self.chunks, self.recompute = 2 * self.chunks, True
         _log.warning(
-            "a step does not fit into memory: it runs in %d chunks from now on, each computed twice; the result is the same",
+            "a step does not fit into memory: it runs in %d chunks from now on, each computed twice; dropout draws other masks, else the "
+            "result is the same",
             min(self.chunks, pairs),
         )
 

@@ -23,7 +23,7 @@ def attention(
     batch, heads, length, width = query.shape
     keys = key.shape[2]
     out = query.new_empty(batch, length, heads * width)
-    hidden = None if seen is None else torch.where(seen.bool(), 0.0, -torch.inf)
+    hidden = None if seen is None else as_plain(torch.where(seen.bool(), 0.0, -torch.inf))
     bias = None if bias is None else as_plain(bias.expand(1, heads, length, keys))
     arguments = Attention(
         batch,

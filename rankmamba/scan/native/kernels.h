@@ -114,7 +114,8 @@ struct Kernel {
 };
 
 struct Kernels {
-    int width, block, tile, heads;  // lanes, channels per block, tokens per tile, Mamba-2's heads per item
+    int width, block, tile;  // lanes, channels of a block, tokens of a tile
+    int heads, norm_rows;    // Mamba-2's heads and the norm's tokens of an item
     Kernel<Scan> scan_forward, scan_backward;
     Kernel<Conv> conv_forward, conv_backward;
     Kernel<SsdForward> ssd_forward;

@@ -1,6 +1,6 @@
 """The compiled library: loaded with ctypes, called with pointers to torch's memory; no compiler is needed at run time.
 
-Importing this module raises ImportError where the library was not built, or was built from other sources.
+Importing this module raises ImportError where the library was not built, or takes other arguments than this package gives it.
 """
 
 import ctypes
@@ -110,6 +110,7 @@ def _load():
 
 _library = _load()
 BLOCK, TILE, HEADS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_heads()
+NORM_ROWS = _library.rankmamba_norm_rows()
 
 
 def description() -> str:
@@ -128,22 +129,28 @@ def workers(work: int) -> int:
 
 
 def tracked(tensors) -> bool:
-    """Say whether a gradient will be wanted."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Say whether a gradient will be wanted; or a forward one, which an autograd.Function refuses."""
+    forward = torch.autograd.forward_ad._current_level >= 0
+    return forward or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def floats(*shape: int) -> torch.Tensor:
+    """Return an empty tensor for a kernel to write to, whatever torch's default dtype and device."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def as_rows(tensor):
     """Return float32 or bfloat16 with a token's channels side by side; the rows may lie anywhere."""
     if tensor is None:
         return None
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_neg()
     if tensor.dtype not in PRECISIONS:
         tensor = tensor.float()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def as_plain(tensor):
-    return None if tensor is None else tensor.detach().float().contiguous()
+    return None if tensor is None else tensor.detach().resolve_neg().float().contiguous()
 
 
 def rows(tensor) -> Rows:

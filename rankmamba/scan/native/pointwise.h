@@ -9,11 +9,12 @@ constexpr int POINTWISE_ROWS = 32;  // of one item
 int64_t gelu_items(const Gelu &s) { return ceil_div(s.rows, POINTWISE_ROWS); }
 int64_t gelu_workspace(const Gelu &s) { return ceil_div(s.inner, BLOCK) * BLOCK; }
 
-// x = x Phi(x) = x/2 (1 + erf(x / sqrt(2))), erf as a quotient of polynomials on [-4, 4] (Eigen's): errors as PyTorch's.
+// x = x Phi(x) = x/2 (1 + erf(x / sqrt(2))), erf as a quotient of polynomials on [-4, 4] (Eigen's): errors as PyTorch's. Below, x
+// stays where the quotient ends, which is as good as 0: what it lacks of -1 would grow with x.
 template <int M>
 inline void gelu(vf *x) {
     vf t[M], t2[M], p[M], q[M];
-    for (int i = 0; i < M; i++) t[i] = at_most(at_least(x[i] * 0.70710678f, broadcast(-4.f)), broadcast(4.f));
+    for (int i = 0; i < M; i++) x[i] = at_least(x[i], broadcast(-5.6568542f)), t[i] = at_most(x[i] * 0.70710678f, broadcast(4.f));
     for (int i = 0; i < M; i++) t2[i] = t[i] * t[i];
     for (int i = 0; i < M; i++) p[i] = t2[i] * -2.72614226e-10f + 2.77068142e-8f;
     for (int i = 0; i < M; i++) p[i] = p[i] * t2[i] - 2.10102402e-6f;
