@@ -106,7 +106,6 @@ def tune_bm25(
     qrels: pd.DataFrame,
     grid: Sequence[tuple[float, float]] = GRID,
     top_k: int = 100,
-    show_progress: bool = False,
 ) -> pd.DataFrame:
     """Try BM25 with each (k1, b) of the grid on development queries: a table k1, b, RR@k, R@k for k = `top_k`, best RR first.
 
@@ -120,7 +119,7 @@ def tune_bm25(
     per_query = relevant.groupby("query_id").size()
     doc_ids, tokens = _tokenise(documents)
     rows = []
-    for k1, b in tqdm(grid, "tuning BM25", mininterval=1, disable=not show_progress):
+    for k1, b in grid:
         run = BM25._from_tokens(doc_ids, tokens, k1, b).search({i: queries[i] for i in per_query.index}, top_k)
         hits = run.merge(relevant, on=["query_id", "doc_id"]).groupby("query_id")["rank"]
         recall = (hits.size() / per_query).sum() / judged

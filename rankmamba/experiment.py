@@ -224,9 +224,9 @@ class Experiment:
         result = {"words": words.groupby(relevant["query_id"]).max().to_dict(), "clusters": clusters(test.qrels)}
         return self._leave("queries", "relevant documents", "test", self._config(), result, {})
 
-    def weight_tables(self, systems: Sequence[str], mixed_with: str = "bm25") -> dict[str, pd.DataFrame]:
-        """{system: table of weight and value on dev} from the records of `evaluate`."""
-        records = {system: self._last("evaluate", f"{system} + {mixed_with}", "test") for system in systems}
+    def weight_tables(self, systems: Sequence[str]) -> dict[str, pd.DataFrame]:
+        """{system: table of weight and value on dev, mixed with BM25} from the records of `evaluate`."""
+        records = {system: self._last("evaluate", f"{system} + bm25", "test") for system in systems}
         return {
             system: pd.DataFrame({name: record["result"]["dev"][name] for name in ("weight", "value")})
             for system, record in records.items()
@@ -236,7 +236,8 @@ class Experiment:
     def side_by_side(self, systems: Sequence[str], top: int = 5) -> tuple[str, pd.DataFrame]:
         """Put the `top` documents of several systems beside one another for the test query on which they differ most.
 
-        Returns the query's text and a table, one column a system; relevant documents carry a tick and where BM25 had them.
+        Returns the query's text and a table, one column a system; relevant documents carry a tick,
+        and each the place that the first system gave it.
         """
         test = self.split("test")
         runs = {system: self.run(system, "test") for system in systems}

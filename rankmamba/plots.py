@@ -187,19 +187,19 @@ def wins_and_losses(
 
 
 @_styled
-def document_lengths(lengths: Sequence[int], limit: int, unit: str = "tokens") -> Figure:
-    """How long the documents are; those longer than `limit` are hatched. The last bar holds the longest hundredth."""
+def document_lengths(lengths: Sequence[int], limit: int) -> Figure:
+    """How many tokens the documents have; those longer than `limit` are hatched. The last bar holds the longest hundredth."""
     lengths = np.asarray(lengths)
     whole, end = (lengths <= limit).mean(), max(np.quantile(lengths, 0.99), 1.5 * limit)
     width = math.ceil(end / 40)
     bins = np.arange(limit % width - width, end + width, width) + 0.5  # a bar ends at the limit
-    figure, axes = _figure(xlabel=f"length of the document ({unit})", ylabel="documents", height=3.8)
+    figure, axes = _figure(xlabel="length of the document (tokens)", ylabel="documents", height=3.8)
     shown = pd.Series(np.minimum(lengths, bins[-1]))
     seaborn.histplot(x=shown[lengths <= limit], bins=bins, ax=axes, color="#0072B2", edgecolor="white", alpha=1)
     seaborn.histplot(x=shown[lengths > limit], bins=bins, ax=axes, color="#fbe3d2", edgecolor="#D55E00", hatch="////", alpha=1)
     top = axes.get_ylim()[1]
     axes.axvline(limit + 0.5, color="black", linestyle="--", linewidth=1.5)
-    axes.text(limit + 0.5, 1.2 * top, f"  read whole: {whole:.0%}\n  cut at {limit} {unit}: {1 - whole:.0%}", va="top")
+    axes.text(limit + 0.5, 1.2 * top, f"  read whole: {whole:.0%}\n  cut at {limit} tokens: {1 - whole:.0%}", va="top")
     axes.text(bins[-1], (shown > bins[-2]).sum() + 0.02 * top, "longer", ha="right", fontsize=10)
     axes.set(xlim=(0, bins[-1]), ylim=(0, 1.2 * top))
     axes.grid(False, axis="x")

@@ -6,14 +6,14 @@ from .evaluate import BASELINE, PRIMARY
 from .style import mixed
 
 
-def answer(table: pd.DataFrame, measure: str = PRIMARY, baseline: str = BASELINE) -> str:
+def answer(table: pd.DataFrame, measure: str = PRIMARY) -> str:
     """Say in Markdown, from the final table of one collection, which systems beat the first stage and how the nano ones compare.
 
     A difference counts as shown when its Holm-corrected p is below 0.05; anything else is called unresolved.
     """
-    reference = table.set_index("system").loc[baseline]
+    reference = table.set_index("system").loc[BASELINE]
     lines = [
-        f"On {reference['queries']:,} test queries of `{reference['collection']}`, {baseline} alone reaches {measure} "
+        f"On {reference['queries']:,} test queries of `{reference['collection']}`, {BASELINE} alone reaches {measure} "
         f"{reference[measure]:.3f}."
     ]
     compared = table[table["difference"].notna()].sort_values("difference", ascending=False)
@@ -41,13 +41,13 @@ def answer(table: pd.DataFrame, measure: str = PRIMARY, baseline: str = BASELINE
     return "\n".join(lines)
 
 
-def seeds(table: pd.DataFrame, baseline: str = BASELINE, level: float = 0.01) -> str:
-    """Say in Markdown, from rows of `tables.seed_by_seed`, which of their systems beats the baseline with how many seeds."""
+def seeds(table: pd.DataFrame) -> str:
+    """Say in Markdown, from rows of `tables.seed_by_seed`, which of their systems beats the first stage with how many seeds."""
     if table["seed"].nunique() < 2:
         return "One seed: add another with `-p seed=1` and the same `--results`; it may give another order."
-    shown = ((table["p_holm"] < level) & (table["difference"] > 0)).groupby(table["system"]).agg(["sum", "count"])
+    shown = ((table["p_holm"] < 0.01) & (table["difference"] > 0)).groupby(table["system"]).agg(["sum", "count"])
     listed = ", ".join(f"{system} with {better} of {count}" for system, better, count in shown.itertuples(name=None))
-    return f"Seed by seed, better than {baseline} (p < {level:g}, corrected within the seed): {listed}."
+    return f"Seed by seed, better than {BASELINE} (p < 0.01, corrected within the seed): {listed}."
 
 
 def _differences(rows: pd.DataFrame) -> str:

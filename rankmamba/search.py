@@ -48,7 +48,7 @@ class Search:
     """Rank a collection's documents for one query after another, by BM25 and by rerankers that are loaded when they are first asked.
 
     models: {system: folder of its trained reranker}. stores: the folder with the stored states, one folder a system, made by `store`.
-    Calls from several threads come one after the other.
+    Scorings of several threads take turns; `store` runs beside them.
     """
 
     def __init__(self, collection: Collection, models: Mapping[str, str | Path], stores: str | Path):

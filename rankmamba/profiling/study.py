@@ -66,9 +66,7 @@ def texts(
     collection: Collection,
     n_pairs: int,
     max_length: int,
-    batch_tokens: int = TOKENS_PER_THREAD,
     group_size: int = 8,
-    repeats: int = 3,
 ) -> list[dict]:
     """Measure where the time goes when systems read pairs of a collection's texts, and what batching by length saves.
 
@@ -89,7 +87,7 @@ def texts(
     config = {
         "n_pairs": n_pairs,
         "max_length": max_length,
-        "batch_tokens": batch_tokens,
+        "batch_tokens": TOKENS_PER_THREAD,
         "group_size": group_size,
         "fixed": FIXED,
     }
@@ -99,12 +97,12 @@ def texts(
             records.append(record)
             continue
         subject = Subject(system, max_length)
-        given = {"reranker": subject.first, "pairs": pairs, "batch_tokens": batch_tokens, "group_size": group_size}
+        given = {"reranker": subject.first, "pairs": pairs, "batch_tokens": TOKENS_PER_THREAD, "group_size": group_size}
         runs = {mode: TextPass(mode, **given) for mode in MODES}
         compared = {"by length": runs["inference"], f"{FIXED} at a time": TextPass("inference", fixed=FIXED, **given)}
         for run in (*runs.values(), *compared.values()):
             run()  # warms up
-        turns = [{name: timed(run, subject.first.device) for name, run in compared.items()} for _ in range(repeats)]
+        turns = [{name: timed(run, subject.first.device) for name, run in compared.items()} for _ in range(3)]
         result = {
             "tokens": sum(runs["inference"].lengths),
             "padded_tokens": {name: run.padded_tokens() for name, run in compared.items()},

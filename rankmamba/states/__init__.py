@@ -66,6 +66,8 @@ class DocumentStates:
     ) -> "DocumentStates":
         """Compute the state of every document and store it in `folder`; a build that was stopped goes on where it was.
 
+        Where `folder` holds the states of the first of these documents, in their order, only the others are computed and added.
+
         dtype: float32 (the scores of full scoring), bfloat16, float16, int8 or int4 (with scales). layers: keep only
         these layers' states (Mamba; not exact: the others start from the mean state of some documents). batch_tokens: documents'
         tokens computed together. on_stored(count): documents just done; what it raises ends the

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import __version__, lookup
 from ..errors import InputError
-from ..files import refusals, sha256, write_text
+from ..files import refusals, replacing, sha256, write_text
 from .formats import Profile, ids_bytes, record_bytes
 from .reader import (
     IDS,
@@ -66,13 +66,15 @@ def check_folder(folder: Path) -> None:
 class Writer:
     """Appends blocks of documents; what was committed survives a kill, what was not is cut off at the next start.
 
-    header: what the store is of; a folder that was begun with another header is refused.
+    header: what the store is of; a folder that was begun with another header is refused. Documents that come behind those of a finished
+    store are added; until that is finished, too, it cannot be opened, but who has it open reads on.
     """
 
     def __init__(self, folder: Path, header: dict):
         self.folder, self.header = folder, header
         self.done = {"documents": 0, "tokens": 0, "digest": "", **{name: 0 for name in (STATES, ROWS, IDS)}}
         self.digest = hashlib.sha256()
+        self._finished: Names | None = None  # the documents of a finished store that others are added to
         self.whole = (folder / MANIFEST).is_file()
         if self.whole or (folder / PROGRESS).is_file():
             before = read_manifest(folder) if self.whole else unsealed(folder / PROGRESS)
@@ -94,7 +96,7 @@ class Writer:
         """Count in a document, the next in order; whether its state is stored already.
 
         Raises:
-            InputError: the stored documents turn out to be others.
+            InputError: the stored documents turn out to be others, an added one is among them, or an id or a text is no string.
         """
         for item in (doc_id, text):
             if not isinstance(item, str):
@@ -102,12 +104,17 @@ class Writer:
             encoded = item.encode()
             self.digest.update(b"%d:" % len(encoded) + encoded)
         stored = self.done["documents"]
-        others = place + 1 == stored and self.digest.hexdigest() != self.done["digest"]
-        if others or (self.whole and place >= stored):
+        if place + 1 == stored and self.digest.hexdigest() != self.done["digest"]:
             raise InputError(
                 f"expected the {stored:,} documents that {self.folder} holds the states of, got others; "
                 "choose another folder, or delete this one"
             )
+        if self.whole and place == stored:
+            self._finished, self.whole = Names(self.folder), False
+            write_text(self.folder / PROGRESS, sealed({"header": self.header, "done": self.done}))
+            (self.folder / MANIFEST).unlink()
+        if place >= stored and self._finished is not None and self._finished.find(doc_id) is not None:
+            raise InputError(f"expected each doc_id once, got {doc_id!r} again as document {place + 1}; remove one")
         return place < stored
 
     def add(self, doc_ids: Sequence[str], tokens: Sequence[int], numbers: Sequence[int], records: Iterator, digest: str) -> None:
@@ -170,7 +177,8 @@ class Writer:
             return
         names = Names(self.folder)
         table = lookup.make([lookup.hash_id(names[row]) for row in range(len(names))], names.__getitem__)
-        (self.folder / LOOKUP).write_bytes(table.tobytes())
+        with replacing(self.folder / LOOKUP) as temporary:  # an open store reads the one before
+            temporary.write_bytes(table.tobytes())
         files = [path for name in (ROWS, IDS, LOOKUP, PROFILE) if (path := self.folder / name).is_file()]
         manifest = {"header": self.header, "done": self.done, "sha256": {path.name: sha256(path) for path in files}}
         manifest |= {"version": __version__}
