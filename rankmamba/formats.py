@@ -297,7 +297,8 @@ def _document(line: str, where: str) -> tuple[str, str]:
     doc_id, title, text = document["doc_id"], document.get("title") or "", document["text"]
     for field, value in (("doc_id", doc_id), ("title", title), ("text", text)):
         if not isinstance(value, str):
-            raise InputError(f"expected a string as {field}, got {value!r:.80} ({where}); put it in quotes")
+            remedy = 'write "" for none' if value is None else "put it in quotes"
+            raise InputError(f"expected a string as {field}, got {value!r:.80} ({where}); {remedy}")
     text = f"{title} {text}" if title else text
     try:
         text.encode()
