@@ -48,8 +48,9 @@ def forced(kernel: str | object):
 
 def traced() -> bool:
     """Whether torch.compile, torch.jit or torch.fx is recording what runs: none can look into the kernels."""
-    recorded = any(torch._C._get_dispatch_mode(mode) is not None for mode in RECORDERS)
-    return recorded or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: torch.compile could not look at the modes either
+        return True
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in RECORDERS)
 
 
 def implementation(tensor: torch.Tensor) -> ModuleType:
