@@ -132,13 +132,6 @@ class RerankerModel(PreTrainedModel):
             inputs["token_type_ids"] = token_type_ids
         return self.backbone(**inputs).last_hidden_state
 
-    def digest(self) -> str:
-        """The SHA-256 of the weights as they are."""
-        digest = hashlib.sha256()
-        for weight in self.parameters():
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
-
     def parameters_outside_embeddings(self) -> int:
         """Count the parameters that are not in an embedding table (a projection of fixed word embeddings counts)."""
         tables = {id(p) for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -151,6 +144,15 @@ def _share_projection(backbone: PreTrainedModel) -> None:
     learnt = ("projection.weight", "matches.weight")
     backbone._tied_weights_keys = {name + part: of + part for name, of in tied.items() for part in learnt}
     backbone.all_tied_weights_keys = backbone.get_expanded_tied_weights_keys(all_submodels=False)
+
+
+def weights_digest(network: nn.Module) -> str:
+    """The SHA-256 of a network's parameters and buffers, their names, formats and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()], key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, kind: str) -> torch.Tensor:

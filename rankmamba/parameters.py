@@ -202,18 +202,21 @@ def settle(scale: str, only: str | None = None, overrides: dict | None = None) -
 
 
 def _check_ranges(settings: Mapping, overrides: Mapping) -> None:
-    """Check what would otherwise fail in the midst of a study, minutes later; of the rest each part says itself what it expects."""
+    """Check what would otherwise fail in the midst of a study, minutes later, by the ranges of a training's settings."""
+    from .training.config import RANGES  # which reads its file with this module
+
     systems = settings.get("systems", ["any"])
     if not systems:
         raise InputError("expected at least one system, got systems=[]")
-    if not 0 <= settings.get("seed", 0) < 2**32:
-        raise InputError(f"expected a seed from 0 to {2**32 - 1}, got {settings['seed']}")
-    for name in {"batch_size", "group_size"} & set(settings):
-        if settings[name] < 1:
-            raise InputError(f"expected {name} >= 1, got {settings[name]}")
-    for name in {"learning_rates", "max_steps"} & set(settings):
+    by_system = {"learning_rate": "learning_rates", "max_steps": "max_steps"}
+    for name, low, high in RANGES:
+        given = settings.get(by_system.get(name, name), low)
+        for value in given.values() if isinstance(given, dict) else [given]:
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise InputError(f"expected {name} from {low:g} to {high:g}, got {value!r}")
+    for name in by_system.values():
         unknown = [system for system in overrides.get(name, {}) if system not in ("default", *systems)]
         if unknown:
             raise InputError(f"expected systems among default, {', '.join(systems)} in {name}, got {unknown[0]}")
-        if "default" not in settings[name]:
+        if "default" not in settings.get(name, ["default"]):
             raise InputError(f"expected a value for default in {name}, got {settings[name]}")

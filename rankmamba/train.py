@@ -25,6 +25,7 @@ from transformers.integrations import TensorBoardCallback
 
 from .collection import Collection, load, read_run
 from .errors import InputError
+from .model import weights_digest
 from .reranker import Reranker
 from .results import environment, new_record, write_record
 from .saved import check_target
@@ -130,7 +131,7 @@ def train(
     groups = TrainingGroups(
         collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size
     )
-    made_with = dataclasses.asdict(config) | {"data": groups.digest(), "weights": reranker.model.digest()}
+    made_with = dataclasses.asdict(config) | {"data": groups.digest(), "weights": weights_digest(reranker.model)}
     checkpoints = Checkpoints(Path(folder).parent / "checkpoints" / Path(folder).name, made_with)
     (resume,) = broadcast_object_list([checkpoints.newest() if processes.is_main_process else None])
     progress = Progress(on_step, stop, checkpoint_seconds, checkpoint_steps)

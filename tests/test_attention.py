@@ -113,3 +113,16 @@ def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_key
     assert not torch.allclose(dropped.double(), expected, atol=0.05)
     assert rounded.dtype == torch.bfloat16 and torch.allclose(rounded.double(), expected, atol=0.05)
     assert torch.allclose(traced.double(), expected, atol=1e-5) and torch.allclose(far.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_precision_does_not_reach_the_mask(dtype):
+    query, key, value = (torch.randn(2, 3, 12, 16) for _ in range(3))
+    seen = torch.ones(2, 12, dtype=torch.bool).index_fill(1, torch.arange(9, 12), False)
+    before = scan.native.attention(query, key, value, seen, False, 0.25)
+    torch.set_default_dtype(dtype)
+    try:
+        after = scan.native.attention(query, key, value, seen, False, 0.25)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(after, before)

@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     FNetConfig,
     Gemma2Config,
+    Gemma2Model,
     Qwen3Config,
     Qwen3Model,
     RobertaConfig,
@@ -388,8 +389,14 @@ def test_a_roberta_with_berts_tokenizer_has_no_second_segment(tmp_path):
 
 def test_an_attention_without_sdpa_is_computed_eagerly(tmp_path):
     config = Gemma2Config(vocab_size=320, head_dim=16, num_key_value_heads=1, **SIZES)
-    config._attn_implementation = "eager"
     assert infer_family(config).attention == ("eager", "flash_attention_2")
+    Gemma2Model(config).save_pretrained(tmp_path)
+    byte_level(tmp_path, END)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": END[0], "tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8"
+    )
+    reranker = Reranker.from_pretrained(tmp_path, dtype=torch.float32)
+    assert reranker.setup["attention"].startswith("eager") and np.isfinite(reranker.predict(PAIRS)).all()
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Architecture against architecture: every pair once, the better first, corrected for all, and only what is shown is claimed."""
 
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -108,6 +110,9 @@ def test_the_claim_says_better_only_of_what_is_shown():
     assert "Of 2 pairs" in said and "the state-space model is better in 2: nano-mamba over" in said
     assert "the Transformer is better in 0." in said and "it is open in 0." in said
     assert "it is open in 1" in claim(two(table(1), table(2)))
+    three = {"nano-bert": table(1, 0.3), "nano-neox": table(2), "nano-mamba": table(3)}
+    against = claim(pairwise(three, list(combinations(three, 2))))
+    assert "Against the best Transformer here, nano-bert: nano-mamba is behind (-0." in against
     assert "nano-bert (+0.2" in said
     assert "of seeds)" not in claim(two(table(1), table(2, 0.3)))
     unsure = two([table(1), table(2)], [table(3, 0.3), table(4, 0.3), table(5, -0.2)])

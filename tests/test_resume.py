@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_configuration_is_said_and_not_continued(stopped
 
 def test_a_checkpoint_of_other_starting_weights_is_not_continued(stopped, collection, tmp_path, caplog, monkeypatch):
     stopped(tmp_path)
-    monkeypatch.setattr(RerankerModel, "digest", lambda model: "of other weights")
+    monkeypatch.setattr("rankmamba.train.weights_digest", lambda model: "of other weights")
     steps = []
     train(small("tiny-neox"), collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
     assert "now 'of other weights'" in caplog.text and steps == [*range(1, 9)]

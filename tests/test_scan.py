@@ -343,13 +343,14 @@ CALLS = {
     "causal_conv1d": lambda: {"x": torch.randn(2, 9, 5), "weight": torch.randn(5, 4), "initial_state": torch.randn(2, 3, 5)},
     "rms_norm": lambda: {"y": torch.randn(2, 40, 96), "weight": torch.randn(96), "z": torch.randn(2, 40, 96)},
 }
+OPTIONS = {"rms_norm": {"epsilon": 1e-5}}
 every_call = pytest.mark.parametrize("name", CALLS)
 
 
 @every_call
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_torchs_default_precision_changes_nothing(name, dtype):
-    tensors, options = CALLS[name](), {"epsilon": 1e-5} if name == "rms_norm" else {}
+def test_torchs_default_precision_and_device_change_nothing(name, dtype):
+    tensors, options = CALLS[name](), OPTIONS.get(name, {})
     before = values_and_gradients(getattr(scan, name), tensors, **options)
     torch.set_default_dtype(dtype)
     try:
@@ -363,18 +364,17 @@ def test_torchs_default_precision_changes_nothing(name, dtype):
 
 @every_call
 def test_tensors_that_torch_negates_as_they_are_read_count_negated(name):
-    tensors, options = CALLS[name](), {"epsilon": 1e-5} if name == "rms_norm" else {}
-    first = next(iter(tensors))
+    tensors, options = CALLS[name](), OPTIONS.get(name, {})
     for wrapped in [key for key, tensor in tensors.items() if tensor is not None and key != "A"]:
         lazy = tensors | {wrapped: torch._neg_view(tensors[wrapped])}
         plain = tensors | {wrapped: -tensors[wrapped]}
         ours, theirs = (getattr(scan, name)(**given, **options) for given in (lazy, plain))
-        assert torch.equal(ours, theirs), (first, wrapped)
+        assert torch.equal(ours, theirs), wrapped
 
 
 @every_call
 def test_half_precision_comes_back_as_it_was_given(name):
-    tensors, options = CALLS[name](), {"epsilon": 1e-5} if name == "rms_norm" else {}
+    tensors, options = CALLS[name](), OPTIONS.get(name, {})
     halves = {key: None if t is None else t.half() for key, t in tensors.items()}
     assert getattr(scan, name)(**halves, **options).dtype == torch.float16
 

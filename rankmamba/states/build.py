@@ -9,6 +9,7 @@ import torch
 
 from ..collection import Documents
 from ..inputs import Pair, token_batches
+from ..model import weights_digest
 from ..precision import autocast
 from ..reranker import Reranker
 from ..threads import batch_cost
@@ -24,15 +25,11 @@ VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "archit
 def identity(reranker: Reranker) -> dict[str, str | int]:
     """What a document's state depends on: backbone, weights, template, tokenizer, truncation, precision."""
     backbone, inputs = reranker.model.backbone, reranker.inputs
-    weights = hashlib.sha256()
-    for name, tensor in sorted([*backbone.named_parameters(), *backbone.named_buffers()], key=lambda item: item[0]):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     config = {name: value for name, value in backbone.config.to_dict().items() if name[0] != "_" and name not in VOLATILE}
     return {
         "backbone": backbone.config.model_type,
         "configuration": _digest(config),
-        "weights": weights.hexdigest(),
+        "weights": weights_digest(backbone),
         "template": json.dumps([inputs.before, inputs.document_prefix, inputs.query_prefix, inputs.after]),
         "tokenizer": inputs.vocabulary_digest,
         "marked": inputs.marked,

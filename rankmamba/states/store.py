@@ -56,10 +56,10 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: it is a file, or holds something else.
     """
-    if folder.is_dir():
-        others = sorted(path.name for path in folder.iterdir() if path.name not in FILES and not path.name.startswith("."))
-    if folder.is_file() or folder.is_dir() and others:
-        found = f"{others[0]} in it" if folder.is_dir() else "a file"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = sorted(name for name in names if name not in FILES and not name.startswith("."))
+    if folder.is_file() or others:
+        found = f"{others[0]} in it" if others else "a file"
         raise InputError(f"expected a new folder, or one of states, got {folder} ({found}); choose another folder")
 
 

@@ -17,6 +17,7 @@ RANGES = (  # name, lowest, highest
     ("warmup", 0.0, 1.0),
     ("weight_decay", 0.0, 1.0),
     ("lora_r", 0, math.inf),
+    ("seed", 0, 2**32 - 1),
 )
 
 
