@@ -5,16 +5,43 @@ import re
 import pytest
 
 import run
+from rankmamba import pretraining_seeds, transfer
+from rankmamba.pairwise import pairwise, trained_alike
 from rankmamba.results import read_records
 from rankmamba.study import NOTEBOOKS, ROOT
-from rankmamba.tables import final_table, format_table
+from rankmamba.tables import final_table, format_table, per_query_values, shared_documents
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EVIDENCE = (ROOT / "data" / "study" / "README.md").read_text(encoding="utf-8")
+NAMES = {"BERT": "bert", "GPT-NeoX": "neox", "OPT": "opt", "T5": "t5", "Mamba": "mamba", "Mamba-2": "mamba2", "hybrid": "hybrid"}
 
 
 @pytest.mark.parametrize("study", ["quick", "study"])
 def test_the_tables_are_those_that_the_committed_records_give(study):
     assert format_table(final_table(read_records(ROOT / "data" / study))) in README
+
+
+def test_the_pairs_of_architectures_in_the_evidence_are_those_of_the_records():
+    records = read_records(ROOT / "data" / "study")
+    table = pairwise(per_query_values(records), trained_alike(records), shared=shared_documents(records))
+    quoted = {
+        (row.system, row.other): f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p {row.p_holm:.1g}"
+        for row in table.itertuples()
+    }
+    for ahead in ("BERT", "GPT-NeoX"):
+        cells = [quoted[f"nano-{NAMES[ahead]}", f"nano-{NAMES[behind]}"] for behind in ("Mamba", "Mamba-2")]
+        assert f"| {ahead} | {' | '.join(cells)} |" in EVIDENCE
+
+
+def test_the_gains_by_reading_more_in_the_evidence_are_those_of_the_records():
+    gains = transfer.gains(read_records(ROOT / "data" / "study", "transfer"))
+    for name, system in NAMES.items():
+        assert f"| {name} | {gains.loc[f'nano-{system}'].iloc[-1]} |" in EVIDENCE
+
+
+def test_the_table_of_pretrainings_in_the_evidence_is_that_of_the_records():
+    found = pretraining_seeds.table(read_records(ROOT / "data" / "pretraining_seeds"))
+    assert found.to_string(float_format="{:.3f}".format) in EVIDENCE
 
 
 def test_every_command_of_run_py_in_it_exists():
