@@ -1,6 +1,5 @@
-"""What others use fits: PyTerrier, sentence-transformers, ir_measures' command line, TensorBoard, and a machine without network."""
+"""What others use fits: PyTerrier, sentence-transformers, ir_measures' command line and TensorBoard."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,30 +105,3 @@ def test_the_trainer_logs_every_step_for_tensorboard(tmp_path):
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(row["step"], pytest.approx(row["loss"], abs=1e-4)) for row in trained.curve] and len(losses) == 3
     assert {"train/learning_rate", "train/grad_norm"} <= set(events.Tags()["scalars"])
-
-
-ALONE = """
-import fcntl, os, socket, struct, sys
-with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:  # notebooks talk to their kernels over the loopback device
-    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
-assert [name for _, name in socket.if_nameindex()] == ["lo"]
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
-
-@pytest.mark.skipif(
-    subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0 if sys.platform == "linux" else True,
-    reason="cutting the network off needs Linux and root: unshare --net",
-)
-def test_an_installed_study_needs_no_network(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    environment |= {"HF_HOME": str(tmp_path / "hub"), "IR_DATASETS_HOME": str(tmp_path / "data")}
-    arguments = ["--scale", "tiny", "--only", "01,02,03", "--results", str(tmp_path / "out")]
-    arguments += ["-p", "systems=[tiny-mamba]", "-p", "max_steps={default: 1}"]
-    command = ["unshare", "--net", sys.executable, "-c", ALONE, "-m", "rankmamba.study", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "out" / "runs").glob("tiny-mamba-*.run")) == [
-        "tiny-mamba-dev-seed0.run",
-        "tiny-mamba-test-seed0.run",
-    ]

@@ -249,6 +249,13 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_start_mends_it(a
     ]
 
 
+def test_what_a_killed_process_left_beside_a_finished_set_is_removed(home):
+    folder = embedded.prepared("tiny")
+    left_over = folder.with_name(f".{folder.name}.a-machine-1-abc")
+    left_over.mkdir()
+    assert embedded.prepared("tiny") == folder and not left_over.exists()
+
+
 def test_preparing_twice_gives_the_same_files(archive, home):
     folder = embedded.prepared("nq")
     first = {path.relative_to(folder): sha256(path) for path in folder.rglob("*") if path.is_file()}

@@ -1,6 +1,9 @@
 """The notebooks, found by glob: committed clean, thin, and executed from first to last at scale tiny."""
 
+import os
 import re
+import subprocess
+import sys
 
 import nbformat
 import papermill
@@ -11,11 +14,33 @@ from rankmamba.results import fingerprint, read_records
 from rankmamba.tables import final_table
 
 NOTEBOOKS = study.notebooks()
+ALONE = """
+import fcntl, os, socket, struct, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:  # notebooks talk to their kernels over the loopback device
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
+assert [name for _, name in socket.if_nameindex()] == ["lo"]
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+WITHOUT_NETWORK = ("unshare", "--net", sys.executable, "-c", ALONE)
+CAN_DO_WITHOUT = sys.platform == "linux" and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     return study.run("tiny", folder=tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory):
+    """The study once more, from nothing, and where the system permits it on a machine without a network."""
+    folder = tmp_path_factory.mktemp("again")
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    environment |= {"HF_HOME": str(folder / "hub"), "IR_DATASETS_HOME": str(folder / "data")}
+    command = [*(WITHOUT_NETWORK if CAN_DO_WITHOUT else (sys.executable,)), "-m", "rankmamba.study"]
+    arguments = ["--scale", "tiny", "--only", "01,02,03,04,06", "--results", str(folder / "results")]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder / "results"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -74,8 +99,13 @@ def test_the_report_is_one_file_that_loads_nothing_from_elsewhere(executed):
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^\"'> ]+", html)
 
 
-def test_the_same_seed_gives_the_same_records(executed, tmp_path):
-    again = study.run("tiny", only="01,02,03,04,06", folder=tmp_path / "again")
+@pytest.mark.skipif(not CAN_DO_WITHOUT, reason="cutting the network off needs Linux and root: unshare --net")
+def test_an_installed_study_needs_no_network(executed, again):
+    for kind in ("train", "rerank", "evaluate", "states"):
+        assert {r["system"] for r in read_records(again, kind)} == {r["system"] for r in read_records(executed, kind)} != set()
+
+
+def test_the_same_seed_gives_the_same_records(executed, again):
     others = {"profile", "study"}  # of 05, and which notebooks ran
     first, second = (
         sorted((r["kind"], r["system"], fingerprint(r)) for r in read_records(folder) if r["kind"] not in others)
