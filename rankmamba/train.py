@@ -29,7 +29,7 @@ from .model import weights_digest
 from .reranker import Reranker
 from .results import environment, new_record, write_record
 from .saved import check_target
-from .training.checkpoints import Checkpoints
+from .training.checkpoints import Checkpoints, check_room
 from .training.config import TrainConfig, read_config
 from .training.distil import teacher_scores
 from .training.groups import TrainingGroups
@@ -128,6 +128,7 @@ def train(
         raise InputError(f"expected at least one relevant document in the qrels of {collection.name}, got none")
     steps = total_steps(config, positives)
     reranker, adapted = _student(config, processes.device)
+    check_room(Path(folder), reranker.model)
     groups = TrainingGroups(
         collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size
     )

@@ -255,6 +255,14 @@ def test_a_disk_that_takes_no_more_is_said_and_the_checkpoint_before_stays(colle
     assert outcome(train(small("tiny-neox"), collection, tmp_path / "model")) == undisturbed
 
 
+def test_a_training_that_the_disk_has_no_room_for_is_refused_before_its_first_step(collection, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(InputError, match=r"expected [\d.]+ MB of free disk for the model .* free some space"):
+        train(small("tiny-neox"), collection, tmp_path / "runs" / "model", on_step=lambda row: pytest.fail("a step was taken"))
+    assert not list(tmp_path.iterdir())
+
+
 # -------------------------------------------------------------------------------------------------------------------- memory
 
 
