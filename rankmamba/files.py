@@ -110,6 +110,18 @@ def _runs(process: int) -> bool:
     return True
 
 
+def check_room(folder: Path, size: float, purpose: str, remedy: str) -> None:
+    """Refuse to begin what the disk of `folder`, which need not exist yet, has no room for; size: bytes.
+
+    Raises:
+        InputError: fewer are free.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise InputError(f"expected {size / 1e6:,.1f} MB of free disk {purpose}, got {free / 1e6:,.1f} MB in {there}; {remedy}")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`, wholly or not at all."""
     with replacing(path) as temporary:

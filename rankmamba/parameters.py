@@ -203,17 +203,16 @@ def settle(scale: str, only: str | None = None, overrides: dict | None = None) -
 
 def _check_ranges(settings: Mapping, overrides: Mapping) -> None:
     """Check what would otherwise fail in the midst of a study, minutes later, by the ranges of a training's settings."""
-    from .training.config import RANGES  # which reads its file with this module
+    from .training.config import RANGES, check_range  # which reads its file with this module
 
     systems = settings.get("systems", ["any"])
     if not systems:
         raise InputError("expected at least one system, got systems=[]")
     by_system = {"learning_rate": "learning_rates", "max_steps": "max_steps"}
-    for name, low, high in RANGES:
-        given = settings.get(by_system.get(name, name), low)
+    for name in RANGES:
+        given = settings.get(by_system.get(name, name), {})
         for value in given.values() if isinstance(given, dict) else [given]:
-            if not isinstance(value, int | float) or not low <= value <= high:
-                raise InputError(f"expected {name} from {low:g} to {high:g}, got {value!r}")
+            check_range(name, value)
     for name in by_system.values():
         unknown = [system for system in overrides.get(name, {}) if system not in ("default", *systems)]
         if unknown:

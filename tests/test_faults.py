@@ -110,7 +110,7 @@ WRITERS = {
 @pytest.mark.parametrize("disk", [full_disk, read_only_disk], ids=lambda disk: disk.__name__)
 def test_a_disk_that_takes_no_more_is_one_error_with_the_path_and_a_remedy(writer, disk, reranker, collection, tmp_path):
     with disk(tmp_path) as folder:
-        with pytest.raises(InputError, match=r"expected .*write|bytes for the states") as error:
+        with pytest.raises(InputError, match=r"expected .*write|disk for the states") as error:
             WRITERS[writer](folder, reranker=reranker, collection=collection)
         assert str(folder) in str(error.value)
         assert any(remedy in str(error.value) for remedy in ("free some space", "limit on file sizes", "choose a folder"))

@@ -431,7 +431,7 @@ def test_a_full_disk_is_said_and_what_was_stored_is_kept(mamba, tmp_path, monkey
     states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
     assert np.abs(from_states(states, "which river") - full(mamba, "which river")).max() <= 1e-5
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(InputError, match="lacks"):
+    with pytest.raises(InputError, match="free disk for the states, got 0.0 MB"):
         DocumentStates.build(mamba, DOCUMENTS, tmp_path / "other")
 
 

@@ -92,9 +92,9 @@ def test_a_finished_study_leaves_a_record_of_what_it_ran_with(tmp_path):
     "wrong, said",
     [
         ({"systems": []}, "at least one system"),
-        ({"seed": -1}, r"seed from 0 to 4.29497e\+09, got -1"),
-        ({"batch_size": 0}, "batch_size from 1 to inf, got 0"),
-        ({"learning_rates": {"default": "fast"}}, "learning_rate from 0 to inf, got 'fast'"),
+        ({"seed": -1}, "seed from 0 to 4294967295, got -1"),
+        ({"batch_size": 0}, "batch_size of at least 1, got 0"),
+        ({"learning_rates": {"default": "fast"}}, "learning_rate of at least 0, got 'fast'"),
         ({"learning_rates": {"default": 1e-3, "tiny-brt": 0.1}}, "in learning_rates, got tiny-brt"),
         ({"max_steps": {"tiny-bert": 3}}, "a value for default in max_steps"),
     ],

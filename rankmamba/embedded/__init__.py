@@ -73,25 +73,18 @@ def prepared(name: str) -> Path:
     version, make, _ = _SETS[name]
     slug = name.replace("/", "-")
     folder = home() / f"{slug}-{version()}"
-    if folder.is_dir():
-        _remove_left_overs(folder)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone(folder.parent / f".{slug}.lock", f"another process is preparing rankmamba/{name}; waiting for it"):
-        if not folder.is_dir():
-            _remove_left_overs(folder)
-            started = time.perf_counter()
-            with replacing(folder) as temporary:
-                temporary.mkdir()
-                make(temporary)
-            say(f"rankmamba/{name} is ready in {folder} ({time.perf_counter() - started:.0f} s)")
-    return folder
-
-
-def _remove_left_overs(folder: Path) -> None:
-    """Remove what processes that were killed left beside `folder`, which nobody is making now."""
-    for left_over in folder.parent.glob(f".{folder.name}.*"):
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone(folder.parent / f".{slug}.lock", f"another process is preparing rankmamba/{name}; waiting for it"):
+            if not folder.is_dir():
+                started = time.perf_counter()
+                with replacing(folder) as temporary:
+                    temporary.mkdir()
+                    make(temporary)
+                say(f"rankmamba/{name} is ready in {folder} ({time.perf_counter() - started:.0f} s)")
+    for left_over in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed: nobody makes it now
         shutil.rmtree(left_over, ignore_errors=True)
+    return folder
 
 
 def _tiny_version() -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import numpy as np
 
 from .. import __version__, lookup
 from ..errors import InputError
-from ..files import refusals, replacing, sha256, write_text
+from ..files import check_room, refusals, replacing, sha256, write_text
 from .formats import Profile, ids_bytes, record_bytes
 from .reader import (
     IDS,
@@ -144,12 +143,8 @@ class Writer:
 
     def need(self, size: int) -> None:
         """Refuse to begin what the disk has no room for; size: bytes of all records, 0 if unknown."""
-        missing = size - self.done[STATES] - shutil.disk_usage(self.folder).free
-        if missing > 0 and not self.whole:
-            raise InputError(
-                f"expected {size:,} bytes for the states in {self.folder}, got a disk that lacks {missing:,} of them; "
-                "free some space, or choose a smaller dtype"
-            )
+        if not self.whole:
+            check_room(self.folder, size - self.done[STATES], "for the states", "free some space, or choose a smaller dtype")
 
     def profile(self, shapes: Sequence[Sequence[int]]) -> Profile | None:
         """Return the profile if a block was committed, else None: it is made from the first batch of documents."""

@@ -11,9 +11,6 @@ import re
 import shutil
 from pathlib import Path
 
-from torch import nn
-
-from ..errors import InputError
 from ..files import sha256
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
@@ -95,23 +92,6 @@ class Checkpoints:
             if files.get(name) != sha256(path / name):
                 return f"whose {name} is not as it was written{older}"
         return None
-
-
-def check_room(folder: Path, model: nn.Module) -> None:
-    """Refuse to begin a training whose disk has no room for the model, to be saved as `folder`, and one checkpoint of it.
-
-    Raises:
-        InputError: it has none.
-    """
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)  # AdamW's
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    needed, free = 2 * weights + moments, shutil.disk_usage(there).free
-    if free < needed:
-        raise InputError(
-            f"expected {needed / 1e6:,.1f} MB of free disk for the model and a checkpoint of it, got {free / 1e6:,.1f} MB in {there}; "
-            "free some space, or choose a folder on a larger disk"
-        )
 
 
 def _files(folder: Path) -> list[str]:

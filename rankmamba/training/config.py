@@ -8,17 +8,29 @@ from pathlib import Path
 from ..errors import InputError
 from ..parameters import read_yaml
 
-RANGES = (  # name, lowest, highest
-    ("learning_rate", 0.0, math.inf),
-    ("batch_size", 1, math.inf),
-    ("group_size", 2, math.inf),
-    ("epochs", 0.0, math.inf),
-    ("max_steps", 0, math.inf),
-    ("warmup", 0.0, 1.0),
-    ("weight_decay", 0.0, 1.0),
-    ("lora_r", 0, math.inf),
-    ("seed", 0, 2**32 - 1),
-)
+RANGES = {  # the lowest and the highest value
+    "learning_rate": (0, math.inf),
+    "batch_size": (1, math.inf),
+    "group_size": (2, math.inf),
+    "epochs": (0, math.inf),
+    "max_steps": (0, math.inf),
+    "warmup": (0, 1),
+    "weight_decay": (0, 1),
+    "lora_r": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def check_range(name: str, value: object) -> None:
+    """Check a value of one of `RANGES`.
+
+    Raises:
+        InputError: it is no number, or out of its range.
+    """
+    low, high = RANGES[name]
+    if not isinstance(value, int | float) or not low <= value <= high:
+        wanted = f"from {low} to {high}" if math.isfinite(high) else f"of at least {low}"
+        raise InputError(f"expected {name} {wanted}, got {value!r}")
 
 
 @dataclass
@@ -59,10 +71,8 @@ class TrainConfig:
             InputError: a number is out of its range, the batch cannot be shared evenly by so many processes, or loss and teacher do
                 not fit.
         """
-        for name, low, high in RANGES:
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise InputError(f"expected {name} from {low:g} to {high:g}, got {value!r}")
+        for name in RANGES:
+            check_range(name, getattr(self, name))
         if self.batch_size % processes:
             raise InputError(
                 f"expected a batch_size that {processes} processes can share evenly, got {self.batch_size}; it counts the queries of "
