@@ -30,8 +30,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     BUILDS["avx2"] = (8, ["-mavx2", "-mfma"])
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
     BUILDS["avx512"] = (16, AVX512)
+    BUILDS["avx512bf16"] = (16, [*AVX512, "-mavx512bf16"])
     if platform.system() == "Linux":  # which has to be asked for the tiles
-        BUILDS["amx"] = (16, [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"])
+        BUILDS["amx"] = (16, [*BUILDS["avx512bf16"][1], "-mamx-tile", "-mamx-bf16"])
 
 
 class BuildKernels(build_ext):

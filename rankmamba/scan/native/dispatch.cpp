@@ -19,6 +19,9 @@ extern const Kernels rankmamba_kernels_avx2;
 #ifdef HAVE_AVX512
 extern const Kernels rankmamba_kernels_avx512;
 #endif
+#ifdef HAVE_AVX512BF16
+extern const Kernels rankmamba_kernels_avx512bf16;
+#endif
 #ifdef HAVE_AMX
 extern const Kernels rankmamba_kernels_amx;
 #endif
@@ -49,8 +52,12 @@ Build choose() {
 #ifdef HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
+        const bool pairs = __builtin_cpu_supports("avx512bf16");
 #ifdef HAVE_AMX
-        if (__builtin_cpu_supports("avx512bf16") && may_use_tiles()) return {"amx", &rankmamba_kernels_amx};
+        if (pairs && may_use_tiles()) return {"amx", &rankmamba_kernels_amx};
+#endif
+#ifdef HAVE_AVX512BF16
+        if (pairs) return {"avx512bf16", &rankmamba_kernels_avx512bf16};
 #endif
         return {"avx512", &rankmamba_kernels_avx512};
     }

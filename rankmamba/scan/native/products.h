@@ -1,6 +1,7 @@
-// Small matrix products in the cache: float32 by vectors, bfloat16 by the processor's matrix tiles (AMX), sums in float32.
+// Small matrix products in the cache: float32 by vectors, bfloat16 by pairs of numbers (AVX512_BF16) or matrix tiles (AMX) where the
+// processor has them, sums in float32.
 //
-// A left operand lies row by row. A right operand is written two rows at a time: for tiles, the two numbers of a column lie
+// A left operand lies row by row. A right operand is written two rows at a time: in bfloat16 the two numbers of a column lie
 // together. All sizes are multiples of UNIT; who writes the operands fills them up with zeros.
 #pragma once
 #include "vec.h"
@@ -83,24 +84,12 @@ struct Vectors {
     }
 };
 
-#ifdef __AMX_BF16__
-struct Tiles {
+#ifdef __AVX512BF16__
+// bfloat16 for instructions that multiply two numbers of a row by two of a column at a time.
+struct Pairs {
     typedef uint16_t Number;
-    static constexpr int SIDE = 16, UNIT = 2 * SIDE;  // four tiles of sums at a time
-
-    struct Session {
-        Session() {
-            struct alignas(64) {
-                uint8_t palette, start, reserved[14];
-                uint16_t bytes[16];
-                uint8_t rows[16];
-            } shapes = {};
-            shapes.palette = 1;
-            for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = SIDE;
-            _tile_loadconfig(&shapes);
-        }
-        ~Session() { _tile_release(); }
-    };
+    static constexpr int UNIT = 2 * W;
+    struct [[maybe_unused]] Session {};
 
     static void store_left(Number *to, vf x) { store_bf16(to, x); }
     static __m512i halves(vf front, vf back) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)back, (__m512)front); }
@@ -123,6 +112,62 @@ struct Tiles {
             for (int i = 0; i < W; i++) memcpy(to + (k + 2 * i) * stride + 2 * t, &turned[i], sizeof turned[i]);
         }
     }
+    // out (ROWS, V W) = [out +] left (ROWS, depth) right (depth, V W)
+    template <bool ADD, int V>
+    static void multiply_block(int depth, const Number *left, int64_t left_stride, const Number *right, int64_t right_stride, float *out,
+                               int64_t out_stride) {
+        vf sums[ROWS][V];
+        for (int i = 0; i < ROWS; i++)
+            for (int c = 0; c < V; c++) sums[i][c] = vf{};
+        for (int k = 0; k < depth; k += 2, left += 2, right += 2 * right_stride)
+            for (int i = 0; i < ROWS; i++) {
+                int pair;
+                memcpy(&pair, left + i * left_stride, sizeof pair);
+                for (int c = 0; c < V; c++) {
+                    __m512i pairs;
+                    memcpy(&pairs, right + c * 2 * W, sizeof pairs);
+                    sums[i][c] = (vf)_mm512_dpbf16_ps((__m512)sums[i][c], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)pairs);
+                }
+            }
+        for (int i = 0; i < ROWS; i++)
+            for (int c = 0; c < V; c++) {
+                float *to = out + i * out_stride + c * W;
+                store(to, ADD ? load(to) + sums[i][c] : sums[i][c]);
+            }
+    }
+    template <bool ADD>
+    static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
+                         int right_stride, float *out, int out_stride, Shape of_left = WHOLE, Shape of_out = WHOLE) {
+        for (int i = 0; i < rows; i += ROWS) {
+            const int k = of_left == UPPER ? i : 0, k_end = of_left == LOWER ? smaller(i + ROWS, depth) : depth;
+            const int j_end = of_out == LOWER ? padded(i + ROWS, UNIT) : columns;
+            for (int j = of_out == UPPER ? i / UNIT * UNIT : 0; j < j_end; j += UNIT)
+                multiply_block<ADD, 2>(k_end - k, left + i * left_stride + k, left_stride, right + k * right_stride + 2 * j, right_stride,
+                                       out + i * out_stride + j, out_stride);
+        }
+    }
+};
+#endif
+
+#ifdef __AMX_BF16__
+struct Tiles : Pairs {
+    static constexpr int SIDE = 16;  // four tiles of sums at a time
+    static_assert(UNIT == 2 * SIDE);
+
+    struct Session {
+        Session() {
+            struct alignas(64) {
+                uint8_t palette, start, reserved[14];
+                uint16_t bytes[16];
+                uint8_t rows[16];
+            } shapes = {};
+            shapes.palette = 1;
+            for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = SIDE;
+            _tile_loadconfig(&shapes);
+        }
+        ~Session() { _tile_release(); }
+    };
+
     template <bool ADD>
     static void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right,
                          int right_stride, float *out, int out_stride, Shape of_left = WHOLE, Shape of_out = WHOLE) {
@@ -159,6 +204,9 @@ struct Tiles {
             }
     }
 };
+typedef Tiles Bfloat16;
+#elif defined(__AVX512BF16__)
+typedef Pairs Bfloat16;
 #endif
 
 }  // namespace

@@ -130,16 +130,13 @@ void forward_run(const Scan &s, int64_t item, float *space) {
         load_states(s.C, b, t0, tokens, states, C);
         for (int64_t i = from; i < to; i++) {
             const Block block(s, b, i, fixed + (i - from) * fixed_size);
-            const int64_t first = block.first, ahead = first + BLOCK;
+            const int64_t first = block.first, next = i + 1 < to ? t0 : t0 + STEP, ahead = (i + 1 < to ? i + 1 : from) * BLOCK;
             const int count = block.count;
             float *h = states_before + (i - from) * state_size;
             if (s.checkpoints && t0 % TILE == 0)
                 memcpy(s.checkpoints + shape.checkpoint(s, b, i, t0 / TILE), h, state_size * sizeof(float));
             vf largest = vf{};
             for (int t = 0; t < tokens; t++) {
-                if (i + 1 < to)
-                    prefetch_row(s.delta, b, t0 + t, ahead), prefetch_row(s.u, b, t0 + t, ahead),
-                        prefetch_row(s.z, b, t0 + t, ahead), prefetch_row(s.y, b, t0 + t, ahead);
                 vf d[VECTORS], u[VECTORS];
                 load_block(s.delta, b, t0 + t, first, count, d);
                 load_block(s.u, b, t0 + t, first, count, u);
@@ -157,8 +154,13 @@ void forward_run(const Scan &s, int64_t item, float *space) {
             const auto run = how == Decay::clamped    ? forward_state<Decay::clamped>
                              : how == Decay::bfloat16 ? forward_state<Decay::bfloat16>
                                                       : forward_state<Decay::float32>;
-            for (int n = 0; n < states; n++)
+            for (int n = 0; n < states; n++) {
+                for (int t = n * STEP / states; t < (n + 1) * STEP / states; t++) {  // a few at a time: many would have to wait
+                    prefetch_row(s.delta, b, next + t, ahead), prefetch_row(s.u, b, next + t, ahead);
+                    prefetch_row(s.z, b, next + t, ahead), prefetch_row(s.y, b, next + t, ahead);
+                }
                 run(tokens, states, block.A2 + n * BLOCK, delta, du, B + n, C + n, h + n * BLOCK, y);
+            }
             for (int t = 0; t < tokens; t++) {
                 vf out[VECTORS];
                 for (int c = 0; c < VECTORS; c++) out[c] = load(y + t * BLOCK + c * W);
@@ -263,15 +265,11 @@ void backward_run(const Scan &s, int64_t item, float *space) {
         for (int64_t i = from; i < to; i++) {
             const Block block(s, b, i, fixed + (i - from) * fixed_size);
             const int64_t first = block.first, own = (i - from) * state_size;
+            const int64_t next = i + 1 < to ? t0 : t0 - TILE, ahead = (i + 1 < to ? i + 1 : from) * BLOCK;
             const int count = block.count;
             vf largest = vf{};
             for (int t = 0; t < tokens; t++) {
-                const int64_t row_t = t0 + t, ahead = first + BLOCK;
-                if (i + 1 < to)
-                    prefetch_row(s.u, b, row_t, ahead), prefetch_row(s.delta, b, row_t, ahead),
-                        prefetch_row(s.dy, b, row_t, ahead), prefetch_row(s.z, b, row_t, ahead);
-                prefetch_row(s.du, b, row_t, first), prefetch_row(s.ddelta, b, row_t, first),
-                    prefetch_row(s.dz, b, row_t, first);
+                const int64_t row_t = t0 + t;
                 vf u[VECTORS], d[VECTORS], slope[VECTORS], dy[VECTORS];
                 load_block(s.u, b, row_t, first, count, u);
                 load_block(s.delta, b, row_t, first, count, d);
@@ -311,9 +309,15 @@ void backward_run(const Scan &s, int64_t item, float *space) {
                                          : how == Decay::bfloat16 ? backward_state<Decay::bfloat16, false>
                                                                   : backward_state<Decay::float32, false>);
             const float *before = s.checkpoints + shape.checkpoint(s, b, i, index);
-            for (int n = 0; n < states; n++)
+            for (int n = 0; n < states; n++) {
+                for (int t = n * TILE / states; t < (n + 1) * TILE / states; t++) {
+                    prefetch_row(s.du, b, t0 + t, first), prefetch_row(s.ddelta, b, t0 + t, first), prefetch_row(s.dz, b, t0 + t, first);
+                    prefetch_row(s.delta, b, next + t, ahead), prefetch_row(s.u, b, next + t, ahead);
+                    prefetch_row(s.z, b, next + t, ahead), prefetch_row(s.dy, b, next + t, ahead);
+                }
                 run(tokens, states, block.A2 + n * BLOCK, tile, B + n, C + n, before + n * BLOCK, carry + own + n * BLOCK,
                     dA + own + n * BLOCK, dB + n * TILE * W, dC + n * TILE * W, a, h);
+            }
             vf sum_D[VECTORS] = {}, sum_bias[VECTORS] = {};
             for (int t = 0; t < tokens; t++) {
                 vf du[VECTORS], ddelta[VECTORS], dz[VECTORS];

@@ -118,16 +118,16 @@ int64_t ssd_items(const Arguments &s) {
 }
 template <template <class> class Part, class Arguments>
 int64_t ssd_workspace(const Arguments &s) {
-#ifdef __AMX_BF16__
-    if (s.x.bfloat16) return Part<Tiles>(s, nullptr).used;
+#ifdef __AVX512BF16__
+    if (s.x.bfloat16) return Part<Bfloat16>(s, nullptr).used;
 #endif
     return Part<Vectors>(s, nullptr).used;
 }
 template <template <class> class Part, class Arguments>
 void ssd_run(const Arguments &s, int64_t item, float *space) {
     const FlushDenormals flush;
-#ifdef __AMX_BF16__
-    if (s.x.bfloat16) return Part<Tiles>(s, space).run(item);
+#ifdef __AVX512BF16__
+    if (s.x.bfloat16) return Part<Bfloat16>(s, space).run(item);
 #endif
     Part<Vectors>(s, space).run(item);
 }

@@ -14,6 +14,9 @@
 
 #include "kernels.h"
 
+// The compiler's own limit is one for the whole file: what else stands there would decide whether a loop calls functions.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 constexpr int W = WIDTH;
@@ -153,7 +156,7 @@ struct Exp2<6> {
 
 // q = 2^f for |f| <= 1/2
 template <int DEGREE, int M>
-inline void exp2_fraction(const vf *f, vf *q) {
+ALWAYS_INLINE void exp2_fraction(const vf *f, vf *q) {
     for (int i = 0; i < M; i++) q[i] = Exp2<DEGREE>::q[0] * f[i] + Exp2<DEGREE>::q[1];
     for (int k = 2; k < DEGREE; k++)
         for (int i = 0; i < M; i++) q[i] = q[i] * f[i] + Exp2<DEGREE>::q[k];
@@ -163,7 +166,7 @@ inline void exp2_fraction(const vf *f, vf *q) {
 // x = 2^(x y), as 2^n (1 + f q(f)) with n = round(x y). Right for -126 < x y < 127. Where the processor does not split numbers
 // itself, product and range reduction round once.
 template <int DEGREE, int M>
-inline void exp2_product(vf *x, const vf *y) {
+ALWAYS_INLINE void exp2_product(vf *x, const vf *y) {
     vf q[M];
 #if defined(__AVX512DQ__) && WIDTH == 16
     vf n[M];
@@ -184,12 +187,11 @@ inline void exp2_product(vf *x, const vf *y) {
     for (int i = 0; i < M; i++) x[i] = (vf)((vi)q[i] + ((vi)shifted[i] << 23));
 #endif
 }
-
 // x = 2^(x y) as exact as bfloat16 inputs deserve: exp2_product<4>, with two instructions less where the processor splits numbers
 // itself. x y + 1/2 is split into the integer below and a rest g, and 2^(g - 1/2) is Exp2<4> multiplied out: next to 1 its error is that of
 // a float32, not of the distance from 1.
 template <int M>
-inline void exp2_product_bf16(vf *x, const vf *y) {
+ALWAYS_INLINE void exp2_product_bf16(vf *x, const vf *y) {
 #if defined(__AVX512DQ__) && WIDTH == 16
     vf g[M], p[M];
     for (int i = 0; i < M; i++) x[i] = fma(x[i], y[i], broadcast(0.5f));
@@ -206,7 +208,7 @@ inline void exp2_product_bf16(vf *x, const vf *y) {
 
 // x = 2^x for every x: what underflows becomes 2^-125, what overflows 2^126.
 template <int M>
-inline void exp2_clamped(vf *x) {
+ALWAYS_INLINE void exp2_clamped(vf *x) {
     vf one[M];
     for (int i = 0; i < M; i++) one[i] = broadcast(1.f), x[i] = at_most(at_least(x[i], broadcast(-125.f)), broadcast(126.f));
     exp2_product<5, M>(x, one);
@@ -214,7 +216,7 @@ inline void exp2_clamped(vf *x) {
 
 // x = 2^x for x <= 0, minus infinity among them: what underflows becomes 0 or 2^-125.
 template <int M>
-inline void exp2_up_to_1(vf *x) {
+ALWAYS_INLINE void exp2_up_to_1(vf *x) {
 #if defined(__AVX512DQ__) && WIDTH == 16
     vf q[M], f[M];
     for (int i = 0; i < M; i++) f[i] = (vf)_mm512_reduce_ps((__m512)x[i], 0);
@@ -227,7 +229,7 @@ inline void exp2_up_to_1(vf *x) {
 
 // x = exp(-x) for |x| <= EXP_LIMIT
 template <int M>
-inline void exp_minus(vf *x) {
+ALWAYS_INLINE void exp_minus(vf *x) {
     vf scale[M];
     for (int i = 0; i < M; i++) scale[i] = broadcast(-LOG2E);
     exp2_product<5, M>(x, scale);
@@ -235,7 +237,7 @@ inline void exp_minus(vf *x) {
 
 // 1 / (1 + exp(-x))
 template <int M>
-inline void sigmoid(const vf *x, vf *y) {
+ALWAYS_INLINE void sigmoid(const vf *x, vf *y) {
     for (int i = 0; i < M; i++) y[i] = at_most(at_least(x[i], broadcast(-EXP_LIMIT)), broadcast(EXP_LIMIT));
     exp_minus<M>(y);
     for (int i = 0; i < M; i++) y[i] = reciprocal(1.f + y[i]);
@@ -244,7 +246,7 @@ inline void sigmoid(const vf *x, vf *y) {
 // x = softplus(x) = max(x, 0) + log1p(w), w = exp(-|x|); log1p(w) = 2 atanh(s), s = w / (2 + w) <= 1/3. Relative error 2e-7.
 // slope: its derivative, the sigmoid of x, or null.
 template <int M>
-inline void softplus(vf *x, vf *slope) {
+ALWAYS_INLINE void softplus(vf *x, vf *slope) {
     vf w[M], s[M], s2[M], p[M];
     for (int i = 0; i < M; i++) w[i] = at_most(magnitude(x[i]), broadcast(EXP_LIMIT));
     exp_minus<M>(w);
@@ -300,7 +302,7 @@ inline void store_row(const Rows &r, int64_t b, int64_t t, int64_t first, int co
 }
 
 // The same for BLOCK channels in registers; `count` of them exist.
-inline void load_block(const Rows &r, int64_t b, int64_t t, int64_t first, int count, vf *to) {
+ALWAYS_INLINE void load_block(const Rows &r, int64_t b, int64_t t, int64_t first, int count, vf *to) {
     if (count == BLOCK) {
         const int64_t at = b * r.batch_stride + t * r.row_stride + first;
         if (r.bfloat16)
@@ -313,7 +315,7 @@ inline void load_block(const Rows &r, int64_t b, int64_t t, int64_t first, int c
         for (int c = 0; c < VECTORS; c++) to[c] = load(row + c * W);
     }
 }
-inline void store_block(const Rows &r, int64_t b, int64_t t, int64_t first, int count, const vf *from) {
+ALWAYS_INLINE void store_block(const Rows &r, int64_t b, int64_t t, int64_t first, int count, const vf *from) {
     if (count == BLOCK) {
         const int64_t at = b * r.batch_stride + t * r.row_stride + first;
         if (r.bfloat16)
