@@ -46,6 +46,7 @@ void norm_forward_run(const Norm &s, int64_t item, float *space) {
     const int64_t tiles = ceil_div(s.length, NORM_ROWS), b = item / tiles, t0 = item % tiles * NORM_ROWS;
     float *y = space, *z = y + size, *gated = z + size;
     for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
+        prefetch_row(s.y, b, t + 2, 0, s.inner), prefetch_row(s.z, b, t + 2, 0, s.inner), prefetch_row(s.out, b, t + 1, 0, s.inner);
         gate_row(s, b, t, size, y, z, gated, nullptr);
         for (int g = 0; g < s.groups; g++) {
             float *own = gated + g * width;
@@ -65,6 +66,8 @@ void norm_backward_run(const Norm &s, int64_t item, float *space) {
           *dw = dz + size;
     memset(dw, 0, size * sizeof(float));
     for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
+        prefetch_row(s.y, b, t + 2, 0, s.inner), prefetch_row(s.z, b, t + 2, 0, s.inner), prefetch_row(s.dout, b, t + 2, 0, s.inner);
+        prefetch_row(s.dy, b, t + 1, 0, s.inner), prefetch_row(s.dz, b, t + 1, 0, s.inner);
         gate_row(s, b, t, size, y, z, gated, gates);
         load_row(s.dout, b, t, 0, (int)s.inner, size, dout);
         for (int g = 0; g < s.groups; g++) {

@@ -334,7 +334,7 @@ inline void prefetch_row(const Rows &r, int64_t b, int64_t t, int64_t first, int
     if (!r.data) return;
     const int64_t bytes = r.bfloat16 ? 2 : 4;
     const char *at = (const char *)r.data + (b * r.batch_stride + t * r.row_stride + first) * bytes;
-    for (int64_t i = 0; i < size * bytes; i += 64) __builtin_prefetch(at + i);
+    for (int64_t i = 0; i < size * bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 // `count` floats, then zeros up to `size`; all zeros where there is nothing to read.
