@@ -1,4 +1,4 @@
-// AMX tiles (bfloat16) and AVX512_BF16's conversions in plain C++, for processors that have AVX-512 alone: `sanitize.py` builds the
+// AMX tiles (bfloat16) and AVX512_BF16 in plain C++, for processors that have AVX-512 alone: `sanitize.py` builds the
 // kernels with it, so that the code for tiles runs everywhere. It aborts on a tile that was not configured or has another shape.
 #pragma once
 #include <immintrin.h>
@@ -8,8 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef WITHOUT_TILES
 #define __AMX_BF16__ 1
 #define __AMX_TILE__ 1
+#endif
 #define __AVX512BF16__ 1
 
 namespace amx {
@@ -121,6 +123,15 @@ inline __m512bh cvtne2(__m512 high, __m512 low) {  // _mm512_cvtne2ps_pbh(a, b):
     memcpy(&v, h, 64);
     return v;
 }
+inline __m512 dpbf16(__m512 sums, __m512bh a, __m512bh b) {
+    float c[16];
+    uint16_t l[32], r[32];
+    memcpy(c, &sums, 64), memcpy(l, &a, 64), memcpy(r, &b, 64);
+    for (int i = 0; i < 16; i++)
+        for (int odd = 1; odd >= 0; odd--) c[i] = flushed(__builtin_fmaf(wide(l[2 * i + odd]), wide(r[2 * i + odd]), flushed(c[i])));
+    memcpy(&sums, c, 64);
+    return sums;
+}
 }  // namespace amx
 
 #undef _tile_loadd
@@ -135,3 +146,4 @@ inline __m512bh cvtne2(__m512 high, __m512 low) {  // _mm512_cvtne2ps_pbh(a, b):
 #define _tile_dpbf16ps(d, a, b) amx::dp(d, a, b)
 #define _mm512_cvtneps_pbh(x) amx::cvtne(x)
 #define _mm512_cvtne2ps_pbh(a, b) amx::cvtne2(a, b)
+#define _mm512_dpbf16_ps(c, a, b) amx::dpbf16(c, a, b)

@@ -1,9 +1,9 @@
-"""Run the native kernels under the address and undefined-behaviour sanitizers, every vector width and the tiles, over awkward shapes.
+"""Run the native kernels under the address and undefined-behaviour sanitizers, every vector width, pairs and tiles, over awkward shapes.
 
     python tests/sanitize.py            needs g++; takes about four minutes; not part of the test suite
 
-Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too, their results included; the tiles where there
-is AVX-512 at least, with `amx.h` for what the processor lacks. The kernels see
+Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too, their results included; pairs and tiles where
+there is AVX-512 at least, with `amx.h` for what the processor lacks. The kernels see
 torch's memory through the sanitizer's own allocator: one float read or written beside a tensor ends the run.
 """
 
@@ -29,13 +29,18 @@ def builds() -> dict[str, dict[str, tuple[int, list[str]]]]:
     """{title: {instruction set: (lanes, flags)}}, what this machine can run; the library takes the last one."""
     avx2 = ["-mavx2", "-mfma"] if has("avx2", "fma") else []
     found = {f"{lanes} lanes": {"base": (lanes, avx2 if lanes > 4 else [])} for lanes in (4, 8, 16)}
-    if has("amx_bf16", "avx512_bf16", "avx512dq"):
+    if has("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"):
         avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-        tiles = [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
-        found["tiles"] = {"base": (4, []), "avx512": (16, avx512), "amx": (16, tiles)}
-    elif has("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"):
-        avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-        found["tiles, emulated"] = {"base": (16, [*avx512, "-include", str(Path(__file__).with_name("amx.h"))])}
+        pairs, emulated = [*avx512, "-mavx512bf16"], [*avx512, "-include", str(Path(__file__).with_name("amx.h"))]
+        real = {"base": (4, []), "avx512": (16, avx512), "avx512bf16": (16, pairs)}
+        if has("avx512_bf16"):
+            found["pairs"] = real
+        else:
+            found["pairs, emulated"] = {"base": (16, [*emulated, "-DWITHOUT_TILES"])}
+        if has("avx512_bf16", "amx_bf16"):
+            found["tiles"] = {**real, "amx": (16, [*pairs, "-mamx-tile", "-mamx-bf16"])}
+        else:
+            found["tiles, emulated"] = {"base": (16, emulated)}
     return found
 
 

@@ -329,7 +329,8 @@ ALWAYS_INLINE void store_block(const Rows &r, int64_t b, int64_t t, int64_t firs
     }
 }
 
-// Ask for a piece of row t ahead of its use: rows lie far apart, and the processor's own guess is the next line. Never faults.
+// Ask for a piece of row t ahead of its use: rows lie far apart, and the processor's own guess is the next line. It comes into the
+// second-level cache: the first one is full of what is worked on. Never faults.
 inline void prefetch_row(const Rows &r, int64_t b, int64_t t, int64_t first, int64_t size = BLOCK) {
     if (!r.data) return;
     const int64_t bytes = r.bfloat16 ? 2 : 4;
