@@ -112,10 +112,11 @@ struct Pairs {
             for (int i = 0; i < W; i++) memcpy(to + (k + 2 * i) * stride + 2 * t, &turned[i], sizeof turned[i]);
         }
     }
-    // out (ROWS, V W) = [out +] left (ROWS, depth) right (depth, V W)
-    template <bool ADD, int V>
+    // out (ROWS, UNIT) = [out +] left (ROWS, depth) right (depth, UNIT)
+    template <bool ADD>
     static void multiply_block(int depth, const Number *left, int64_t left_stride, const Number *right, int64_t right_stride, float *out,
                                int64_t out_stride) {
+        constexpr int V = UNIT / W;
         vf sums[ROWS][V];
         for (int i = 0; i < ROWS; i++)
             for (int c = 0; c < V; c++) sums[i][c] = vf{};
@@ -142,8 +143,8 @@ struct Pairs {
             const int k = of_left == UPPER ? i : 0, k_end = of_left == LOWER ? smaller(i + ROWS, depth) : depth;
             const int j_end = of_out == LOWER ? padded(i + ROWS, UNIT) : columns;
             for (int j = of_out == UPPER ? i / UNIT * UNIT : 0; j < j_end; j += UNIT)
-                multiply_block<ADD, 2>(k_end - k, left + i * left_stride + k, left_stride, right + k * right_stride + 2 * j, right_stride,
-                                       out + i * out_stride + j, out_stride);
+                multiply_block<ADD>(k_end - k, left + i * left_stride + k, left_stride, right + k * right_stride + 2 * j, right_stride,
+                                    out + i * out_stride + j, out_stride);
         }
     }
 };
