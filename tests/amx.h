@@ -1,5 +1,6 @@
 // AMX tiles (bfloat16) and AVX512_BF16 in plain C++, for processors that have AVX-512 alone: `sanitize.py` builds the
-// kernels with it, so that the code for tiles runs everywhere. It aborts on a tile that was not configured or has another shape.
+// kernels with it, so that their code for both runs everywhere; WITHOUT_TILES leaves the processor with AVX512_BF16 alone. It aborts
+// on a tile that was not configured or has another shape.
 #pragma once
 #include <immintrin.h>
 #include <math.h>

@@ -1,10 +1,10 @@
 """Run the native kernels under the address and undefined-behaviour sanitizers, every vector width, pairs and tiles, over awkward shapes.
 
-    python tests/sanitize.py            needs g++; takes about four minutes; not part of the test suite
+    python tests/sanitize.py            needs g++; takes about seven minutes; not part of the test suite
 
 Each width is built for itself, so 16 lanes are checked on processors without AVX-512 too, their results included; pairs and tiles where
-there is AVX-512 at least, with `amx.h` for what the processor lacks. The kernels see
-torch's memory through the sanitizer's own allocator: one float read or written beside a tensor ends the run.
+there is AVX-512 at least, with `amx.h` for what the processor lacks. The kernels see torch's memory through the sanitizer's own
+allocator: one float read or written beside a tensor ends the run.
 """
 
 import itertools
