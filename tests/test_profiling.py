@@ -193,6 +193,17 @@ def test_speeds_of_one_pass_or_of_some_layers_are_level_within_a_fifth():
         assert profile_tables.against_transformers(profile_tables.speed_table(made))["standing"].tolist() == ["level"]
 
 
+def test_a_whole_system_is_no_estimate_beside_one_of_which_some_layers_ran():
+    rates = {("nano-mamba", True): 115, ("nano-bert", False): 100, ("mamba-130m", True): 100, ("pythia-160m", False): 115}
+    made = list(records({system: {128: rate} for system, rate in rates.items()}))
+    for record in made[2:]:
+        record["result"] |= {"layers": 24, "depths": [2, 6]}
+    table = profile_tables.speed_table(made)
+    compared = profile_tables.against_transformers(table).set_index("system")
+    assert compared["standing"].to_dict() == {"nano-mamba": "faster", "mamba-130m": "level"}
+    assert profile_tables.readable(table)["layers run"].tolist() == ["all", "all", "2 and 6 of 24", "2 and 6 of 24"]
+
+
 def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models(tmp_path, monkeypatch, capsys):
     main = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))["main"]
     if not torch.cuda.is_available():

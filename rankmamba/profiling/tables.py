@@ -35,7 +35,7 @@ def speed_table(records: Sequence[dict]) -> pd.DataFrame:
         result, config = record["result"], record["config"]
         row = {"system": record["system"], "size": size_of(record["system"]), "scan": record["environment"]["scan"] != "none"}
         row |= {name: config[name] for name in ("length", "batch")} | {name: result[name] for name in ("parameters", "layers")}
-        row["depths"] = result["depths"] and "and".join(map(str, result["depths"]))
+        row["depths"] = " and ".join(map(str, result["depths"] or []))  # None would become NaN, which is true
         for mode in (mode for mode in MODES if mode in record["timing"] or mode in result["out_of_memory"]):
             nothing = dict.fromkeys(("tokens_per_s", "low", "high", "pairs_per_s", "latency_ms", "peak_mib", "share"), np.nan)
             numbers = {name: record["timing"].get(mode, nothing)[name] for name in nothing}
