@@ -2,7 +2,7 @@
 
 import torch
 
-from .library import Attention, as_plain, call, pointer, rows, workers
+from .library import Attention, as_plain, call, empty, pointer, rows, workers
 
 
 def attention(
@@ -22,7 +22,7 @@ def attention(
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, length, width = query.shape
     keys = key.shape[2]
-    out = query.new_empty(batch, length, heads * width)
+    out = empty(batch, length, heads * width, dtype=query.dtype)
     hidden = None if seen is None else as_plain(torch.where(seen.bool(), 0.0, -torch.inf))
     bias = None if bias is None else as_plain(bias.expand(1, heads, length, keys))
     arguments = Attention(

@@ -4,6 +4,7 @@ Importing this module raises ImportError where the library was not built, or tak
 """
 
 import ctypes
+import mmap
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -109,6 +110,10 @@ def _load():
 
 
 _library = _load()
+_HUGE_PAGE = 2 << 20  # bytes
+_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
+if _madvise:
+    _madvise.argtypes = (c_void_p, ctypes.c_size_t, ctypes.c_int)
 BLOCK, TILE, HEADS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_heads()
 NORM_ROWS = _library.rankmamba_norm_rows()
 
@@ -134,9 +139,16 @@ def tracked(tensors) -> bool:
     return forward or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def floats(*shape: int) -> torch.Tensor:
-    """Return an empty tensor for a kernel to write to, whatever torch's default dtype and device."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a tensor for a kernel to write to, whatever torch's default dtype and device.
+
+    Megabytes of it are asked for in huge pages (Linux): the system takes as long to hand them out in small ones as the scan takes.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    if tensor.nbytes >= _HUGE_PAGE and _madvise:
+        first, end = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+        _madvise(first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 def as_rows(tensor):

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import BLOCK, TILE, Conv, Scan, as_plain, as_rows, call, floats, pointer, rows, tracked, workers
+from .library import BLOCK, TILE, Conv, Scan, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
@@ -66,9 +66,9 @@ def _scan_forward(u, delta, A, B, C, D, z, delta_bias, initial_state, keep, want
     """Return y, the final state and, to keep for the backward, the state before each tile of tokens; None where not asked for."""
     arguments, alive = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     (batch, length, inner), n = u.shape, A.shape[1]
-    y = alive["u"].new_empty(u.shape)
-    final_state = floats(batch, inner, n) if want_final else None
-    checkpoints = floats(batch, -(-inner // BLOCK), -(-length // TILE), n, BLOCK) if keep else None
+    y = empty(*u.shape, dtype=alive["u"].dtype)
+    final_state = empty(batch, inner, n) if want_final else None
+    checkpoints = empty(batch, -(-inner // BLOCK), -(-length // TILE), n, BLOCK) if keep else None
     arguments.y, arguments.final, arguments.checkpoints = rows(y), pointer(final_state), pointer(checkpoints)
     call("scan_forward", arguments, _workers(u, A))
     return y.to(u.dtype), final_state, checkpoints
@@ -82,10 +82,10 @@ def _scan_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoin
     groups = arguments.groups
     dy = torch.zeros_like(alive["u"]) if dy is None else as_rows(dy)
     dfinal = as_plain(dfinal)
-    du, ddelta, dz = (None if t is None else t.new_empty(t.shape) for t in (alive["u"], alive["delta"], alive["z"]))
+    du, ddelta, dz = (None if t is None else empty(*t.shape, dtype=t.dtype) for t in (alive["u"], alive["delta"], alive["z"]))
     sums = {"dA": (batch, n, inner), "dD": (batch, inner), "ddelta_bias": (batch, inner)}
     sums |= {"dinitial": (batch, inner, n), "dB": (groups, batch, length, n), "dC": (groups, batch, length, n)}
-    sums = {name: floats(*shape) for name, shape in sums.items()}
+    sums = {name: empty(*shape) for name, shape in sums.items()}
     arguments.checkpoints, arguments.dfinal = pointer(checkpoints), pointer(dfinal)
     arguments.dy, arguments.du, arguments.ddelta, arguments.dz = (rows(t) for t in (dy, du, ddelta, dz))
     for name, tensor in sums.items():
@@ -136,7 +136,7 @@ def _conv_arguments(x, weight, bias, initial_state, silu):
 
 def _conv_forward(x, weight, bias, initial_state, silu):
     arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
-    y = alive[0].new_empty(x.shape)
+    y = empty(*x.shape, dtype=alive[0].dtype)
     arguments.y = rows(y)
     call("conv_forward", arguments, workers(x.numel() * weight.shape[1]))
     return y.to(x.dtype)
@@ -146,8 +146,8 @@ def _conv_forward(x, weight, bias, initial_state, silu):
 def _conv_backward(x, weight, bias, initial_state, silu, dy):
     arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
     (batch, _, inner), taps = x.shape, weight.shape[1]
-    dy, dx = as_rows(dy), alive[0].new_empty(x.shape)
-    dinitial, dweight, dbias = floats(batch, taps - 1, inner), floats(batch, taps, inner), floats(batch, inner)
+    dy, dx = as_rows(dy), empty(*x.shape, dtype=alive[0].dtype)
+    dinitial, dweight, dbias = empty(batch, taps - 1, inner), empty(batch, taps, inner), empty(batch, inner)
     arguments.dy, arguments.dx, arguments.dinitial = rows(dy), rows(dx), rows(dinitial)
     arguments.dweight, arguments.dbias = pointer(dweight), pointer(dbias)
     call("conv_backward", arguments, workers(2 * x.numel() * taps))

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, floats, pointer, rows, tracked, workers
+from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
 
 def _chunk(length: int, n: int) -> int:
@@ -74,9 +74,9 @@ def _ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=Fa
     batch, length, heads, width = x.shape
     arguments, alive = _common(SsdForward, x, delta, A, B, C, D, initial_state)
     reading = -(-length // arguments.chunk) - (initial_state is None)
-    y = alive[0].new_empty(alive[0].shape)
-    final = floats(batch, heads, width, arguments.n) if want_final else None
-    before = y.new_empty(reading, batch, heads, arguments.n, width) if want_before else None
+    y = empty(*alive[0].shape, dtype=alive[0].dtype)
+    final = empty(batch, heads, width, arguments.n) if want_final else None
+    before = empty(reading, batch, heads, arguments.n, width, dtype=y.dtype) if want_before else None
     arguments.y = rows(y)
     _point(arguments, final=final, before=before)
     call("ssd_forward", arguments, _workers(arguments, 2))
@@ -89,11 +89,11 @@ def _ssd_backward(x, delta, A, B, C, D, initial_state, before, dy, dfinal):
     arguments, alive = _common(SsdBackward, x, delta, A, B, C, D, initial_state)
     batch, length, heads, width = x.shape
     dy, dfinal = torch.zeros_like(alive[0]) if dy is None else _rows(dy.to(alive[0].dtype)), as_plain(dfinal)
-    dx, ddelta = alive[0].new_empty(alive[0].shape), floats(batch, length, heads)
-    dA, dD = floats(2, batch, heads)
+    dx, ddelta = empty(*alive[0].shape, dtype=alive[0].dtype), empty(batch, length, heads)
+    dA, dD = empty(2, batch, heads)
     parts = -(-(heads // arguments.groups) // HEADS)
-    dB, dC = floats(2, parts, *B.shape)
-    dinitial = None if initial_state is None else floats(*initial_state.shape)
+    dB, dC = empty(2, parts, *B.shape)
+    dinitial = None if initial_state is None else empty(*initial_state.shape)
     arguments.dy, arguments.dx = rows(dy), rows(dx)
     _point(arguments, A=alive[4], before=before, dfinal=dfinal, dinitial=dinitial, ddelta=ddelta, dA=dA, dD=dD, dB=dB, dC=dC)
     call("ssd_backward", arguments, _workers(arguments, 5))

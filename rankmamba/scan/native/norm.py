@@ -5,7 +5,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import NORM_ROWS, PRECISIONS, Norm, as_plain, as_rows, call, floats, pointer, rows, tracked, workers
+from .library import NORM_ROWS, PRECISIONS, Norm, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
 
 def rms_norm(y, weight, z, epsilon, groups, dtype):
@@ -37,7 +37,7 @@ def _arguments(y, weight, z, epsilon, groups):
 
 def _forward(y, weight, z, epsilon, groups, dtype):
     arguments, alive = _arguments(y, weight, z, epsilon, groups)
-    out = alive[0].new_empty(y.shape, dtype=dtype if dtype in PRECISIONS else None)
+    out = empty(*y.shape, dtype=dtype if dtype in PRECISIONS else alive[0].dtype)
     arguments.out = rows(out)
     call("norm_forward", arguments, workers(8 * y.numel()))
     return out.to(dtype)
@@ -48,8 +48,8 @@ def _backward(y, weight, z, epsilon, groups, dout):
     arguments, alive = _arguments(y, weight, z, epsilon, groups)
     batch, length, inner = y.shape
     dout = as_rows(dout)
-    dy, dz = (None if t is None else t.new_empty(t.shape) for t in (alive[0], alive[2]))
-    dweight = floats(batch * -(-length // NORM_ROWS), inner)
+    dy, dz = (None if t is None else empty(*t.shape, dtype=t.dtype) for t in (alive[0], alive[2]))
+    dweight = empty(batch * -(-length // NORM_ROWS), inner)
     arguments.dout, arguments.dy, arguments.dz, arguments.dweight = rows(dout), rows(dy), rows(dz), pointer(dweight)
     call("norm_backward", arguments, workers(16 * y.numel()))
     return dy.to(y.dtype), dweight.sum(0).to(weight.dtype), None if z is None else dz.to(z.dtype)

@@ -188,52 +188,96 @@ struct Tile {
     }
 };
 
-// A tile for one n, there and back. before: the state before the tile; carry: in, the gradient of the state after the tile,
-// out, of `before`; dA: (BLOCK), added to; dB, dC: (tokens, W), added to, still to be summed over the lanes; a: (TILE, BLOCK)
-// and h: (TILE + 1, BLOCK), scratch. With GATED, y becomes the output before the gate.
-template <Decay HOW, bool GATED>
+// States that the backward pass takes at a time: two share the loads and stores of steps, inputs and their gradients, where there
+// are registers for both.
+constexpr int STATES = W == 16 ? 2 : 1;
+constexpr int SCRATCH = BUFFER + BLOCK;
+
+// A tile for S states n, there and back. A2, before, carry, dA: (S, BLOCK), B, C: (S) for each token, `stride` apart; before: the
+// state before the tile; carry: in, the gradient of the state after the tile, out, of `before`; dA: added to; dB, dC: (S, TILE, W),
+// added to, still to be summed over the lanes; a: (TILE, BLOCK) and h: (TILE + 1, BLOCK) for each state, SCRATCH apart. With GATED,
+// y becomes the output before the gate.
+template <Decay HOW, bool GATED, int S>
 void backward_state(int tokens, int64_t stride, const float *A2, const Tile &tile, const float *__restrict B,
                     const float *__restrict C, const float *before, float *carry, float *dA, float *__restrict dB,
                     float *__restrict dC, float *__restrict a, float *__restrict h) {
     const float *__restrict delta = tile.delta, *__restrict du = tile.du, *__restrict dy = tile.dy;
     float *__restrict y = tile.y, *__restrict ddelta = tile.ddelta, *__restrict ddu = tile.ddu;
-    vf state[VECTORS], a2[VECTORS];
-    for (int c = 0; c < VECTORS; c++) state[c] = load(before + c * W), a2[c] = load(A2 + c * W), store(h + c * W, state[c]);
+    vf state[S][VECTORS], a2[S][VECTORS];
+    for (int s = 0; s < S; s++)
+        for (int c = 0; c < VECTORS; c++) {
+            state[s][c] = load(before + s * BLOCK + c * W), a2[s][c] = load(A2 + s * BLOCK + c * W);
+            store(h + s * SCRATCH + c * W, state[s][c]);
+        }
     for (int t = 0; t < tokens; t++) {
         const int at = t * BLOCK;
-        vf decay[VECTORS];
-        decays<HOW, 6>(delta + at, a2, decay);  // sums of gradients over all tokens notice the sixth
-        const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
-        for (int c = 0; c < VECTORS; c++) store(a + at + c * W, decay[c]);
-        for (int c = 0; c < VECTORS; c++) state[c] = decay[c] * state[c] + load(du + at + c * W) * b;
-        for (int c = 0; c < VECTORS; c++) store(h + at + BLOCK + c * W, state[c]);
+        vf out[VECTORS];
         if (GATED)
-            for (int c = 0; c < VECTORS; c++) store(y + at + c * W, load(y + at + c * W) + state[c] * weight);
+            for (int c = 0; c < VECTORS; c++) out[c] = load(y + at + c * W);
+        for (int s = 0; s < S; s++) {
+            vf decay[VECTORS];
+            decays<HOW, 6>(delta + at, a2[s], decay);  // sums of gradients over all tokens notice the sixth
+            const vf b = broadcast(B[t * stride + s]), weight = broadcast(C[t * stride + s]);
+            for (int c = 0; c < VECTORS; c++) store(a + s * SCRATCH + at + c * W, decay[c]);
+            for (int c = 0; c < VECTORS; c++) state[s][c] = decay[c] * state[s][c] + load(du + at + c * W) * b;
+            for (int c = 0; c < VECTORS; c++) store(h + s * SCRATCH + at + BLOCK + c * W, state[s][c]);
+            if (GATED)
+                for (int c = 0; c < VECTORS; c++) out[c] += state[s][c] * weight;
+        }
+        if (GATED)
+            for (int c = 0; c < VECTORS; c++) store(y + at + c * W, out[c]);
     }
-    vf g[VECTORS], da[VECTORS] = {};  // a sum per tile first: it is more exact than one long sum
-    for (int c = 0; c < VECTORS; c++) g[c] = load(carry + c * W);
+    vf g[S][VECTORS], da[S][VECTORS] = {};  // a sum per tile first: it is more exact than one long sum
+    for (int s = 0; s < S; s++)
+        for (int c = 0; c < VECTORS; c++) g[s][c] = load(carry + s * BLOCK + c * W);
     for (int t = tokens - 1; t >= 0; t--) {
         const int at = t * BLOCK;
-        const vf b = broadcast(B[t * stride]), weight = broadcast(C[t * stride]);
-        vf db = load(dB + t * W), dc = load(dC + t * W), dlog[VECTORS];
-        for (int c = 0; c < VECTORS; c++) g[c] += load(dy + at + c * W) * weight;  // the gradient of h_t
-        for (int c = 0; c < VECTORS; c++) dc += load(dy + at + c * W) * load(h + at + BLOCK + c * W);
-        for (int c = 0; c < VECTORS; c++) db += g[c] * load(du + at + c * W);
-        for (int c = 0; c < VECTORS; c++) store(ddu + at + c * W, load(ddu + at + c * W) + g[c] * b);
-        for (int c = 0; c < VECTORS; c++) g[c] *= load(a + at + c * W);
-        for (int c = 0; c < VECTORS; c++) dlog[c] = g[c] * load(h + at + c * W);  // the gradient of delta_t A
-        for (int c = 0; c < VECTORS; c++) store(ddelta + at + c * W, load(ddelta + at + c * W) + dlog[c] * a2[c]);
-        for (int c = 0; c < VECTORS; c++) da[c] += dlog[c] * load(delta + at + c * W);
-        store(dB + t * W, db);
-        store(dC + t * W, dc);
+        vf db[S], dc[S], b[S], weight[S];
+        for (int s = 0; s < S; s++) {
+            b[s] = broadcast(B[t * stride + s]), weight[s] = broadcast(C[t * stride + s]);
+            db[s] = load(dB + (s * TILE + t) * W), dc[s] = load(dC + (s * TILE + t) * W);
+        }
+        for (int c = 0; c < VECTORS; c++) {
+            const int i = at + c * W;
+            const vf dy_c = load(dy + i), du_c = load(du + i), delta_c = load(delta + i);
+            vf ddu_c = load(ddu + i), ddelta_c = load(ddelta + i);
+            for (int s = 0; s < S; s++) {
+                g[s][c] += dy_c * weight[s];  // the gradient of h_t
+                dc[s] += dy_c * load(h + s * SCRATCH + i + BLOCK);
+                db[s] += g[s][c] * du_c;
+                ddu_c += g[s][c] * b[s];
+                g[s][c] *= load(a + s * SCRATCH + i);
+                const vf dlog = g[s][c] * load(h + s * SCRATCH + i);  // the gradient of delta_t A
+                ddelta_c += dlog * a2[s][c];
+                da[s][c] += dlog * delta_c;
+            }
+            store(ddu + i, ddu_c);
+            store(ddelta + i, ddelta_c);
+        }
+        for (int s = 0; s < S; s++) {
+            store(dB + (s * TILE + t) * W, db[s]);
+            store(dC + (s * TILE + t) * W, dc[s]);
+        }
     }
-    for (int c = 0; c < VECTORS; c++) store(carry + c * W, g[c]), store(dA + c * W, load(dA + c * W) + da[c]);
+    for (int s = 0; s < S; s++)
+        for (int c = 0; c < VECTORS; c++) {
+            float *sum = dA + s * BLOCK + c * W;
+            store(carry + s * BLOCK + c * W, g[s][c]);
+            store(sum, load(sum) + da[s][c]);
+        }
+}
+
+template <bool GATED, int S>
+auto choose_backward(Decay how) {
+    return how == Decay::clamped    ? backward_state<Decay::clamped, GATED, S>
+           : how == Decay::bfloat16 ? backward_state<Decay::bfloat16, GATED, S>
+                                    : backward_state<Decay::float32, GATED, S>;
 }
 
 int64_t backward_workspace(const Scan &s) {
     const int64_t blocks = ScanShape(s).own();
     return blocks * ((2 * s.states + 2) * BLOCK + Block::workspace(s)) + s.states * 2 * TILE * (1 + W) +
-           (Tile::COUNT + 2) * BUFFER + BLOCK;
+           Tile::COUNT * BUFFER + 2 * STATES * SCRATCH;
 }
 
 void backward_run(const Scan &s, int64_t item, float *space) {
@@ -247,8 +291,8 @@ void backward_run(const Scan &s, int64_t item, float *space) {
     float *carry = space, *dA = carry + blocks * state_size, *dD = dA + blocks * state_size, *dbias = dD + blocks * BLOCK;
     float *fixed = dbias + blocks * BLOCK;
     const Tile tile(fixed + blocks * fixed_size);
-    float *a = tile.delta + Tile::COUNT * BUFFER, *h = a + BUFFER;
-    float *B = h + BUFFER + BLOCK, *C = B + TILE * states, *dB = C + TILE * states, *dC = dB + states * TILE * W;
+    float *a = tile.delta + Tile::COUNT * BUFFER, *h = a + STATES * SCRATCH;
+    float *B = h + STATES * SCRATCH, *C = B + TILE * states, *dB = C + TILE * states, *dC = dB + states * TILE * W;
     memset(dA, 0, blocks * (state_size + 2 * BLOCK) * sizeof(float));
     for (int64_t i = from; i < to; i++) {
         const Block block(s, b, i, fixed + (i - from) * fixed_size);
@@ -302,21 +346,19 @@ void backward_run(const Scan &s, int64_t item, float *space) {
                 }
             }
             const Decay how = choose_decay(s, block, largest);
-            const auto run = s.z.data ? (how == Decay::clamped    ? backward_state<Decay::clamped, true>
-                                         : how == Decay::bfloat16 ? backward_state<Decay::bfloat16, true>
-                                                                  : backward_state<Decay::float32, true>)
-                                      : (how == Decay::clamped    ? backward_state<Decay::clamped, false>
-                                         : how == Decay::bfloat16 ? backward_state<Decay::bfloat16, false>
-                                                                  : backward_state<Decay::float32, false>);
+            const auto run = s.z.data ? choose_backward<true, STATES>(how) : choose_backward<false, STATES>(how);
+            const auto run_last = s.z.data ? choose_backward<true, 1>(how) : choose_backward<false, 1>(how);
             const float *before = s.checkpoints + shape.checkpoint(s, b, i, index);
-            for (int n = 0; n < states; n++) {
-                for (int t = n * TILE / states; t < (n + 1) * TILE / states; t++) {
+            for (int n = 0, taken; n < states; n += taken) {
+                taken = n + STATES <= states ? STATES : 1;
+                for (int t = n * TILE / states; t < (n + taken) * TILE / states; t++) {
                     prefetch_row(s.du, b, t0 + t, first), prefetch_row(s.ddelta, b, t0 + t, first), prefetch_row(s.dz, b, t0 + t, first);
                     prefetch_row(s.delta, b, next + t, ahead), prefetch_row(s.u, b, next + t, ahead);
                     prefetch_row(s.z, b, next + t, ahead), prefetch_row(s.dy, b, next + t, ahead);
                 }
-                run(tokens, states, block.A2 + n * BLOCK, tile, B + n, C + n, before + n * BLOCK, carry + own + n * BLOCK,
-                    dA + own + n * BLOCK, dB + n * TILE * W, dC + n * TILE * W, a, h);
+                (taken == STATES ? run : run_last)(tokens, states, block.A2 + n * BLOCK, tile, B + n, C + n, before + n * BLOCK,
+                                                   carry + own + n * BLOCK, dA + own + n * BLOCK, dB + n * TILE * W,
+                                                   dC + n * TILE * W, a, h);
             }
             vf sum_D[VECTORS] = {}, sum_bias[VECTORS] = {};
             for (int t = 0; t < tokens; t++) {
