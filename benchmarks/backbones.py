@@ -1,7 +1,7 @@
 """How fast are whole models on this machine, and how near its matrix peak? `python benchmarks/backbones.py`
 
-Published backbones as rerankers with random weights; attention through torch's SDPA; models take turns in one process, medians of CPU time
-with one thread and of wall time with more. share: the arithmetic of the whole pass (`rankmamba.profiling.flops`) over what one large matrix
+Published backbones as rerankers with random weights, their attention as a reranker runs it or as the name says; models take turns in one
+process, medians of CPU time with one thread and of wall time with more. share: the arithmetic of the whole pass (`rankmamba.profiling.flops`) over what one large matrix
 product reaches in the same run and precision. On a CPU two depths run and the full one is worked out (`profiling.Subject`).
 
     python benchmarks/backbones.py                                   # float32, 512 tokens; some minutes
@@ -22,10 +22,12 @@ from rankmamba.precision import autocast_dtype
 from rankmamba.profiling import MODES, Subject, measure_together
 from rankmamba.results import environment
 
+MODELS = ["mamba-130m", "mamba2-130m", "pythia-160m", "pythia-160m (sdpa)", "bert-base", "bert-base (sdpa)"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mamba-130m", "mamba2-130m", "pythia-160m", "bert-base"])
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--full-depth", action="store_true", help="run all layers; minutes and gigabytes a model")
     parser.add_argument("--length", nargs="+", type=int, default=[512])
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a batch")
@@ -58,7 +60,7 @@ def main() -> None:
                     )
                     ran = " and ".join(map(str, layers))
                     print(
-                        f"  {model:<12} {rate:9.0f} tokens/s   share of the peak {share:4.0%}   {ran} of {result['layers']} layers ran"
+                        f"  {model:<18} {rate:9.0f} tokens/s   share of the peak {share:4.0%}   {ran} of {result['layers']} layers ran"
                     )
             table += [
                 {"model": model, "dtype": name, "length": length, "batch": batch, **result} for model, result in found.items()

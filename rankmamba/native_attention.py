@@ -1,7 +1,7 @@
-"""Transformers' attention on our own CPU kernel, as the scan is for Mamba: for scoring in float32, under a name of Hugging Face's.
+"""Transformers' attention on our own CPU kernel, as the scan is for Mamba: for scoring, under a name of Hugging Face's.
 
 PyTorch's SDPA reaches an eighth to a quarter of the processor's speed on texts of a hundred or two tokens; what is compared here on a
-CPU are architectures, not how much care each one's kernel got. Training and other precisions stay with SDPA.
+CPU are architectures, not how much care each one's kernel got. Training stays with SDPA.
 """
 
 import torch
@@ -13,7 +13,7 @@ from transformers.masking_utils import flash_attention_mask
 from . import scan
 
 NATIVE = "rankmamba_native"
-LARGEST_KEYS = 1 << 17  # numbers in a head's keys: more do not stay in the cache, and SDPA is as fast (2,048 tokens of 64)
+DTYPES = torch.float32, torch.bfloat16
 # Families (transformers' `model_type`) without a window, whose only bias between positions, if any, is handed over (T5's).
 PLAIN = {"bert", "roberta", "electra", "opt", "gpt_neox", "gpt2", "llama", "nemotron_h", "t5"}
 
@@ -29,13 +29,13 @@ def native_attention(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attend; with SDPA where a gradient or another precision is wanted, or texts are very long.
+    """Attend; with SDPA where a gradient or another precision is wanted.
 
     query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size), K >= L. attention_mask: None, or
     (B, K), false where a key is hidden. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
     """
     causal = module.is_causal if is_causal is None else is_causal
-    served = query.dtype == torch.float32 and query.device.type == "cpu" and key[0, 0].numel() <= LARGEST_KEYS
+    served = query.dtype in DTYPES and query.device.type == "cpu"
     served = served and not torch.is_grad_enabled() and not scan.traced() and not kwargs.get("dropout")
     # a query before which nothing is real sees no key at all, for which the kernel has no answer
     if not served or causal and attention_mask is not None and not attention_mask[:, 0].all():
@@ -66,7 +66,7 @@ def sdpa_mask(seen: torch.Tensor | None, causal: bool, query: torch.Tensor, key:
 
 def runs(model_type: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernel serves a family on a device, with products in `dtype`."""
-    return model_type in PLAIN and device.type == "cpu" and dtype == torch.float32 and scan.kernel(device).name == "native"
+    return model_type in PLAIN and device.type == "cpu" and dtype in DTYPES and scan.kernel(device).name == "native"
 
 
 AttentionInterface.register(NATIVE, native_attention)

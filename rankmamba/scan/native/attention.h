@@ -1,34 +1,13 @@
-// Attention as a Transformer's layers have it, for scoring in float32: softmax(q k^T scale + bias) v, head by head, with a head's keys and
-// values and the scores of some queries in the cache. For texts of some hundred tokens, as rerankers read them.
+// Attention as a Transformer's layers have it, for scoring: softmax(q k^T scale + bias) v, head by head, with a head's keys and values and
+// the scores of some queries in the cache. For texts of some hundred tokens, as rerankers read them. Products are those of products.h,
+// what lies between them is float32.
 #pragma once
 #include "products.h"
 
 namespace {
 
-constexpr int QUERIES = 32;  // worked on together
-
-int64_t attention_items(const Attention &s) { return s.batch * s.heads; }
-int64_t attention_workspace(const Attention &s) {
-    const int64_t P = padded(s.width, W), K = padded(s.keys, W);
-    return 2 * K * P + QUERIES * (P + K) + K;
-}
-
-// out (rows, columns) = left (rows, depth) right (depth, columns), any number of rows: the last ones may be computed twice. Some
-// columns of `right` for all rows, so that they stay near.
-inline void multiply_rows(int rows, int depth, int columns, const float *left, int left_stride, const float *right, int right_stride,
-                          float *out, int out_stride) {
-    for (int j = 0; j < columns; j += COLUMNS * W) {
-        const int vectors = smaller(COLUMNS, (columns - j) / W);
-        for (int i = 0; rows >= ROWS && i < rows; i += ROWS) {
-            const int at = smaller(i, rows - ROWS);
-            product<false>(depth, vectors, left + at * left_stride, left_stride, right + j, right_stride, out + at * out_stride + j,
-                           out_stride);
-        }
-        for (int i = 0; rows < ROWS && i < rows; i++)
-            product<false, 1>(depth, vectors, left + i * left_stride, left_stride, right + j, right_stride, out + i * out_stride + j,
-                              out_stride);
-    }
-}
+constexpr int QUERIES = 32;      // worked on together
+constexpr int KEYS = VECTORS * 16;  // that serve them before the next ones: they stay near
 
 inline float largest(vf v) {
     typedef float quarter __attribute__((vector_size(16)));
@@ -39,20 +18,21 @@ inline float largest(vf v) {
     return a > b ? a : b;
 }
 
-// M vectors of scores -> 2^(factor score + offset), which are at most 1
-template <int M>
-inline void weigh(float *scores, vf factor, vf offset, vf *total) {
-    vf x[M];
-    for (int c = 0; c < M; c++) x[c] = fma(load(scores + c * W), factor, offset);
-    exp2_up_to_1<M>(x);
-    for (int c = 0; c < M; c++) {
-        store(scores + c * W, x[c]);
+// R vectors of scores -> 2^(factor score + offset), which are at most 1, as a left operand; added to the total, too.
+template <class M, int R>
+inline void weigh(const float *scores, vf factor, vf offset, typename M::Number *weights, vf *total) {
+    vf x[R];
+    for (int c = 0; c < R; c++) x[c] = fma(load(scores + c * W), factor, offset);
+    exp2_up_to_1<R>(x);
+    for (int c = 0; c < R; c++) {
+        M::store_left(weights + c * W, x[c]);
         total[c] += x[c];
     }
 }
 
 // scores (count) -> their softmax, not divided by the sum, zeros up to a multiple of W; returns the sum.
-inline float softmax(float *scores, float factor, const float *hidden, int count) {
+template <class M>
+inline float softmax(float *scores, float factor, const float *hidden, int count, typename M::Number *weights) {
     const vf lowest = broadcast(-__builtin_inff());
     const int whole = count / W * W, size = padded(count, W);
     if (hidden)
@@ -66,50 +46,120 @@ inline float softmax(float *scores, float factor, const float *hidden, int count
     for (; j < size; j += W) most[0] = at_least(load(scores + j), most[0]);
     const float top = largest(at_least(at_least(most[0], most[1]), at_least(most[2], most[3])));
     const vf by = broadcast(factor), offset = broadcast(-top * factor);
-    for (j = 0; j + BLOCK <= size; j += BLOCK) weigh<VECTORS>(scores + j, by, offset, total);
-    for (; j < size; j += W) weigh<1>(scores + j, by, offset, total);
+    for (j = 0; j + BLOCK <= size; j += BLOCK) weigh<M, VECTORS>(scores + j, by, offset, weights + j, total);
+    for (; j < size; j += W) weigh<M, 1>(scores + j, by, offset, weights + j, total);
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-void attention_run(const Attention &s, int64_t item, float *space) {
-    const FlushDenormals flush;
-    const int width = (int)s.width, P = padded(width, W), all = padded(s.keys, W);
-    const int64_t b = item / s.heads, head = item % s.heads, shared = head / s.shared, ahead = s.keys - s.queries;
-    float *k = space, *v = k + P * all, *scores = v + all * P, *out = scores + QUERIES * all, *hidden = out + QUERIES * P;
-    const int64_t next = item + 1 < attention_items(s) ? item + 1 : item;
-    const float *q = (const float *)s.q.data + b * s.q.batch_stride + head * s.q_head;
-    turn((const float *)s.k.data + b * s.k.batch_stride + shared * s.k_head, s.k.row_stride, s.keys, width, k, all);
-    for (int64_t t = 0; t < s.keys; t++) load_row(s.v, b, t, shared * s.v_head, width, P, v + t * P);
-    if (s.hidden) load_span(s.hidden + b * s.keys, (int)s.keys, all, hidden);
-    for (int64_t first = 0; first < s.queries; first += QUERIES) {
-        const int count = smaller(QUERIES, s.queries - first), seen = (int)(s.causal ? first + count + ahead : s.keys);
-        multiply_rows(count, width, padded(seen, W), q + first * s.q.row_stride, (int)s.q.row_stride, k, all, scores, all);
-        for (int64_t t = first * s.keys / s.queries; t < (first + count) * s.keys / s.queries; t++) {
-            prefetch_row(s.k, next / s.heads, t, next % s.heads / s.shared * s.k_head, width);
-            prefetch_row(s.v, next / s.heads, t, next % s.heads / s.shared * s.v_head, width);
+template <class M>
+struct AttentionHead {
+    typedef typename M::Number Number;
+    const Attention &s;
+    const int width, P, K;  // P: width, K: keys, filled up to whole units
+    float *const space;
+    int64_t used = 0;
+    float *scores = floats(QUERIES * K), *out = floats(QUERIES * P), *hidden = floats(K), *block = floats(W * P);
+    Number *q = numbers(QUERIES * P), *k = numbers(P * K), *v = numbers(K * P);  // left, right, right
+    // left; numbers that are not rounded take the place of the scores
+    Number *weights = sizeof(Number) == sizeof(float) ? (Number *)scores : numbers(QUERIES * K);
+
+    AttentionHead(const Attention &s_, float *space_)
+        : s(s_), width((int)s_.width), P(padded(s_.width, M::UNIT)), K(padded(s_.keys, M::UNIT)), space(space_) {}
+
+    float *floats(int64_t count) {
+        float *taken = space ? space + used : nullptr;
+        used += padded(count, 16);
+        return taken;
+    }
+    Number *numbers(int64_t count) { return (Number *)floats(count * sizeof(Number) / sizeof(float)); }
+
+    // Rows t, t + 1, ... of a head as floats, zeros behind the last one: where they lie, or in `block`.
+    struct Floats {
+        const float *data;
+        int64_t stride;
+    };
+    Floats load_rows(const Rows &r, int64_t b, int64_t first, int64_t t, int count, int64_t last) {
+        if (!r.bfloat16 && width == P && t + count <= last)
+            return {(const float *)r.data + b * r.batch_stride + t * r.row_stride + first, r.row_stride};
+        for (int i = 0; i < count; i++) load_row(r, b, t + i, first, t + i < last ? width : 0, P, block + i * P);
+        return {block, P};
+    }
+    void load_keys_and_values(int64_t b, int64_t head) {
+        for (int t = 0; t < K; t += W) {
+            const Floats keys = load_rows(s.k, b, head * s.k_head, t, W, s.keys);
+            M::store_right_turned(k, K, t, keys.data, P, keys.stride);
+            const Floats values = load_rows(s.v, b, head * s.v_head, t, W, s.keys);
+            for (int i = 0; i < W; i += 2)
+                for (int p = 0; p < P; p += W) {
+                    const float *even = values.data + i * values.stride + p;
+                    M::store_right(v, P, t + i, p, load(even), load(even + values.stride));
+                }
         }
-        for (int64_t t = first; t < first + count; t++) {
-            prefetch_row(s.out, b, t, head * s.width, width);
-            if (t + QUERIES < s.queries) prefetch_row(s.q, b, t + QUERIES, head * s.q_head, width);
-        }
-        float sums[QUERIES];
-        for (int i = 0; i < count; i++) {
-            const int own = s.causal ? seen - count + i + 1 : seen;
-            if (s.bias) {
-                const float *bias = s.bias + (head * s.queries + first + i) * s.keys, unscaled = 1.f / s.scale;
-                for (int j = 0; j < own; j++) scores[i * all + j] += bias[j] * unscaled;
-            }
-            sums[i] = softmax(scores + i * all, s.scale * LOG2E, s.hidden ? hidden : nullptr, own);
-            for (int j = padded(own, W); j < seen; j++) scores[i * all + j] = 0;
-        }
-        multiply_rows(count, seen, P, scores, all, v, P, out, P);
-        for (int i = 0; i < count; i++) {
-            float *row = out + i * P;
-            const vf share = broadcast(1.f / sums[i]);
-            for (int p = 0; p < P; p += W) store(row + p, load(row + p) * share);
-            store_row(s.out, b, first + i, head * s.width, width, row);
+        if (s.hidden) load_span(s.hidden + b * s.keys, (int)s.keys, K, hidden);
+    }
+    void load_queries(int64_t b, int64_t head, int64_t first, int rows) {
+        for (int i = 0; i < rows; i++) {
+            const Floats query = load_rows(s.q, b, head * s.q_head, first + i, 1, s.queries);
+            for (int p = 0; p < P; p += W) M::store_left(q + i * P + p, load(query.data + p));
         }
     }
+
+    void run(int64_t item) {
+        const typename M::Session session;
+        const int64_t b = item / s.heads, head = item % s.heads, shared = head / s.shared, ahead = s.keys - s.queries;
+        const int64_t next = item + 1 < s.batch * s.heads ? item + 1 : item;
+        load_keys_and_values(b, shared);
+        for (int64_t first = 0; first < s.queries; first += QUERIES) {
+            const int count = smaller(QUERIES, s.queries - first), rows = padded(count, M::ROW_UNIT);
+            const int seen = (int)(s.causal ? first + count + ahead : s.keys);
+            const int columns = padded(seen, M::UNIT), depth = padded(seen, M::DEPTH_UNIT);
+            load_queries(b, head, first, rows);
+            for (int j = 0; j < columns; j += KEYS)
+                M::template multiply<false>(rows, P, smaller(KEYS, columns - j), q, P, M::column(k, j), K, scores + j, K);
+            for (int64_t t = first * s.keys / s.queries; t < (first + count) * s.keys / s.queries; t++) {
+                prefetch_row(s.k, next / s.heads, t, next % s.heads / s.shared * s.k_head, width);
+                prefetch_row(s.v, next / s.heads, t, next % s.heads / s.shared * s.v_head, width);
+            }
+            for (int64_t t = first; t < first + count; t++) {
+                prefetch_row(s.out, b, t, head * s.width, width);
+                if (t + QUERIES < s.queries) prefetch_row(s.q, b, t + QUERIES, head * s.q_head, width);
+            }
+            float sums[QUERIES];
+            for (int i = 0; i < count; i++) {
+                const int own = s.causal ? seen - count + i + 1 : seen;
+                if (s.bias) {
+                    const float *bias = s.bias + (head * s.queries + first + i) * s.keys, unscaled = 1.f / s.scale;
+                    for (int j = 0; j < own; j++) scores[i * K + j] += bias[j] * unscaled;
+                }
+                sums[i] = softmax<M>(scores + i * K, s.scale * LOG2E, s.hidden ? hidden : nullptr, own, weights + i * K);
+                for (int j = padded(own, W); j < columns; j += W) M::store_left(weights + i * K + j, vf{});
+            }
+            memset(weights + count * K, 0, (rows - count) * K * sizeof(Number));
+            for (int p = 0; p < P; p += KEYS)
+                M::template multiply<false>(rows, depth, smaller(KEYS, P - p), weights, K, M::column(v, p), P, out + p, P);
+            for (int i = 0; i < count; i++) {
+                float *row = out + i * P;
+                const vf share = broadcast(1.f / sums[i]);
+                for (int p = 0; p < P; p += W) store(row + p, load(row + p) * share);
+                store_row(s.out, b, first + i, head * s.width, width, row);
+            }
+        }
+    }
+};
+
+int64_t attention_items(const Attention &s) { return s.batch * s.heads; }
+int64_t attention_workspace(const Attention &s) {
+#ifdef __AVX512BF16__
+    if (s.q.bfloat16) return AttentionHead<Bfloat16>(s, nullptr).used;
+#endif
+    return AttentionHead<Vectors>(s, nullptr).used;
+}
+void attention_run(const Attention &s, int64_t item, float *space) {
+    const FlushDenormals flush;
+#ifdef __AVX512BF16__
+    if (s.q.bfloat16) return AttentionHead<Bfloat16>(s, space).run(item);
+#endif
+    AttentionHead<Vectors>(s, space).run(item);
 }
 
 }  // namespace

@@ -14,9 +14,9 @@ def attention(
     scale: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(query key^T scale + bias) value, without gradients: float32 (B, L, H, P).
+    """softmax(query key^T scale + bias) value, without gradients: (B, L, H, P), in the query's precision.
 
-    query: float32 (B, H, L, P). key, value: float32 (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where nobody looks.
+    query: float32 or bfloat16 (B, H, L, P). key, value: the same, (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where nobody looks.
     causal: the last query sees all keys, each before it one less. Every query must see a key. bias: (1, H, L, K).
     """
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))

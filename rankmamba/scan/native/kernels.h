@@ -77,7 +77,7 @@ struct Norm {
     float *dweight;  // (items, E), to be summed
 };
 
-// Attention without gradients, float32. q, out (B, L, .), k, v (B, K, .): their heads of P numbers lie *_head apart; in out P.
+// Attention without gradients. q, out (B, L, .), k, v (B, K, .): their heads of P numbers lie *_head apart; in out P.
 struct Attention {
     int64_t batch, heads, width, queries, keys;  // B, H, P, L, K
     int64_t shared;                              // so many heads read the same keys and values

@@ -2,7 +2,8 @@
 // processor has them, sums in float32.
 //
 // A left operand lies row by row. A right operand is written two rows at a time: in bfloat16 the two numbers of a column lie
-// together. All sizes are multiples of UNIT; who writes the operands fills them up with zeros.
+// together. Sizes are multiples of UNIT; for rows and depth the smaller
+// ROW_UNIT and DEPTH_UNIT do. Who writes the operands fills them up with zeros.
 #pragma once
 #include "vec.h"
 
@@ -33,19 +34,19 @@ inline void product_tile(int depth, const float *__restrict left, int64_t left_s
         }
 }
 
-// out (R, vectors W) = [out +] left (R, depth) right (depth, vectors W)
-template <bool ADD, int R = ROWS>
+// out (ROWS, vectors W) = [out +] left (ROWS, depth) right (depth, vectors W)
+template <bool ADD>
 inline void product(int depth, int vectors, const float *left, int64_t left_stride, const float *right, int64_t right_stride, float *out,
                     int64_t out_stride) {
     int v = 0;
-    if constexpr (COLUMNS > 2 && R == ROWS)
+    if constexpr (COLUMNS > 2)
         for (; v + COLUMNS <= vectors; v += COLUMNS)
-            for (int i = 0; i < R; i += R / 2)
-                product_tile<ADD, R / 2, COLUMNS>(depth, left + i * left_stride, left_stride, right + v * W, right_stride,
+            for (int i = 0; i < ROWS; i += ROWS / 2)
+                product_tile<ADD, ROWS / 2, COLUMNS>(depth, left + i * left_stride, left_stride, right + v * W, right_stride,
                                                   out + i * out_stride + v * W, out_stride);
     for (; v + 2 <= vectors; v += 2)
-        product_tile<ADD, R, 2>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
-    if (v < vectors) product_tile<ADD, R, 1>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
+        product_tile<ADD, ROWS, 2>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
+    if (v < vectors) product_tile<ADD, ROWS, 1>(depth, left, left_stride, right + v * W, right_stride, out + v * W, out_stride);
 }
 
 // What there is of a square matrix: beyond its diagonal are zeros, or numbers that nobody reads.
@@ -53,9 +54,10 @@ enum Shape { WHOLE, LOWER, UPPER };
 
 struct Vectors {
     typedef float Number;
-    static constexpr int UNIT = W;
+    static constexpr int UNIT = W, ROW_UNIT = ROWS, DEPTH_UNIT = 1;
     struct [[maybe_unused]] Session {};
 
+    static const Number *column(const Number *right, int j) { return right + j; }
     static void store_left(Number *to, vf x) { store(to, x); }
     // Rows k and k + 1 from `column` on; k is even.
     static void store_right(Number *to, int stride, int k, int column, vf even, vf odd) {
@@ -63,7 +65,7 @@ struct Vectors {
         store(to + (k + 1) * stride + column, odd);
     }
     // W rows from row t on, turned into columns from t on.
-    static void store_right_turned(Number *to, int stride, int t, const float *from, int columns, int from_stride) {
+    static void store_right_turned(Number *to, int stride, int t, const float *from, int columns, int64_t from_stride) {
         for (int k = 0; k < columns; k += W) {
             vf turned[W];
             for (int i = 0; i < W; i++) turned[i] = load(from + i * from_stride + k);
@@ -78,7 +80,7 @@ struct Vectors {
         for (int i = 0; i < rows; i += ROWS) {
             const int k = of_left == UPPER ? i : 0, k_end = of_left == LOWER ? smaller(i + ROWS, depth) : depth;
             const int j = of_out == UPPER ? i / W * W : 0, j_end = of_out == LOWER ? padded(i + ROWS, W) : columns;
-            product<ADD>(k_end - k, (j_end - j) / W, left + i * left_stride + k, left_stride, right + k * right_stride + j, right_stride,
+            product<ADD>(k_end - k, (j_end - j) / W, left + i * left_stride + k, left_stride, column(right + k * right_stride, j), right_stride,
                          out + i * out_stride + j, out_stride);
         }
     }
@@ -88,9 +90,10 @@ struct Vectors {
 // bfloat16 for instructions that multiply two numbers of a row by two of a column at a time.
 struct Pairs {
     typedef uint16_t Number;
-    static constexpr int UNIT = 2 * W;
+    static constexpr int UNIT = 2 * W, ROW_UNIT = ROWS, DEPTH_UNIT = 2;
     struct [[maybe_unused]] Session {};
 
+    static const Number *column(const Number *right, int j) { return right + 2 * j; }
     static void store_left(Number *to, vf x) { store_bf16(to, x); }
     static __m512i halves(vf front, vf back) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)back, (__m512)front); }
     static void store_right(Number *to, int stride, int k, int column, vf even, vf odd) {
@@ -101,7 +104,7 @@ struct Pairs {
         memcpy(to + k * stride + 2 * column, &pairs, sizeof pairs);
     }
     // A row's pairs of numbers are moved together.
-    static void store_right_turned(Number *to, int stride, int t, const float *from, int columns, int from_stride) {
+    static void store_right_turned(Number *to, int stride, int t, const float *from, int columns, int64_t from_stride) {
         for (int k = 0; k < columns; k += UNIT) {
             vf turned[W];
             for (int i = 0; i < W; i++) {
@@ -143,7 +146,7 @@ struct Pairs {
             const int k = of_left == UPPER ? i : 0, k_end = of_left == LOWER ? smaller(i + ROWS, depth) : depth;
             const int j_end = of_out == LOWER ? padded(i + ROWS, UNIT) : columns;
             for (int j = of_out == UPPER ? i / UNIT * UNIT : 0; j < j_end; j += UNIT)
-                multiply_block<ADD>(k_end - k, left + i * left_stride + k, left_stride, right + k * right_stride + 2 * j, right_stride,
+                multiply_block<ADD>(k_end - k, left + i * left_stride + k, left_stride, column(right + k * right_stride, j), right_stride,
                                     out + i * out_stride + j, out_stride);
         }
     }
@@ -152,7 +155,7 @@ struct Pairs {
 
 #ifdef __AMX_BF16__
 struct Tiles : Pairs {
-    static constexpr int SIDE = 16;  // four tiles of sums at a time
+    static constexpr int SIDE = 16, ROW_UNIT = 2 * SIDE, DEPTH_UNIT = 2 * SIDE;  // four tiles of sums at a time
     static_assert(UNIT == 2 * SIDE);
 
     struct Session {
@@ -188,7 +191,7 @@ struct Tiles : Pairs {
                     _tile_zero(3);
                 }
                 for (int k = of_left == UPPER ? i : 0; k < (of_left == LOWER ? i + UNIT : depth); k += UNIT) {
-                    const Number *from = left + i * left_stride + k, *pairs = right + k * right_stride + 2 * j;
+                    const Number *from = left + i * left_stride + k, *pairs = column(right + k * right_stride, j);
                     _tile_loadd(4, from, left_stride * 2);
                     _tile_loadd(5, from + SIDE * left_stride, left_stride * 2);
                     _tile_loadd(6, pairs, right_stride * 4);
