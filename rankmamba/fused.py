@@ -1,8 +1,8 @@
-"""What Transformers compute between their matrix products, in one pass each: for scoring in float32 on a CPU.
+"""What Transformers compute between their matrix products, in one pass each: for scoring on a CPU.
 
 A bias with its GELU, and a bias with the residual and its LayerNorm. PyTorch copies the bias before the product and passes over all
 tokens once more for each of the others, which is a tenth of MiniLM's time (LOG.md). As with `native_attention`: what is compared here are
-architectures, not how much care each one's kernels got. Training and other precisions stay with PyTorch.
+architectures, not how much care each one's kernels got. Training stays with PyTorch.
 """
 
 import torch
@@ -34,8 +34,8 @@ class FusedOutput:
         rows = _product(self.dense, hidden_states)
         from .scan import native
 
-        native.add_norm_(rows, self.dense.bias, input_tensor.flatten(0, -2), norm.weight, norm.bias, norm.eps)
-        return rows.view(input_tensor.shape)
+        normed = native.add_norm_(rows, self.dense.bias, input_tensor.flatten(0, -2), norm.weight, norm.bias, norm.eps)
+        return normed.view(input_tensor.shape)
 
 
 class FusedMLP:
@@ -51,20 +51,28 @@ class FusedMLP:
 def runs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernels score parts of a model on a device, with products in `dtype`."""
     parts = FusedIntermediate, FusedOutput, FusedMLP
-    native = dtype == torch.float32 and scan.kernel(device).name == "native"
+    native = dtype in (torch.float32, torch.bfloat16) and scan.kernel(device).name == "native"
     return native and any(isinstance(module, parts) for module in model.modules())
 
 
 def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
-    """Say whether the kernels may compute `module`: without gradients, dropout, autocast, or anything that has replaced its linear map
-    or watches its parts."""
+    """Say whether the kernels may compute `module`: float32 weights, as they are or in autocast's bfloat16, without gradients, dropout,
+    or anything that has replaced its linear map or watches its parts."""
     replaced = type(linear) is not nn.Linear or "forward" in vars(linear)
     watched = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
     if replaced or watched or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return False
-    on_cpu = hidden.device.type == "cpu" and hidden.dtype == torch.float32 == linear.weight.dtype
-    learns = torch.is_grad_enabled() or module.training or torch.is_autocast_enabled("cpu") or scan.traced()
-    return on_cpu and not learns and scan.kernel("cpu").name == "native"
+    if (
+        hidden.device.type != "cpu"
+        or linear.weight.dtype != torch.float32
+        or torch.is_grad_enabled()
+        or module.training
+        or scan.traced()
+    ):
+        return False
+    product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    precise = product in (torch.float32, torch.bfloat16) and hidden.dtype in (torch.float32, product)
+    return precise and scan.kernel("cpu").name == "native"
 
 
 def _product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

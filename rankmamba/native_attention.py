@@ -35,7 +35,7 @@ def native_attention(
     (B, K), false where a key is hidden. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
     """
     causal = module.is_causal if is_causal is None else is_causal
-    served = query.dtype in DTYPES and query.device.type == "cpu"
+    served = query.device.type == "cpu" and all(tensor.dtype in DTYPES for tensor in (query, key, value))
     served = served and not torch.is_grad_enabled() and not scan.traced() and not kwargs.get("dropout")
     # a query before which nothing is real sees no key at all, for which the kernel has no answer
     if not served or causal and attention_mask is not None and not attention_mask[:, 0].all():

@@ -1,6 +1,6 @@
 // Attention as a Transformer's layers have it, for scoring: softmax(q k^T scale + bias) v, head by head, with a head's keys and values and
 // the scores of some queries in the cache. For texts of some hundred tokens, as rerankers read them. Products are those of products.h,
-// what lies between them is float32.
+// in the precision of v; what lies between them is float32.
 #pragma once
 #include "products.h"
 
@@ -150,14 +150,14 @@ struct AttentionHead {
 int64_t attention_items(const Attention &s) { return s.batch * s.heads; }
 int64_t attention_workspace(const Attention &s) {
 #ifdef __AVX512BF16__
-    if (s.q.bfloat16) return AttentionHead<Bfloat16>(s, nullptr).used;
+    if (s.v.bfloat16) return AttentionHead<Bfloat16>(s, nullptr).used;
 #endif
     return AttentionHead<Vectors>(s, nullptr).used;
 }
 void attention_run(const Attention &s, int64_t item, float *space) {
     const FlushDenormals flush;
 #ifdef __AVX512BF16__
-    if (s.q.bfloat16) return AttentionHead<Bfloat16>(s, space).run(item);
+    if (s.v.bfloat16) return AttentionHead<Bfloat16>(s, space).run(item);
 #endif
     AttentionHead<Vectors>(s, space).run(item);
 }

@@ -96,11 +96,11 @@ struct Gelu {
     const float *bias;
 };
 
-// x = (x + bias + residual - mean) / standard deviation * weight + shift, all of these over a row. bias (E) or null.
+// out = (x + bias + residual - mean) / standard deviation * weight + shift, all of these over a row. out may be x. bias (E) or null.
 struct AddNorm {
     int64_t rows, inner;
     float epsilon;
-    Rows x, residual;
+    Rows x, residual, out;
     const float *bias, *weight, *shift;
 };
 }

@@ -74,7 +74,7 @@ Attention = _structure(
 )
 Gelu = _structure("Gelu", ("rows inner", c_int64), ("x", Rows), ("bias", c_void_p))
 AddNorm = _structure(
-    "AddNorm", ("rows inner", c_int64), ("epsilon", c_float), ("x residual", Rows), ("bias weight shift", c_void_p)
+    "AddNorm", ("rows inner", c_int64), ("epsilon", c_float), ("x residual out", Rows), ("bias weight shift", c_void_p)
 )
 _KERNELS = {
     "scan_forward": Scan,

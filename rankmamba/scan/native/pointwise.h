@@ -1,4 +1,4 @@
-// What a Transformer computes between two matrix products, for scoring in float32: each of these in one pass over the rows, in place.
+// What a Transformer computes between two matrix products, for scoring: each of these in one pass over the rows.
 #pragma once
 #include "rms_norm.h"
 
@@ -66,7 +66,7 @@ void add_norm_run(const AddNorm &s, int64_t item, float *space) {
         for (int e = 0; e < inner; e++) x[e] -= mean;
         const float r = inverse_root(dot(x, x, inner) / inner + s.epsilon);
         for (int e = 0; e < inner; e++) x[e] = x[e] * r * s.weight[e] + s.shift[e];
-        store_row(s.x, 0, t, 0, inner, x);
+        store_row(s.out, 0, t, 0, inner, x);
     }
 }
 

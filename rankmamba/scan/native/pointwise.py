@@ -1,12 +1,12 @@
-"""What a Transformer computes between two matrix products, for scoring: in place, on the native kernels."""
+"""What a Transformer computes between two matrix products, for scoring: on the native kernels, in the place of their input where that serves."""
 
 import torch
 
-from .library import AddNorm, Gelu, as_plain, as_rows, call, pointer, rows, workers
+from .library import AddNorm, Gelu, as_plain, as_rows, call, empty, pointer, rows, workers
 
 
 def gelu_(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """gelu(x + bias), without gradients, in place of x. x: float32 (T, E), its channels side by side. bias: (E,)."""
+    """gelu(x + bias), without gradients, in place of x. x: float32 or bfloat16 (T, E), its channels side by side. bias: (E,)."""
     bias = as_plain(bias)
     call("gelu", Gelu(*x.shape, rows(x[None]), pointer(bias)), workers(8 * x.numel()))
     return x
@@ -20,11 +20,12 @@ def add_norm_(
     shift: torch.Tensor,
     epsilon: float,
 ) -> torch.Tensor:
-    """layer_norm(x + bias + residual) * weight + shift, without gradients, in place of x.
+    """layer_norm(x + bias + residual) * weight + shift, without gradients, in the residual's precision; in place of x if it has the same.
 
-    x, residual: float32 (T, E), x with its channels side by side. bias, weight, shift: (E,).
+    x, residual: float32 or bfloat16 (T, E), x with its channels side by side. bias, weight, shift: (E,).
     """
     bias, weight, shift, residual = *(as_plain(t) for t in (bias, weight, shift)), as_rows(residual)
-    arguments = AddNorm(*x.shape, epsilon, rows(x[None]), rows(residual[None]), *(pointer(t) for t in (bias, weight, shift)))
-    call("add_norm", arguments, workers(8 * x.numel()))
-    return x
+    out = x if x.dtype == residual.dtype else empty(*x.shape, dtype=residual.dtype)
+    matrices = (rows(t[None]) for t in (x, residual, out))
+    call("add_norm", AddNorm(*x.shape, epsilon, *matrices, *(pointer(t) for t in (bias, weight, shift))), workers(8 * x.numel()))
+    return out
