@@ -1,8 +1,9 @@
 """How fast are whole models on this machine, and how near its matrix peak? `python benchmarks/backbones.py`
 
 Published backbones as rerankers with random weights, their attention as a reranker runs it or as the name says; models take turns in one
-process, medians of CPU time with one thread and of wall time with more. share: the arithmetic of the whole pass (`rankmamba.profiling.flops`) over what one large matrix
-product reaches in the same run and precision. On a CPU two depths run and the full one is worked out (`profiling.Subject`).
+process, medians of CPU time with one thread and of wall time with more. share: the arithmetic of the whole pass
+(`rankmamba.profiling.flops`) over what one large matrix product reaches in the same run and precision. On a CPU two depths run and the
+full one is worked out (`profiling.Subject`).
 
     python benchmarks/backbones.py                                   # float32, 512 tokens; some minutes
     python benchmarks/backbones.py --full-depth --length 128 512 2048 --dtype float32 bfloat16 --threads 2

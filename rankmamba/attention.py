@@ -12,7 +12,7 @@ def choose_attention(backbone: PreTrainedModel, device: torch.device, dtype: tor
     """Switch a backbone to the fastest attention that it, the device and the precision of products allow; return which, and why."""
     name, reason = _choose(family_of(backbone.config).attention, device, dtype)
     if name == "sdpa" and native_attention.runs(backbone.config.model_type, device, dtype):
-        name, reason = native_attention.NATIVE, "our kernel scores on a CPU; SDPA trains"
+        name, reason = native_attention.NATIVE, "our kernel on a CPU; SDPA where there is dropout"
     if name != "none":
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # flash attention would warn of float32 weights, as if there were no autocast

@@ -1,7 +1,7 @@
-"""Transformers' attention on our own CPU kernel, as the scan is for Mamba: for scoring, under a name of Hugging Face's.
+"""Transformers' attention on our own CPU kernel, as the scan is for Mamba: under a name of Hugging Face's.
 
 PyTorch's SDPA reaches an eighth to a quarter of the processor's speed on texts of a hundred or two tokens; what is compared here on a
-CPU are architectures, not how much care each one's kernel got. Training stays with SDPA.
+CPU are architectures, not how much care each one's kernel got. Dropout and gradients of a bias stay with SDPA.
 """
 
 import torch
@@ -29,14 +29,15 @@ def native_attention(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attend; with SDPA where a gradient or another precision is wanted.
+    """Attend; with SDPA where dropout, the gradient of a bias or another precision is wanted.
 
     query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size), K >= L. attention_mask: None, or
     (B, K), false where a key is hidden. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
     """
     causal = module.is_causal if is_causal is None else is_causal
     served = query.device.type == "cpu" and all(tensor.dtype in DTYPES for tensor in (query, key, value))
-    served = served and not torch.is_grad_enabled() and not scan.traced() and not kwargs.get("dropout")
+    served = served and not scan.traced() and not kwargs.get("dropout")
+    served = served and (position_bias is None or not torch.is_grad_enabled())
     # a query before which nothing is real sees no key at all, for which the kernel has no answer
     if not served or causal and attention_mask is not None and not attention_mask[:, 0].all():
         mask = sdpa_mask(attention_mask, causal, query, key)

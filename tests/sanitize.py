@@ -115,16 +115,17 @@ def run_all_shapes() -> None:
                 backward(scan.ssd_scan(x, delta, A, B, C, D, state, return_final_state=True))
                 backward([scan.ssd_scan(x, delta, A, B, C, D, state)])
                 count += 2
+        for batch, heads, shared, queries, keys, width in [
+            (1, 1, 1, 1, 1, 1), (2, 3, 1, 7, 7, 5), (1, 4, 2, 33, 50, 16), (2, 2, 2, 8, 70, 31), (1, 2, 1, 65, 65, 32)
+        ]:  # fmt: skip
+            sizes = (heads, queries), (heads // shared, keys), (heads // shared, keys)
+            tensors = [make(batch, *size, width, dtype=dtype) for size in sizes]
+            for seen, causal in itertools.product((None, torch.ones(batch, keys)), (True, False)):
+                with torch.no_grad():
+                    scan.native.attention(*tensors, seen, causal, 0.5, normal(1, heads, queries, keys))
+                backward([scan.native.attention(*tensors, seen, causal, 0.5)])
+                count += 2
         with torch.no_grad():
-            for batch, heads, shared, queries, keys, width in [
-                (1, 1, 1, 1, 1, 1), (2, 3, 1, 7, 7, 5), (1, 4, 2, 33, 50, 16), (2, 2, 2, 8, 70, 31), (1, 2, 1, 65, 65, 32)
-            ]:  # fmt: skip
-                sizes = (heads, queries), (heads // shared, keys), (heads // shared, keys)
-                tensors = [make(batch, *size, width, dtype=dtype) for size in sizes]
-                bias = normal(1, heads, queries, keys)
-                for seen, causal, added in itertools.product((None, torch.ones(batch, keys)), (True, False), (None, bias)):
-                    scan.native.attention(*tensors, seen, causal, 0.5, added)
-                    count += 1
             for number, width in [(1, 1), (33, 65), (7, 31), (64, 130)]:
                 x = make(number, width, dtype=dtype)
                 for bias, precision in itertools.product((normal(width), None), (torch.float32, torch.bfloat16)):

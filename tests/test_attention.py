@@ -1,4 +1,4 @@
-"""Our attention against its definition, in every layout, and SDPA wherever it steps back."""
+"""Our attention and its gradients against their definition, in every layout, and SDPA wherever it steps back."""
 
 import types
 
@@ -72,18 +72,32 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
         seen[:, 0] = True  # every query sees a key
     bias = torch.randn(1, heads * shared, queries, queries + past, generator=generator) * 3 if biased else None
     tensors = [laid_out(tensor, layout) for tensor in (query, key, value)]
+    module, options = types.SimpleNamespace(is_causal=causal), {"scaling": width**-0.5, "position_bias": bias}
+    upstream = laid_out(torch.randn(batch, queries, heads * shared, width, generator=generator), layout).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            got, _ = attend(types.SimpleNamespace(is_causal=causal), *tensors, seen, scaling=width**-0.5, position_bias=bias)
+            got, _ = attend(module, *tensors, seen, **options)
+        if not biased:
+            learning = [tensor.requires_grad_() for tensor in tensors]
+            trained, _ = attend(module, *learning, seen, **options)
+            assert torch.equal(trained, got) and trained.grad_fn.name() == "_AttentionBackward"
+            gradients = torch.autograd.grad(trained, learning, upstream)
     finally:
         torch.set_num_threads(before)
-    expected = exact(query, key, value, seen, causal, width**-0.5, bias)
-    # a score of some thousands is rounded to 1e-4 before its exponential is taken; in bfloat16 weights and results are rounded to 1/512 each
+    doubles = [tensor.double().requires_grad_() for tensor in (query, key, value)]
+    expected = exact(*doubles, seen, causal, width**-0.5, bias)
+    # a score of some thousands is rounded to 1e-4 before its exponential is taken; bfloat16 rounds weights and results to 1/512 each
     assert got.dtype == dtype
     error = 1 / 250 if dtype == torch.bfloat16 else 1e-3 if large > 1 else 2e-6
     assert (got - expected).abs().max() <= error * value.abs().max()
+    if not biased and large == 1:
+        error = 1 / 30 if dtype == torch.bfloat16 else 1e-5
+        exactly = torch.autograd.grad(expected, doubles, upstream.double())
+        for tensor, gradient, right in zip(learning, gradients, exactly, strict=True):
+            assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape
+            assert (gradient - right).abs().max() <= error * right.abs().max().clamp_min(1)
 
 
 @compiled
@@ -91,7 +105,7 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("hidden", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
-def test_where_a_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_keys_and_adds_the_same_bias(
+def test_where_dropout_a_biass_gradient_or_another_precision_is_wanted_sdpa_hides_the_same_keys_and_adds_the_same_bias(
     past, causal, hidden, biased, monkeypatch
 ):
     query, key, value = (torch.randn(2, 3, 12 + more, 16, requires_grad=True) for more in (0, past, past))

@@ -23,6 +23,7 @@ PARTS = {
     "convolution": ("rankmamba::convolution", "_CausalConv1dBackward"),
     "attention": (
         "rankmamba::attention",
+        "_AttentionBackward",
         "aten::scaled_dot_product",
         "ScaledDotProduct",
         "FlashAttn",

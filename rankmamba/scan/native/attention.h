@@ -1,4 +1,4 @@
-// Attention as a Transformer's layers have it, for scoring: softmax(q k^T scale + bias) v, head by head, with a head's keys and values and
+// Attention as a Transformer's layers have it: softmax(q k^T scale + bias) v, head by head, with a head's keys and values and
 // the scores of some queries in the cache. For texts of some hundred tokens, as rerankers read them. Products are those of products.h,
 // in the precision of v; what lies between them is float32.
 #pragma once
@@ -6,8 +6,8 @@
 
 namespace {
 
-constexpr int QUERIES = 32;      // worked on together
-constexpr int KEYS = VECTORS * 16;  // that serve them before the next ones: they stay near
+constexpr int QUERIES = 32;  // worked on together
+constexpr int KEYS = 64;     // that serve them before the next ones: they stay near
 
 inline float largest(vf v) {
     typedef float quarter __attribute__((vector_size(16)));
@@ -51,6 +51,7 @@ inline float softmax(float *scores, float factor, const float *hidden, int count
     return sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
+// What both directions need of a head.
 template <class M>
 struct AttentionHead {
     typedef typename M::Number Number;
@@ -58,10 +59,8 @@ struct AttentionHead {
     const int width, P, K;  // P: width, K: keys, filled up to whole units
     float *const space;
     int64_t used = 0;
-    float *scores = floats(QUERIES * K), *out = floats(QUERIES * P), *hidden = floats(K), *block = floats(W * P);
-    Number *q = numbers(QUERIES * P), *k = numbers(P * K), *v = numbers(K * P);  // left, right, right
-    // left; numbers that are not rounded take the place of the scores
-    Number *weights = sizeof(Number) == sizeof(float) ? (Number *)scores : numbers(QUERIES * K);
+    float *scores = floats(QUERIES * K), *hidden = floats(K), *block = floats(W * P);
+    Number *q = numbers(QUERIES * P), *k_turned = numbers(P * K);  // left, right
 
     AttentionHead(const Attention &s_, float *space_)
         : s(s_), width((int)s_.width), P(padded(s_.width, M::UNIT)), K(padded(s_.keys, M::UNIT)), space(space_) {}
@@ -84,24 +83,47 @@ struct AttentionHead {
         for (int i = 0; i < count; i++) load_row(r, b, t + i, first, t + i < last ? width : 0, P, block + i * P);
         return {block, P};
     }
+    // As a right operand, as they are, and turned; as a left one.
+    void store_right(const Floats &rows, int t, int count, Number *to) const {
+        for (int i = 0; i < count; i += 2)
+            for (int p = 0; p < P; p += W) {
+                const float *even = rows.data + i * rows.stride + p;
+                M::store_right(to, P, t + i, p, load(even), load(even + rows.stride));
+            }
+    }
+    void store_turned(const Floats &rows, int t, Number *to) const { M::store_right_turned(to, K, t, rows.data, P, rows.stride); }
+    void store_left(const Floats &rows, int t, int count, Number *to) const {
+        for (int i = 0; i < count; i++)
+            for (int p = 0; p < P; p += W) M::store_left(to + (t + i) * P + p, load(rows.data + i * rows.stride + p));
+    }
+
+    // out (rows, columns) = left (rows, depth) right (depth, columns), some columns for all rows before the next ones.
+    void multiply(int rows, int depth, int columns, const Number *left, int left_stride, const Number *right, int right_stride, float *out,
+                  int out_stride) const {
+        for (int j = 0; j < columns; j += KEYS)
+            M::template multiply<false>(rows, depth, smaller(KEYS, columns - j), left, left_stride, M::column(right, j), right_stride, out + j,
+                                        out_stride);
+    }
+};
+
+template <class M>
+struct AttentionForward : AttentionHead<M> {
+    typedef AttentionHead<M> Base;
+    typedef typename Base::Number Number;
+    using Base::s, Base::width, Base::P, Base::K, Base::scores, Base::hidden, Base::q, Base::k_turned, Base::floats, Base::numbers;
+    float *out = floats(QUERIES * P);
+    Number *v = numbers(K * P);  // right
+    // left; numbers that are not rounded take the place of the scores
+    Number *weights = sizeof(Number) == sizeof(float) ? (Number *)scores : numbers(QUERIES * K);
+
+    using Base::Base;
+
     void load_keys_and_values(int64_t b, int64_t head) {
         for (int t = 0; t < K; t += W) {
-            const Floats keys = load_rows(s.k, b, head * s.k_head, t, W, s.keys);
-            M::store_right_turned(k, K, t, keys.data, P, keys.stride);
-            const Floats values = load_rows(s.v, b, head * s.v_head, t, W, s.keys);
-            for (int i = 0; i < W; i += 2)
-                for (int p = 0; p < P; p += W) {
-                    const float *even = values.data + i * values.stride + p;
-                    M::store_right(v, P, t + i, p, load(even), load(even + values.stride));
-                }
+            this->store_turned(this->load_rows(s.k, b, head * s.k_head, t, W, s.keys), t, k_turned);
+            this->store_right(this->load_rows(s.v, b, head * s.v_head, t, W, s.keys), t, W, v);
         }
         if (s.hidden) load_span(s.hidden + b * s.keys, (int)s.keys, K, hidden);
-    }
-    void load_queries(int64_t b, int64_t head, int64_t first, int rows) {
-        for (int i = 0; i < rows; i++) {
-            const Floats query = load_rows(s.q, b, head * s.q_head, first + i, 1, s.queries);
-            for (int p = 0; p < P; p += W) M::store_left(q + i * P + p, load(query.data + p));
-        }
     }
 
     void run(int64_t item) {
@@ -113,9 +135,9 @@ struct AttentionHead {
             const int count = smaller(QUERIES, s.queries - first), rows = padded(count, M::ROW_UNIT);
             const int seen = (int)(s.causal ? first + count + ahead : s.keys);
             const int columns = padded(seen, M::UNIT), depth = padded(seen, M::DEPTH_UNIT);
-            load_queries(b, head, first, rows);
-            for (int j = 0; j < columns; j += KEYS)
-                M::template multiply<false>(rows, P, smaller(KEYS, columns - j), q, P, M::column(k, j), K, scores + j, K);
+            for (int t = 0; t < rows; t++)
+                this->store_left(this->load_rows(s.q, b, head * s.q_head, first + t, 1, s.queries), t, 1, q);
+            this->multiply(rows, P, columns, q, P, k_turned, K, scores, K);
             for (int64_t t = first * s.keys / s.queries; t < (first + count) * s.keys / s.queries; t++) {
                 prefetch_row(s.k, next / s.heads, t, next % s.heads / s.shared * s.k_head, width);
                 prefetch_row(s.v, next / s.heads, t, next % s.heads / s.shared * s.v_head, width);
@@ -135,8 +157,7 @@ struct AttentionHead {
                 for (int j = padded(own, W); j < columns; j += W) M::store_left(weights + i * K + j, vf{});
             }
             memset(weights + count * K, 0, (rows - count) * K * sizeof(Number));
-            for (int p = 0; p < P; p += KEYS)
-                M::template multiply<false>(rows, depth, smaller(KEYS, P - p), weights, K, M::column(v, p), P, out + p, P);
+            this->multiply(rows, depth, P, weights, K, v, P, out, P);
             for (int i = 0; i < count; i++) {
                 float *row = out + i * P;
                 const vf share = broadcast(1.f / sums[i]);
@@ -148,18 +169,20 @@ struct AttentionHead {
 };
 
 int64_t attention_items(const Attention &s) { return s.batch * s.heads; }
+template <template <class> class Head>
 int64_t attention_workspace(const Attention &s) {
 #ifdef __AVX512BF16__
-    if (s.v.bfloat16) return AttentionHead<Bfloat16>(s, nullptr).used;
+    if (s.v.bfloat16) return Head<Bfloat16>(s, nullptr).used;
 #endif
-    return AttentionHead<Vectors>(s, nullptr).used;
+    return Head<Vectors>(s, nullptr).used;
 }
+template <template <class> class Head>
 void attention_run(const Attention &s, int64_t item, float *space) {
     const FlushDenormals flush;
 #ifdef __AVX512BF16__
-    if (s.v.bfloat16) return AttentionHead<Bfloat16>(s, space).run(item);
+    if (s.v.bfloat16) return Head<Bfloat16>(s, space).run(item);
 #endif
-    AttentionHead<Vectors>(s, space).run(item);
+    Head<Vectors>(s, space).run(item);
 }
 
 }  // namespace

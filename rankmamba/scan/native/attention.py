@@ -1,8 +1,10 @@
-"""Attention for scoring, on the native kernels."""
+"""Attention on the native kernels, forward and backward."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from .library import Attention, as_plain, call, empty, pointer, rows, workers
+from ..precision import without_autocast
+from .library import Attention, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
 
 def attention(
@@ -14,33 +16,66 @@ def attention(
     scale: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(query key^T scale + bias) value, without gradients: (B, L, H, P), in the precision of the values.
+    """softmax(query key^T scale + bias) value: (B, L, H, P), in the precision of the values.
 
-    query: float32 or bfloat16 (B, H, L, P). key, value: either, too, (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where nobody looks.
-    causal: the last query sees all keys, each before it one less. Every query must see a key. bias: (1, H, L, K).
+    query: float32 or bfloat16 (B, H, L, P). key, value: either, too, (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where
+    nobody looks. causal: the last query sees all keys, each before it one less. Every query must see a key. bias: (1, H, L, K), only
+    where no gradient is wanted.
     """
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    batch, heads, length, width = query.shape
-    keys = key.shape[2]
-    out = empty(batch, length, heads * width, dtype=value.dtype)
     hidden = None if seen is None else as_plain(torch.where(seen.bool(), 0.0, -torch.inf))
-    bias = None if bias is None else as_plain(bias.expand(1, heads, length, keys))
-    arguments = Attention(
-        batch,
-        heads,
-        width,
-        length,
-        keys,
-        heads // key.shape[1],
-        causal,
-        scale,
-        *(rows(t.transpose(1, 2)) for t in (query, key, value)),
-        rows(out),
-        query.stride(1),
-        key.stride(1),
-        value.stride(1),
-        pointer(hidden),
-        pointer(bias),
-    )
-    call("attention", arguments, workers(2 * batch * heads * length * keys * width))
+    if tracked((query, key, value)):
+        return _Attention.apply(query, key, value, hidden, causal, scale)
+    return _forward(query, key, value, hidden, causal, scale, bias)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, hidden, causal, scale):
+        ctx.save_for_backward(query, key, value, hidden)
+        ctx.options = causal, scale
+        return _forward(query, key, value, hidden, causal, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return *_backward(*ctx.saved_tensors, *ctx.options, dout), None, None, None
+
+
+def _arguments(query, key, value, hidden, causal, scale, bias=None):
+    """Return the C arguments and the tensors they point to."""
+    (batch, heads, length, width), (_, shared, keys, _) = query.shape, key.shape
+    alive = *(as_rows(t) for t in (query, key, value)), hidden, bias
+    arguments = Attention(batch, heads, width, length, keys, heads // shared, causal, scale)
+    for name, tensor in zip("qkv", alive, strict=False):
+        setattr(arguments, name, rows(tensor.transpose(1, 2)))
+        setattr(arguments, f"{name}_head", tensor.stride(1))
+    arguments.hidden, arguments.bias = pointer(hidden), pointer(bias)
+    return arguments, alive
+
+
+def _products(query, key):
+    """Multiplications of one of the products."""
+    return query.numel() * key.shape[2]
+
+
+def _forward(query, key, value, hidden, causal, scale, bias=None):
+    batch, heads, length, width = query.shape
+    if bias is not None:
+        bias = as_plain(bias.expand(1, heads, length, key.shape[2]))
+    arguments, alive = _arguments(query, key, value, hidden, causal, scale, bias)
+    out = empty(batch, length, heads * width, dtype=alive[2].dtype)
+    arguments.out = rows(out)
+    call("attention", arguments, workers(2 * _products(query, key)))
     return out.view(batch, length, heads, width)
+
+
+@without_autocast
+def _backward(query, key, value, hidden, causal, scale, dout):
+    arguments, alive = _arguments(query, key, value, hidden, causal, scale)
+    dout = as_rows(dout)
+    gradients = [empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3], dtype=t.dtype) for t in alive[:3]]
+    arguments.dout, arguments.dout_head = rows(dout), dout.stride(2)
+    for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
+        setattr(arguments, name, rows(gradient.flatten(2)))
+    call("attention_backward", arguments, workers(5 * _products(query, key)))
+    return [gradient.transpose(1, 2) for gradient in gradients]

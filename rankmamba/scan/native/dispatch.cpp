@@ -128,6 +128,7 @@ ENTRY(ssd_backward, SsdBackward)
 ENTRY(norm_forward, Norm)
 ENTRY(norm_backward, Norm)
 ENTRY(attention, Attention)
+ENTRY(attention_backward, Attention)
 ENTRY(gelu, Gelu)
 ENTRY(add_norm, AddNorm)
 }

@@ -1,5 +1,5 @@
 // One build of all kernels. Compiled several times, with WIDTH lanes for an instruction set called ISA.
-#include "attention.h"
+#include "attention_backward.h"
 #include "causal_conv1d.h"
 #include "pointwise.h"
 #include "rms_norm.h"
@@ -24,7 +24,8 @@ extern "C" const Kernels JOIN(rankmamba_kernels_, ISA) = {
     {ssd_items<SsdBackward>, ssd_workspace<SsdBackwardPart, SsdBackward>, ssd_run<SsdBackwardPart, SsdBackward>},
     {norm_items, norm_workspace, norm_forward_run},
     {norm_items, norm_workspace, norm_backward_run},
-    {attention_items, attention_workspace, attention_run},
+    {attention_items, attention_workspace<AttentionForward>, attention_run<AttentionForward>},
+    {attention_backward_items, attention_workspace<AttentionBackward>, attention_run<AttentionBackward>},
     {gelu_items, gelu_workspace, gelu_run},
     {add_norm_items, add_norm_workspace, add_norm_run},
 };

@@ -77,7 +77,7 @@ struct Norm {
     float *dweight;  // (items, E), to be summed
 };
 
-// Attention without gradients. q, out (B, L, .), k, v (B, K, .): their heads of P numbers lie *_head apart; in out P.
+// Attention. q, out (B, L, .), k, v (B, K, .): their heads of P numbers lie *_head apart; in out and gradients P.
 struct Attention {
     int64_t batch, heads, width, queries, keys;  // B, H, P, L, K
     int64_t shared;                              // so many heads read the same keys and values
@@ -86,7 +86,10 @@ struct Attention {
     Rows q, k, v, out;
     int64_t q_head, k_head, v_head;
     const float *hidden;  // (B, K): 0, or minus infinity where nobody looks; or null
-    const float *bias;    // (H, L, K): added to the scaled products; or null
+    const float *bias;    // (H, L, K): added to the scaled products; or null; without gradients only
+    // backward only
+    Rows dout, dq, dk, dv;
+    int64_t dout_head;
 };
 
 // x = gelu(x + bias). x: so many rows, as a batch of one. bias (E) or null.
@@ -121,7 +124,7 @@ struct Kernels {
     Kernel<SsdForward> ssd_forward;
     Kernel<SsdBackward> ssd_backward;
     Kernel<Norm> norm_forward, norm_backward;
-    Kernel<Attention> attention;
+    Kernel<Attention> attention, attention_backward;
     Kernel<Gelu> gelu;
     Kernel<AddNorm> add_norm;
 };

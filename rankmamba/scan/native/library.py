@@ -71,6 +71,8 @@ Attention = _structure(
     ("q k v out", Rows),
     ("q_head k_head v_head", c_int64),
     ("hidden bias", c_void_p),
+    ("dout dq dk dv", Rows),
+    ("dout_head", c_int64),
 )
 Gelu = _structure("Gelu", ("rows inner", c_int64), ("x", Rows), ("bias", c_void_p))
 AddNorm = _structure(
@@ -86,6 +88,7 @@ _KERNELS = {
     "norm_forward": Norm,
     "norm_backward": Norm,
     "attention": Attention,
+    "attention_backward": Attention,
     "gelu": Gelu,
     "add_norm": AddNorm,
 }

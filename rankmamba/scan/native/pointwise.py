@@ -1,4 +1,4 @@
-"""What a Transformer computes between two matrix products, for scoring: on the native kernels, in the place of their input where that serves."""
+"""What a Transformer computes between two matrix products, for scoring, on the native kernels."""
 
 import torch
 
