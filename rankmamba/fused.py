@@ -6,6 +6,7 @@ architectures, not how much care each one's kernels got. Training stays with PyT
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as every_module
 from transformers.activations import GELUActivation
@@ -77,7 +78,7 @@ def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
 
 def _product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     """(..., D) -> (all tokens, W), without the bias."""
-    return torch.mm(hidden.flatten(0, -2), linear.weight.t())
+    return F.linear(hidden.flatten(0, -2), linear.weight)
 
 
 def _gelu_of(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
