@@ -105,6 +105,14 @@ def test_batches_by_length_pad_no_more_than_as_many_shuffled_pairs_at_a_time(siz
         )
 
 
+def test_a_slow_first_pass_counts_for_scoring_and_never_for_training_which_gets_memory_in_it(monkeypatch):
+    first = profiling._first
+    monkeypatch.setattr(profiling, "_first", lambda subject, passes: ([1e6 for _ in first(subject, passes)[0]], None))
+    found = profiling.measure_together([Subject("tiny-mamba", 16, device="cpu")], 16, 2, 2, repeats=1)["tiny-mamba"]
+    assert found["inference"]["seconds"] == [1e6] and len(found["training"]["seconds"]) == 1
+    assert found["training"]["seconds"][0] < 1e3
+
+
 def test_a_measurement_is_a_record_that_says_how_it_was_made_and_a_second_run_finds_it(tmp_path):
     again = [profile_study.speed(tmp_path, "tiny", ["tiny-mamba", "tiny-neox"], [(2, 64)], seconds=0.05) for _ in range(2)]
     assert again[0] == again[1] == read_records(tmp_path, "profile")

@@ -112,8 +112,8 @@ def measure_together(
     """Measure systems in turns, A B A B, after a pass of each that warms up and whose memory is measured.
 
     length, batch: tokens of a pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: after so many for each
-    system no further turn begins, though there is one; on a CPU a pass of more than three times that needs no warming up, and counts
-    at once.
+    system no further turn begins, though there is one; on a CPU a scoring of more than three times that needs no warming up, and counts
+    at once. A first step of training never does: it gets the memory of the optimizer.
     stop: set it from another thread to end after the pass that is running.
 
     Returns {system: {"parameters" (outside the embeddings), "layers" and the "depths" that ran, "flops": {mode: operations of the
@@ -143,7 +143,7 @@ def measure_together(
         with autocast(first.device, first.dtype) if mode == "inference" else contextlib.nullcontext():
             runs = {s: [_pass(mode, reranker, length, batch, group_size) for reranker in s.rerankers] for s in subjects}
             memory, times, failed = _first_passes(
-                runs, lambda s, mode=mode: _pass(mode, s.first, 8, group_size, group_size), seconds, stop
+                mode, runs, lambda s, mode=mode: _pass(mode, s.first, 8, group_size, group_size), seconds, stop
             )
             _take_turns(runs, times, repeats, seconds, stop)
         for subject in failed:
@@ -155,7 +155,7 @@ def measure_together(
 
 
 def _first_passes(
-    runs: dict[Subject, list[Callable]], small: Callable[[Subject], Callable], seconds: float, stop: threading.Event
+    mode: str, runs: dict[Subject, list[Callable]], small: Callable[[Subject], Callable], seconds: float, stop: threading.Event
 ) -> tuple[dict[Subject, float | None], dict[Subject, list[float]], list[Subject]]:
     """Run each system once; return the memory in MiB of those that ran, their seconds if that counts, and who ran out of memory.
 
@@ -170,7 +170,8 @@ def _first_passes(
                 with torch.autocast(subject.first.device.type, enabled=False, cache_enabled=False):
                     small(subject)()
                 first, memory[subject] = _first(subject, runs[subject])
-                warm = subject.first.device.type == "cpu" and sum(first) > 3 * seconds  # a GPU's first pass builds its kernels
+                # a GPU's first pass builds its kernels
+                warm = mode == "inference" and subject.first.device.type == "cpu" and sum(first) > 3 * seconds
                 times[subject] = [subject.whole(first)] if warm else []
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
