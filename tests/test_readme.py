@@ -7,6 +7,7 @@ import pytest
 import run
 from rankmamba import pretraining_seeds, transfer
 from rankmamba.pairwise import pairwise, trained_alike
+from rankmamba.profiling import tables as profile_tables
 from rankmamba.results import read_records
 from rankmamba.study import NOTEBOOKS, ROOT
 from rankmamba.tables import final_table, format_table, per_query_values, shared_documents
@@ -42,6 +43,18 @@ def test_the_gains_by_reading_more_in_the_evidence_are_those_of_the_records():
 def test_the_table_of_pretrainings_in_the_evidence_is_that_of_the_records():
     found = pretraining_seeds.table(read_records(ROOT / "data" / "pretraining_seeds"))
     assert found.to_string(float_format="{:.3f}".format) in EVIDENCE
+
+
+def test_the_speeds_on_a_cpu_in_the_evidence_are_those_of_the_records():
+    speeds = profile_tables.speed_table(read_records(ROOT / "data" / "quick", "profile"))
+    speeds = speeds.set_index(["length", "batch", "mode", "system"]).tokens_per_s
+    for length, batch in [(128, 16), (512, 4), (2048, 1), (8192, 1)]:
+        cells = []
+        for mode in ("training", "inference"):
+            of = speeds[length, batch, mode]
+            cells += [f"{of[system] / max(of['nano-bert'], of['nano-neox']):.2f}" for system in ("nano-mamba", "nano-mamba2")]
+        pattern = " [|] ".join([rf"[|] {length:,} [(]{batch}.*[)]", *map(re.escape, cells)])
+        assert re.search(pattern, EVIDENCE)
 
 
 def test_every_command_of_run_py_in_it_exists():
