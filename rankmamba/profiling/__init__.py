@@ -112,8 +112,9 @@ def measure_together(
     """Measure systems in turns, A B A B, after a pass of each that warms up and whose memory is measured.
 
     length, batch: tokens of a pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: after so many for each
-    system no further turn begins, though there is one; on a CPU a scoring of more than three times that needs no warming up, and counts
-    at once. A first step of training never does: it gets the memory of the optimizer.
+    system no further turn begins, though there is one, and three where a system's speed is worked out from two depths, which makes much
+    of a small error. On a CPU a scoring of more than three times that needs no warming up, and counts at once. A first step of training
+    never does: it gets the memory of the optimizer.
     stop: set it from another thread to end after the pass that is running.
 
     Returns {system: {"parameters" (outside the embeddings), "layers" and the "depths" that ran, "flops": {mode: operations of the
@@ -171,7 +172,8 @@ def _first_passes(
                     small(subject)()
                 first, memory[subject] = _first(subject, runs[subject])
                 # a GPU's first pass builds its kernels
-                warm = mode == "inference" and subject.first.device.type == "cpu" and sum(first) > 3 * seconds
+                whole = mode == "inference" and subject.depths is None
+                warm = whole and subject.first.device.type == "cpu" and sum(first) > 3 * seconds
                 times[subject] = [subject.whole(first)] if warm else []
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -192,8 +194,9 @@ def _take_turns(
     if not waiting:
         return
     started = clock(waiting[0].first.device)
+    least = 3 if any(subject.depths for subject in waiting) else 1
     for turn in range(repeats):
-        if turn and clock(waiting[0].first.device) - started > seconds * len(waiting):
+        if turn >= least and clock(waiting[0].first.device) - started > seconds * len(waiting):
             break
         for subject in waiting:
             if not stop.is_set():
