@@ -36,7 +36,7 @@ def throughput(table: pd.DataFrame) -> Figure:
         axes.vlines(
             part["length"], part["low"], part["high"], [look(system).color for system in part["system"]], linewidth=5, alpha=0.35
         )
-        _lines(axes, part, "tokens_per_s")
+        _lines(axes, part, "tokens_per_s", "low", "high")
         here = meetings[(meetings["size"] == part["size"].iloc[0]) & (meetings["mode"] == part["mode"].iloc[0])]
         for place, row in enumerate(here.itertuples()):
             color, where = look(row.system).color, (row.overtakes, 0.03 + 0.09 * place)
@@ -75,9 +75,10 @@ def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
     return figure
 
 
-def _lines(axes: Axes, part: pd.DataFrame, column: str) -> None:
-    """A line a system, named at its end."""
-    ends, low, high = {}, part[column].min(), part[column].max()
+def _lines(axes: Axes, part: pd.DataFrame, column: str, *others: str) -> None:
+    """A line a system, named at its end. others: columns for which there must be room, too."""
+    shown = part[[column, *others]]
+    ends, low, high = {}, shown.min().min(), shown.max().max()
     if low < np.inf:
         axes.set_ylim(low / 1.15, high * 1.15)
     for system, rows in part.dropna(subset=column).groupby("system", sort=False):

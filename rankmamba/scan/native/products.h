@@ -2,8 +2,8 @@
 // processor has them, sums in float32.
 //
 // A left operand lies row by row. A right operand is written two rows at a time: in bfloat16 the two numbers of a column lie
-// together. Sizes are multiples of UNIT; for rows and depth the smaller
-// ROW_UNIT and DEPTH_UNIT do. Who writes the operands fills them up with zeros.
+// together. Columns are multiples of UNIT, rows of ROW_UNIT, depth of DEPTH_UNIT (UNIT is a multiple of both); who writes the operands
+// fills them up with zeros.
 #pragma once
 #include "vec.h"
 
@@ -80,8 +80,8 @@ struct Vectors {
         for (int i = 0; i < rows; i += ROWS) {
             const int k = of_left == UPPER ? i : 0, k_end = of_left == LOWER ? smaller(i + ROWS, depth) : depth;
             const int j = of_out == UPPER ? i / W * W : 0, j_end = of_out == LOWER ? padded(i + ROWS, W) : columns;
-            product<ADD>(k_end - k, (j_end - j) / W, left + i * left_stride + k, left_stride, column(right + k * right_stride, j), right_stride,
-                         out + i * out_stride + j, out_stride);
+            product<ADD>(k_end - k, (j_end - j) / W, left + i * left_stride + k, left_stride, column(right + k * right_stride, j),
+                         right_stride, out + i * out_stride + j, out_stride);
         }
     }
 };
