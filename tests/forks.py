@@ -1,5 +1,6 @@
 """Work in a fork of the test's own process, which has everything imported; a fork may be killed at any moment."""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -24,7 +25,8 @@ def fork(work: Callable[[], object], on_operation: Callable[[str, tuple], None] 
     try:
         torch.set_num_threads(1)  # no thread of the parent lives in a fork
         tqdm.set_lock(threading.RLock())  # its own is shared by forks, and one that is killed would keep it for all
-        signal.alarm(120)  # a fork that waits for ever fails
+        signal.alarm(120)  # a fork that waits for ever fails, and says before where it waits
+        faulthandler.dump_traceback_later(110, file=sys.__stderr__)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if on_operation is not None:
             sys.addaudithook(on_operation)
