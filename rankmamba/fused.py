@@ -12,6 +12,7 @@ from torch.nn.modules import module as every_module
 from transformers.activations import GELUActivation
 
 from . import scan
+from .scan.precision import PRECISIONS
 
 
 class FusedIntermediate:
@@ -35,7 +36,7 @@ class FusedOutput:
         rows = _product(self.dense, hidden_states)
         from .scan import native
 
-        normed = native.add_norm_(rows, self.dense.bias, input_tensor.flatten(0, -2), norm.weight, norm.bias, norm.eps)
+        normed = native.add_norm(rows, self.dense.bias, input_tensor.flatten(0, -2), norm.weight, norm.bias, norm.eps)
         return normed.view(input_tensor.shape)
 
 
@@ -52,7 +53,7 @@ class FusedMLP:
 def runs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernels score parts of a model on a device, with products in `dtype`."""
     parts = FusedIntermediate, FusedOutput, FusedMLP
-    native = dtype in (torch.float32, torch.bfloat16) and scan.kernel(device).name == "native"
+    native = dtype in PRECISIONS and scan.kernel(device).name == "native"
     return native and any(isinstance(module, parts) for module in model.modules())
 
 
@@ -63,17 +64,10 @@ def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
     watched = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
     if replaced or watched or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return False
-    if (
-        hidden.device.type != "cpu"
-        or linear.weight.dtype != torch.float32
-        or torch.is_grad_enabled()
-        or module.training
-        or scan.traced()
-    ):
-        return False
     product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    precise = product in (torch.float32, torch.bfloat16) and hidden.dtype in (torch.float32, product)
-    return precise and scan.kernel("cpu").name == "native"
+    precise = linear.weight.dtype == torch.float32 and product in PRECISIONS and hidden.dtype in (torch.float32, product)
+    learns = torch.is_grad_enabled() or module.training or scan.traced()
+    return hidden.device.type == "cpu" and precise and not learns and scan.kernel("cpu").name == "native"
 
 
 def _product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from . import scan
+from .scan.precision import PRECISIONS
 
 NATIVE = "rankmamba_native"
-DTYPES = torch.float32, torch.bfloat16
 # Families (transformers' `model_type`) without a window, whose only bias between positions, if any, is handed over (T5's).
 PLAIN = {"bert", "roberta", "electra", "opt", "gpt_neox", "gpt2", "llama", "nemotron_h", "t5"}
 
@@ -35,9 +35,9 @@ def native_attention(
     (B, K), false where a key is hidden. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
     """
     causal = module.is_causal if is_causal is None else is_causal
-    served = query.device.type == "cpu" and all(tensor.dtype in DTYPES for tensor in (query, key, value))
+    served = query.device.type == "cpu" and all(tensor.dtype in PRECISIONS for tensor in (query, key, value))
     served = served and not scan.traced() and not kwargs.get("dropout")
-    served = served and (position_bias is None or not torch.is_grad_enabled())
+    served = served and not (torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad)
     # a query before which nothing is real sees no key at all, for which the kernel has no answer
     if not served or causal and attention_mask is not None and not attention_mask[:, 0].all():
         mask = sdpa_mask(attention_mask, causal, query, key)
@@ -67,7 +67,7 @@ def sdpa_mask(seen: torch.Tensor | None, causal: bool, query: torch.Tensor, key:
 
 def runs(model_type: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernel serves a family on a device, with products in `dtype`."""
-    return model_type in PLAIN and device.type == "cpu" and dtype in DTYPES and scan.kernel(device).name == "native"
+    return model_type in PLAIN and device.type == "cpu" and dtype in PRECISIONS and scan.kernel(device).name == "native"
 
 
 AttentionInterface.register(NATIVE, native_attention)

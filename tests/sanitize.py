@@ -131,7 +131,7 @@ def run_all_shapes() -> None:
                 for bias, precision in itertools.product((normal(width), None), (torch.float32, torch.bfloat16)):
                     residual = make(number, width, dtype=precision)
                     scan.native.gelu_(x, bias)
-                    scan.native.add_norm_(x, bias, residual, normal(width), normal(width), 1e-5)
+                    scan.native.add_norm(x, bias, residual, normal(width), normal(width), 1e-5)
                     count += 2
     print(f"{count} calls, forward and backward, without a finding", flush=True)
 

@@ -62,8 +62,8 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
     batch, heads, shared, queries, past, width = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = (heads * shared, queries), (heads, queries + past), (heads, queries + past)
-    large = 30 if large and dtype == torch.float32 else 1
-    query, key, value = ((torch.randn(batch, *size, width, generator=generator) * large).to(dtype) for size in sizes)
+    scale = 30 if large and dtype == torch.float32 else 1
+    query, key, value = ((torch.randn(batch, *size, width, generator=generator) * scale).to(dtype) for size in sizes)
     if rotated:
         query, key = query.float(), key.float()
     seen = None
@@ -79,20 +79,19 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
     try:
         with torch.no_grad():
             got, _ = attend(module, *tensors, seen, **options)
-        if not biased:
-            learning = [tensor.requires_grad_() for tensor in tensors]
-            trained, _ = attend(module, *learning, seen, **options)
-            assert torch.equal(trained, got) and trained.grad_fn.name() == "_AttentionBackward"
-            gradients = torch.autograd.grad(trained, learning, upstream)
+        learning = [tensor.requires_grad_() for tensor in tensors]
+        trained, _ = attend(module, *learning, seen, **options)
+        assert torch.equal(trained, got) and trained.grad_fn.name() == "_AttentionBackward"
+        gradients = torch.autograd.grad(trained, learning, upstream)
     finally:
         torch.set_num_threads(before)
     doubles = [tensor.double().requires_grad_() for tensor in (query, key, value)]
     expected = exact(*doubles, seen, causal, width**-0.5, bias)
     # a score of some thousands is rounded to 1e-4 before its exponential is taken; bfloat16 rounds weights and results to 1/512 each
     assert got.dtype == dtype
-    error = 1 / 250 if dtype == torch.bfloat16 else 1e-3 if large > 1 else 2e-6
+    error = 1 / 250 if dtype == torch.bfloat16 else 1e-3 if scale > 1 else 2e-6
     assert (got - expected).abs().max() <= error * value.abs().max()
-    if not biased and large == 1:
+    if scale == 1:
         error = 1 / 30 if dtype == torch.bfloat16 else 1e-5
         exactly = torch.autograd.grad(expected, doubles, upstream.double())
         for tensor, gradient, right in zip(learning, gradients, exactly, strict=True):
@@ -112,13 +111,12 @@ def test_where_dropout_a_biass_gradient_or_another_precision_is_wanted_sdpa_hide
     seen = torch.rand(2, 12 + past) < 0.7 if hidden else None
     if hidden:
         seen[:, 0] = True
-    bias = torch.randn(1, 3, 12, 12 + past) if biased else None
+    bias = torch.randn(1, 3, 12, 12 + past, requires_grad=True) if biased else None
     module = types.SimpleNamespace(is_causal=causal)
     expected = exact(query, key, value, seen, causal, 0.25, bias)
-    gradients = torch.autograd.grad(
-        attend(module, query, key, value, seen, position_bias=bias)[0].square().sum(), (query, key, value)
-    )
-    for got, right in zip(gradients, torch.autograd.grad(expected.square().sum(), (query, key, value)), strict=True):
+    learning = (query, key, value, *([bias] if biased else []))
+    gradients = torch.autograd.grad(attend(module, query, key, value, seen, position_bias=bias)[0].square().sum(), learning)
+    for got, right in zip(gradients, torch.autograd.grad(expected.square().sum(), learning), strict=True):
         assert torch.allclose(got, right, atol=1e-5)
     with torch.no_grad():
         torch.compiler.reset()  # which compiles a function a few times and then no more

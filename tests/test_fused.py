@@ -59,7 +59,7 @@ def calls(monkeypatch):
         kernel = getattr(scan.native, name)
         return lambda *args: names.append(name) or kernel(*args)
 
-    for name in ("gelu_", "add_norm_"):
+    for name in ("gelu_", "add_norm"):
         monkeypatch.setattr(scan.native, name, counted(name))
     return names
 
@@ -94,7 +94,7 @@ def test_both_equal_their_definitions_in_float64_in_every_shape(shape, biased, a
     try:
         got = scan.native.gelu_(wide.clone()[:, :width], bias)
         beside = wide.clone()
-        normed = scan.native.add_norm_(beside[:, :width], bias, residual, weight, shift, 1e-5)
+        normed = scan.native.add_norm(beside[:, :width], bias, residual, weight, shift, 1e-5)
     finally:
         torch.set_num_threads(before)
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-8}
@@ -118,7 +118,7 @@ def test_scoring_runs_them_and_gives_the_numbers_of_transformers(family, calls):
     ours = use_kernels(copy.deepcopy(theirs))
     assert list(ours.state_dict()) == list(theirs.state_dict())
     torch.testing.assert_close(hidden(ours, ids), hidden(theirs, ids), rtol=1e-5, atol=1e-5)
-    assert calls.count("gelu_") == 2 and calls.count("add_norm_") == (0 if family == "gpt_neox" else 4)
+    assert calls.count("gelu_") == 2 and calls.count("add_norm") == (0 if family == "gpt_neox" else 4)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(hidden(other, ids), hidden(ours, ids))
 
@@ -133,7 +133,7 @@ def test_in_bfloat16_they_run_too_and_round_no_more_than_pytorch(family, calls):
         got, rounded = hidden(ours, ids), hidden(theirs, ids)
     assert got.dtype == rounded.dtype
     assert (got - expected).abs().mean() <= 1.1 * (rounded - expected).abs().mean()
-    assert calls.count("gelu_") == 2 and calls.count("add_norm_") == (0 if family == "gpt_neox" else 4)
+    assert calls.count("gelu_") == 2 and calls.count("add_norm") == (0 if family == "gpt_neox" else 4)
 
 
 @compiled

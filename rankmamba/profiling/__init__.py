@@ -172,8 +172,8 @@ def _first_passes(
                     small(subject)()
                 first, memory[subject] = _first(subject, runs[subject])
                 # a GPU's first pass builds its kernels
-                whole = mode == "inference" and subject.depths is None
-                warm = whole and subject.first.device.type == "cpu" and sum(first) > 3 * seconds
+                counts = mode == "inference" and subject.depths is None
+                warm = counts and subject.first.device.type == "cpu" and sum(first) > 3 * seconds
                 times[subject] = [subject.whole(first)] if warm else []
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):

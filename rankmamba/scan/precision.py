@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+PRECISIONS = torch.float32, torch.bfloat16  # what the native kernels read and write
+
 
 def without_autocast(function):
     """Run `function`, which takes a tensor among its arguments, with autocast off on that tensor's device."""

@@ -53,24 +53,16 @@ inline float softmax(float *scores, float factor, const float *hidden, int count
 
 // What both directions need of a head.
 template <class M>
-struct AttentionHead {
-    typedef typename M::Number Number;
+struct AttentionHead : Buffers<M> {
+    using typename Buffers<M>::Number;
+    using Buffers<M>::floats, Buffers<M>::numbers;
     const Attention &s;
     const int width, P, K;  // P: width, K: keys, filled up to whole units
-    float *const space;
-    int64_t used = 0;
     float *scores = floats(QUERIES * K), *hidden = floats(K), *block = floats(W * P);
     Number *q = numbers(QUERIES * P), *k_turned = numbers(P * K);  // left, right
 
     AttentionHead(const Attention &s_, float *space_)
-        : s(s_), width((int)s_.width), P(padded(s_.width, M::UNIT)), K(padded(s_.keys, M::UNIT)), space(space_) {}
-
-    float *floats(int64_t count) {
-        float *taken = space ? space + used : nullptr;
-        used += padded(count, 16);
-        return taken;
-    }
-    Number *numbers(int64_t count) { return (Number *)floats(count * sizeof(Number) / sizeof(float)); }
+        : Buffers<M>(space_), s(s_), width((int)s_.width), P(padded(s_.width, M::UNIT)), K(padded(s_.keys, M::UNIT)) {}
 
     // Rows t, t + 1, ... of a head as floats, zeros behind the last one: where they lie, or in `block`.
     struct Floats {
@@ -95,6 +87,13 @@ struct AttentionHead {
     void store_left(const Floats &rows, int t, int count, Number *to) const {
         for (int i = 0; i < count; i++)
             for (int p = 0; p < P; p += W) M::store_left(to + (t + i) * P + p, load(rows.data + i * rows.stride + p));
+    }
+
+    // To a query's scores, which are still to be scaled.
+    void add_bias(int64_t head, int64_t query, int own, float *score) const {
+        if (!s.bias) return;
+        const float *bias = s.bias + (head * s.queries + query) * s.keys, unscaled = 1.f / s.scale;
+        for (int j = 0; j < own; j++) score[j] += bias[j] * unscaled;
     }
 
     // out (rows, columns) = left (rows, depth) right (depth, columns), some columns for all rows before the next ones.
@@ -149,10 +148,7 @@ struct AttentionForward : AttentionHead<M> {
             float sums[QUERIES];
             for (int i = 0; i < count; i++) {
                 const int own = s.causal ? seen - count + i + 1 : seen;
-                if (s.bias) {
-                    const float *bias = s.bias + (head * s.queries + first + i) * s.keys, unscaled = 1.f / s.scale;
-                    for (int j = 0; j < own; j++) scores[i * K + j] += bias[j] * unscaled;
-                }
+                this->add_bias(head, first + i, own, scores + i * K);
                 sums[i] = softmax<M>(scores + i * K, s.scale * LOG2E, s.hidden ? hidden : nullptr, own, weights + i * K);
                 for (int j = padded(own, W); j < columns; j += W) M::store_left(weights + i * K + j, vf{});
             }
@@ -169,20 +165,5 @@ struct AttentionForward : AttentionHead<M> {
 };
 
 int64_t attention_items(const Attention &s) { return s.batch * s.heads; }
-template <template <class> class Head>
-int64_t attention_workspace(const Attention &s) {
-#ifdef __AVX512BF16__
-    if (s.v.bfloat16) return Head<Bfloat16>(s, nullptr).used;
-#endif
-    return Head<Vectors>(s, nullptr).used;
-}
-template <template <class> class Head>
-void attention_run(const Attention &s, int64_t item, float *space) {
-    const FlushDenormals flush;
-#ifdef __AVX512BF16__
-    if (s.v.bfloat16) return Head<Bfloat16>(s, space).run(item);
-#endif
-    Head<Vectors>(s, space).run(item);
-}
 
 }  // namespace

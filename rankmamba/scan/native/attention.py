@@ -19,29 +19,30 @@ def attention(
     """softmax(query key^T scale + bias) value: (B, L, H, P), in the precision of the values.
 
     query: float32 or bfloat16 (B, H, L, P). key, value: either, too, (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where
-    nobody looks. causal: the last query sees all keys, each before it one less. Every query must see a key. bias: (1, H, L, K), only
-    where no gradient is wanted.
+    nobody looks. causal: the last query sees all keys, each before it one less. Every query must see a key. bias: (1, H, L, K); gets no
+    gradient.
     """
     hidden = None if seen is None else as_plain(torch.where(seen.bool(), 0.0, -torch.inf))
-    if tracked((query, key, value)):
-        return _Attention.apply(query, key, value, hidden, causal, scale)
-    return _forward(query, key, value, hidden, causal, scale, bias)
+    if bias is not None:
+        bias = as_plain(bias.expand(1, *query.shape[1:3], key.shape[2]))
+    run = _Attention.apply if tracked((query, key, value)) else _forward
+    return run(query, key, value, hidden, bias, causal, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, hidden, causal, scale):
-        ctx.save_for_backward(query, key, value, hidden)
+    def forward(ctx, query, key, value, hidden, bias, causal, scale):
+        ctx.save_for_backward(query, key, value, hidden, bias)
         ctx.options = causal, scale
-        return _forward(query, key, value, hidden, causal, scale)
+        return _forward(query, key, value, hidden, bias, causal, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return *_backward(*ctx.saved_tensors, *ctx.options, dout), None, None, None
+        return *_backward(*ctx.saved_tensors, *ctx.options, dout), None, None, None, None
 
 
-def _arguments(query, key, value, hidden, causal, scale, bias=None):
+def _arguments(query, key, value, hidden, bias, causal, scale):
     """Return the C arguments and the tensors they point to."""
     (batch, heads, length, width), (_, shared, keys, _) = query.shape, key.shape
     alive = *(as_rows(t) for t in (query, key, value)), hidden, bias
@@ -58,11 +59,9 @@ def _products(query, key):
     return query.numel() * key.shape[2]
 
 
-def _forward(query, key, value, hidden, causal, scale, bias=None):
+def _forward(query, key, value, hidden, bias, causal, scale):
     batch, heads, length, width = query.shape
-    if bias is not None:
-        bias = as_plain(bias.expand(1, heads, length, key.shape[2]))
-    arguments, alive = _arguments(query, key, value, hidden, causal, scale, bias)
+    arguments, alive = _arguments(query, key, value, hidden, bias, causal, scale)
     out = empty(batch, length, heads * width, dtype=alive[2].dtype)
     arguments.out = rows(out)
     call("attention", arguments, workers(2 * _products(query, key)))
@@ -70,8 +69,8 @@ def _forward(query, key, value, hidden, causal, scale, bias=None):
 
 
 @without_autocast
-def _backward(query, key, value, hidden, causal, scale, dout):
-    arguments, alive = _arguments(query, key, value, hidden, causal, scale)
+def _backward(query, key, value, hidden, bias, causal, scale, dout):
+    arguments, alive = _arguments(query, key, value, hidden, bias, causal, scale)
     dout = as_rows(dout)
     gradients = [empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3], dtype=t.dtype) for t in alive[:3]]
     arguments.dout, arguments.dout_head = rows(dout), dout.stride(2)

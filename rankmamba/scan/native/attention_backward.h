@@ -81,8 +81,11 @@ struct AttentionBackward : AttentionHead<M> {
                 load_queries(b, head, first);
                 this->multiply(rows, P, columns, q, P, k_turned, K, scores, K);
                 this->multiply(rows, P, columns, dout, P, v_turned, K, dscores, K);
-                for (int i = 0; i < count; i++)
-                    through_softmax(scores + i * K, dscores + i * K, s.causal ? seen - count + i + 1 : seen, columns);
+                for (int i = 0; i < count; i++) {
+                    const int own = s.causal ? seen - count + i + 1 : seen;
+                    this->add_bias(head, first + i, own, scores + i * K);
+                    through_softmax(scores + i * K, dscores + i * K, own, columns);
+                }
                 memset(scores + count * K, 0, (QUERIES - count) * K * sizeof(float));
                 memset(dscores + count * K, 0, (QUERIES - count) * K * sizeof(float));
                 turn_left(scores, columns);

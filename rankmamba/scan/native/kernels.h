@@ -86,7 +86,7 @@ struct Attention {
     Rows q, k, v, out;
     int64_t q_head, k_head, v_head;
     const float *hidden;  // (B, K): 0, or minus infinity where nobody looks; or null
-    const float *bias;    // (H, L, K): added to the scaled products; or null; without gradients only
+    const float *bias;    // (H, L, K): added to the scaled products; or null
     // backward only
     Rows dout, dq, dk, dv;
     int64_t dout_head;

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-PRECISIONS = torch.float32, torch.bfloat16  # what rows may be in
+from ..precision import PRECISIONS
+
 _SMALL = 1 << 18  # multiplications that take some 60 microseconds: less is not worth another thread
 
 

@@ -4,8 +4,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import portable
-from ..precision import without_autocast
-from .library import NORM_ROWS, PRECISIONS, Norm, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
+from ..precision import PRECISIONS, without_autocast
+from .library import NORM_ROWS, Norm, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
 
 def rms_norm(y, weight, z, epsilon, groups, dtype):

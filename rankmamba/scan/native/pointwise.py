@@ -12,7 +12,7 @@ def gelu_(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x
 
 
-def add_norm_(
+def add_norm(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor,
@@ -20,7 +20,7 @@ def add_norm_(
     shift: torch.Tensor,
     epsilon: float,
 ) -> torch.Tensor:
-    """layer_norm(x + bias + residual) * weight + shift, without gradients, in the residual's precision; in place of x if it has the same.
+    """layer_norm(x + bias + residual) * weight + shift, without gradients, in the residual's precision. Uses x up.
 
     x, residual: float32 or bfloat16 (T, E), x with its channels side by side. bias, weight, shift: (E,).
     """

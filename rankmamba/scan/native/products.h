@@ -213,4 +213,44 @@ typedef Tiles Bfloat16;
 typedef Pairs Bfloat16;
 #endif
 
+// The buffers of one item of work with products by M. Without `space` it only counts what they take.
+template <class M>
+struct Buffers {
+    typedef typename M::Number Number;
+    float *const space;
+    int64_t used = 0;
+
+    explicit Buffers(float *space_) : space(space_) {}
+    float *floats(int64_t count) {
+        float *taken = space ? space + used : nullptr;
+        used += padded(count, 16);
+        return taken;
+    }
+    Number *numbers(int64_t count) { return (Number *)floats(count * sizeof(Number) / sizeof(float)); }
+};
+
+// The input whose precision the products have.
+template <class Arguments>
+const Rows &multiplied(const Arguments &s) {
+    return s.x;
+}
+inline const Rows &multiplied(const Attention &s) { return s.v; }
+
+// Of a kernel whose work on an item is Part<M>, with products by M.
+template <template <class> class Part, class Arguments>
+int64_t workspace_of(const Arguments &s) {
+#ifdef __AVX512BF16__
+    if (multiplied(s).bfloat16) return Part<Bfloat16>(s, nullptr).used;
+#endif
+    return Part<Vectors>(s, nullptr).used;
+}
+template <template <class> class Part, class Arguments>
+void run_item(const Arguments &s, int64_t item, float *space) {
+    const FlushDenormals flush;
+#ifdef __AVX512BF16__
+    if (multiplied(s).bfloat16) return Part<Bfloat16>(s, space).run(item);
+#endif
+    Part<Vectors>(s, space).run(item);
+}
+
 }  // namespace

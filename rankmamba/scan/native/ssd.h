@@ -13,12 +13,11 @@ namespace {
 constexpr int HEADS = 8;  // of one item; they share C . B, and few of them leave work for other threads
 
 template <class Arguments, class M>
-struct SsdPart {
-    typedef typename M::Number Number;
+struct SsdPart : Buffers<M> {
+    using typename Buffers<M>::Number;
+    using Buffers<M>::floats, Buffers<M>::numbers;
     const Arguments &s;
     const int Q, N, P;  // filled up to whole units
-    float *const space;
-    int64_t used = 0;
     int64_t b = 0, g = 0, part = 0, first = 0, count = 0, t0 = 0;  // sequence, group, its part, its heads; the chunk's first token
     int64_t next_head = 0, next_t0 = 0;                            // what comes after this head of this chunk
     int tokens = 0, rows = 0;                                      // of the chunk, and filled up
@@ -27,14 +26,7 @@ struct SsdPart {
     float *block = floats(W * (N > P ? N : P));  // some rows
 
     SsdPart(const Arguments &s_, float *space_)
-        : s(s_), Q(padded(s_.chunk, M::UNIT)), N(padded(s_.n, M::UNIT)), P(padded(s_.width, M::UNIT)), space(space_) {}
-
-    float *floats(int64_t count) {
-        float *taken = space ? space + used : nullptr;
-        used += padded(count, 16);
-        return taken;
-    }
-    Number *numbers(int64_t count) { return (Number *)floats(count * sizeof(Number) / sizeof(float)); }
+        : Buffers<M>(space_), s(s_), Q(padded(s_.chunk, M::UNIT)), N(padded(s_.n, M::UNIT)), P(padded(s_.width, M::UNIT)) {}
 
     void choose_item(int64_t item) {
         const int64_t shared = s.heads / s.groups, parts = ceil_div(shared, HEADS);
@@ -115,21 +107,6 @@ struct SsdPart {
 template <class Arguments>
 int64_t ssd_items(const Arguments &s) {
     return s.batch * s.groups * ceil_div(s.heads / s.groups, HEADS);
-}
-template <template <class> class Part, class Arguments>
-int64_t ssd_workspace(const Arguments &s) {
-#ifdef __AVX512BF16__
-    if (s.x.bfloat16) return Part<Bfloat16>(s, nullptr).used;
-#endif
-    return Part<Vectors>(s, nullptr).used;
-}
-template <template <class> class Part, class Arguments>
-void ssd_run(const Arguments &s, int64_t item, float *space) {
-    const FlushDenormals flush;
-#ifdef __AVX512BF16__
-    if (s.x.bfloat16) return Part<Bfloat16>(s, space).run(item);
-#endif
-    Part<Vectors>(s, space).run(item);
 }
 
 }  // namespace
