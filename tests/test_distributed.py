@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import threading
 from pathlib import Path
 
@@ -12,12 +11,15 @@ import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from forks import fork
+from torch.distributed import TCPStore
 
 from rankmamba.collection import load, write_run
 from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
 from rankmamba.results import read_records
 from rankmamba.train import TrainConfig, main, train
+# In a fork a second thread of OpenMP waits for ever for those that its parent had.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = """
 system: {system}
@@ -35,15 +37,17 @@ bf16: false
 
 
 def on_processes(count: int, work) -> None:
-    """Run `work` in `count` forks of this process that know of one another as torchrun's processes do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run `work` in `count` forks of this process that know of one another as torchrun's processes do.
+
+    As there, the store in which they meet is older than they: nobody else gets its port, and nobody waits for it.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def ranked(rank: int):
         def joined() -> None:
-            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": store.host, "MASTER_PORT": store.port}
             os.environ.update({name: str(value) for name, value in where.items()}, OMP_NUM_THREADS="1")
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
             PartialState._reset_state()
             work()
 
@@ -102,10 +106,7 @@ def test_a_run_reranked_by_many_processes_is_the_run_of_one(system, tiny, tmp_pa
         run = reranker.rerank(tiny.candidates, tiny, top_k=10, batch_tokens=256)
         write_run(tmp_path / f"{rank}.run", run, system)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     expected = reranker.rerank(tiny.candidates, tiny, top_k=10, batch_tokens=256)
-    torch.set_num_threads(threads)
     write_run(tmp_path / "one.run", expected, system)
     for processes in (2, 4):
         on_processes(processes, work)
