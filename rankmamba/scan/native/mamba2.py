@@ -12,7 +12,7 @@ from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, em
 
 def _chunk(length: int, n: int) -> int:
     """Tokens of a chunk. Work on pairs of tokens grows with it, work on states between chunks with its inverse: a short sequence is one."""
-    return length if length <= max(64, min(3 * n // 2, 192)) else 64
+    return length if length <= max(64, min(2 * n, 256)) else 64
 
 
 def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):

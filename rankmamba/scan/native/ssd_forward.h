@@ -18,23 +18,23 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
 
     using Base::Base;
 
-    // C, B transposed, and their product, for all heads.
-    void load_shared() {
+    // C, B transposed where the chunk adds to the state, and their product, for all heads.
+    void load_shared(bool adds) {
         for (int t = 0; t < rows; t += W) {
             for (int i = 0; i < W; i++) {
                 this->load_token(s.C, t + i, g * s.n, s.n, N, block);
                 for (int n = 0; n < N; n += W) M::store_left(C + (t + i) * N + n, load(block + n));
             }
             this->turn_tokens(s.B, t, [&](int n, const vf *turned) {
-                for (int i = 0; i < W; i++) M::store_left(B + (n + i) * Q + t, turned[i]);
+                for (int i = 0; adds && i < W; i++) M::store_left(B + (n + i) * Q + t, turned[i]);
                 for (int i = 0; i < W; i += 2) M::store_right(B_right, Q, n + i, t, turned[i], turned[i + 1]);
             });
         }
         M::template multiply<false>(rows, N, rows, C, N, B_right, Q, scores, Q, WHOLE, LOWER);
     }
 
-    // x as it is, and weighed for the state; y begins as D x.
-    void load_x(int64_t head) {
+    // x as it is, and weighed where the chunk adds to the state; y begins as D x.
+    void load_x(int64_t head, bool adds) {
         const float D = s.D ? s.D[head] : 0;
         for (int t = 0; t < rows; t += 2) {
             float *next = block + P;
@@ -45,7 +45,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
                 store(y + t * P + p, even * D);
                 store(y + (t + 1) * P + p, odd * D);
                 M::store_right(x, P, t, p, even, odd);
-                M::store_right(xw, P, t, p, even * weight[t], odd * weight[t + 1]);
+                if (adds) M::store_right(xw, P, t, p, even * weight[t], odd * weight[t + 1]);
             }
         }
     }
@@ -96,20 +96,20 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
         this->load_states(s.initial, h);
         for (int64_t k = 0; k < this->chunks(); k++) {
             this->choose_chunk(k);
-            const bool reads = k >= this->reads_from(), last = k + 1 == this->chunks();
-            load_shared();
+            const bool reads = k >= this->reads_from(), adds = s.final || k + 1 < this->chunks();
+            load_shared(adds);
             for (int64_t i = 0; i < count; i++) {
                 const int64_t head = this->choose_head(i, s.chunk);
                 float *own = h + i * N * P;
                 this->prefetch_shared();
                 this->load_steps(head);
-                load_x(head);
+                load_x(head, adds);
                 mix(head);
                 M::template multiply<true>(rows, rows, P, mixing, Q, x, P, y, P, LOWER);
                 for (int64_t n = 0; s.before && reads && n < s.n; n++)
                     store_row(this->before(), 0, n, this->before_at(k, head), (int)s.width, own + n * P);
                 if (reads) read_state(own);
-                if (!last || s.final) M::template multiply<true>(N, rows, P, B, Q, xw, P, own, P);
+                if (adds) M::template multiply<true>(N, rows, P, B, Q, xw, P, own, P);
                 store_y(head, reads);
             }
         }
