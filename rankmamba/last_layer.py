@@ -71,13 +71,16 @@ class LastLayer:
             self._pooled_config._attn_implementation = POOLED
             self._attention.pooled_batch = self._batch
 
+    @property
+    def pools_attention(self) -> bool:
+        """Whether the attention, too, is of the pooled token alone: not with an implementation that is neither SDPA nor ours."""
+        return self._attention is not None and self._config._attn_implementation in ("sdpa", NATIVE)
+
     @contextmanager
     def only(self, positions: torch.Tensor) -> Iterator[None]:
         """positions: int64 (B,), the token of each sequence whose output is needed."""
         if self._attention is not None:
-            self._attention.config = (
-                self._pooled_config if self._config._attn_implementation in ("sdpa", NATIVE) else self._config
-            )
+            self._attention.config = self._pooled_config if self.pools_attention else self._config
         if not getattr(self._layer, "gradient_checkpointing", False):
             self._batch.positions = positions
         try:

@@ -69,7 +69,7 @@ class RerankerModel(PreTrainedModel):
             backbone.set_input_embeddings(FixedWordEmbedding(config.word_embeddings, config.backbone_config.hidden_size))
             _share_projection(backbone)
         self.backbone = use_kernels(backbone)
-        self._last_layer = LastLayer(backbone)
+        self.last_layer = LastLayer(backbone)
         self._typed = (
             "token_type_ids" in inspect.signature(backbone.forward).parameters
             and getattr(backbone.config, "type_vocab_size", 2) > 1  # 1 where a RoBERTa comes with BERT's tokenizer
@@ -109,7 +109,7 @@ class RerankerModel(PreTrainedModel):
         run: returns the hidden states (B, L, D). positions: int64 (B,). dropout_mask: as in `forward`. Returns logits float32
         (B, num_labels).
         """
-        with self._last_layer.only(positions):
+        with self.last_layer.only(positions):
             hidden = run()
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions]
         with torch.autocast(hidden.device.type, enabled=False):

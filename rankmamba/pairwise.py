@@ -79,7 +79,7 @@ def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
     shown = pairs[found]
     ahead, behind = (shown[shown["system"].map(_state_space) == wanted] for wanted in (True, False))
     lines = [
-        f"The paper's claim (1) is that Mamba ranks as well as Transformers trained alike. {_against_the_best(pairs, shown)}\n\n"
+        f"**Does Mamba rank as well as a Transformer trained alike?** (The paper's claim 1.) {_against_the_best(pairs, shown)}\n\n"
         f"Of {len(pairs)} pairs of a state-space model and a Transformer that were trained alike (a hybrid is neither), on {measure}, "
         "p corrected for these pairs:"
     ]
@@ -119,7 +119,8 @@ def _against_the_best(pairs: pd.DataFrame, shown: pd.DataFrame) -> str:
         f"{row.model} is {('ahead' if row.difference > 0 else 'behind') if row.shown else 'not told apart'} ({row.difference:+.3f})"
         for row in sided[sided["transformer"] == best].itertuples()
     ]
-    return f"Against the best Transformer here, {best}: {', '.join(standing)}."
+    once = " With one seed of each this is a first sight." if pairs["seeds"].str.endswith(" of 1").all() else ""
+    return f"Against the best Transformer here, {best}: {', '.join(standing)}.{once}"
 
 
 def _state_space(system: str) -> bool:

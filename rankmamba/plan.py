@@ -54,11 +54,10 @@ class Run(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """Tokens per second of a measured backbone, in training and in scoring, and its parameters outside the embeddings."""
+    """Tokens per second of a measured backbone, in training and in scoring."""
 
     training: float
     scoring: float
-    parameters: int
 
 
 class Download(NamedTuple):
@@ -183,8 +182,9 @@ def estimate(system: str, max_length: int, rates: dict[str, Rate], training: int
     """Estimate a run's hours from its stand-in's rate: a token's time is taken to grow with the parameters."""
     from .backbones import find
 
-    rate = rates[stand_in(system)]
-    slower = (find(system).millions * 1e6 or rate.parameters) / rate.parameters
+    measured = stand_in(system)
+    rate, millions = rates[measured], find(measured).millions
+    slower = (find(system).millions or millions) / millions
     return max_length * slower * (training / rate.training + scoring / rate.scoring) / 3600
 
 
@@ -208,7 +208,7 @@ def _measure(name: str, group_size: int, budget: float) -> Rate:
     found = profiling.measure(name, MEASURED, group_size, group_size=group_size, repeats=3, seconds=budget / 4)
     if found["out_of_memory"]:
         raise InputError(f"expected memory for a group of {group_size} pairs of {MEASURED} tokens of {name}, got too little")
-    return Rate(found["training"]["tokens_per_s"], found["inference"]["tokens_per_s"], found["parameters"])
+    return Rate(found["training"]["tokens_per_s"], found["inference"]["tokens_per_s"])
 
 
 def _count(name: str, kind: str) -> int:

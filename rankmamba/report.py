@@ -13,8 +13,8 @@ def answer(table: pd.DataFrame, measure: str = PRIMARY) -> str:
     """
     reference = table.set_index("system").loc[BASELINE]
     lines = [
-        f"On {reference['queries']:,} test queries of `{reference['collection']}`, {BASELINE} alone reaches {measure} "
-        f"{reference[measure]:.3f}."
+        f"**Does it beat the first stage?** On {reference['queries']:,} test queries of `{reference['collection']}`, {BASELINE} alone "
+        f"reaches {measure} {reference[measure]:.3f}."
     ]
     compared = table[table["difference"].notna()].sort_values("difference", ascending=False)
     groups = {

@@ -316,7 +316,7 @@ def test_on_a_gpu_torch_attends_without_cudnn_which_plans_anew_for_every_shape()
 
 
 def test_the_last_layer_skips_in_every_family_that_it_knows(reranker):
-    kept = reranker.model._last_layer._layer
+    kept = reranker.model.last_layer._layer
     family = reranker.model.config.backbone_config.model_type
     assert (kept is None) == (family not in TOKENWISE)
     if kept is not None:

@@ -18,6 +18,7 @@ from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
 from rankmamba.results import read_records
 from rankmamba.train import TrainConfig, main, train
+
 # In a fork a second thread of OpenMP waits for ever for those that its parent had.
 pytestmark = pytest.mark.usefixtures("one_thread")
 

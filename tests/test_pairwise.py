@@ -127,7 +127,12 @@ def test_the_claim_is_corrected_for_its_own_pairs_alone():
     systems = ["nano-bert", "nano-hybrid", "nano-mamba", "nano-mamba2", "nano-neox"]
     everything = list(combinations(systems, 2))
     pairs = across(everything)
-    assert pairs == [("nano-bert", "nano-mamba"), ("nano-bert", "nano-mamba2"), ("nano-mamba", "nano-neox"), ("nano-mamba2", "nano-neox")]
+    assert pairs == [
+        ("nano-bert", "nano-mamba"),
+        ("nano-bert", "nano-mamba2"),
+        ("nano-mamba", "nano-neox"),
+        ("nano-mamba2", "nano-neox"),
+    ]
     values = {system: table(seed) for seed, system in enumerate(systems)}
     raw = [compare({name: values[name] for name in pair}, pair[1]).loc[0, "p"] for pair in pairs]
     assert sorted(pairwise(values, pairs)["p_holm"]) == pytest.approx(sorted(holm(raw)))

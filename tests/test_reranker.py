@@ -168,7 +168,7 @@ def test_a_copy_of_a_model_scores_alike_and_computes_its_last_layer_by_itself(re
     expected = reranker.predict(pairs)
     other = Reranker(again(reranker.model), reranker.tokenizer, dtype=torch.float32)
     assert np.array_equal(other.predict(pairs), expected)
-    assert other.model._last_layer._batch is not reranker.model._last_layer._batch
+    assert other.model.last_layer._batch is not reranker.model.last_layer._batch
 
 
 def test_saving_and_loading_keeps_every_weight_and_score(reranker, tmp_path):

@@ -3,7 +3,7 @@
 One operation is an addition, a multiplication, a division, an exponential or a logarithm of two or of one number. Counted are
 
 - products of matrices, by torch's counter: 2 M N K;
-- attention, of which a causal model needs the lower triangle only;
+- attention, of which a causal model needs the lower triangle only, and a last layer that computes just the pooled token one row;
 - convolutions of K taps: 2 K a value;
 - Mamba's scan (arXiv 2312.00752, equation 2a), for each token and channel: 7 N for exp(d A) h + d u B and C h (N states: two
   products to make the decay and its exponential, one for d u B, a product and a sum for h, a product and a sum for y), and 11 for
@@ -27,11 +27,11 @@ def forward_flops(model: RerankerModel, length: int) -> int:
 
     They are a polynomial of degree two in the length, so pairs of 2, 3 and 4 tokens say them all.
     """
-    attention = model.backbone.config._attn_implementation
+    attention, pools = model.backbone.config._attn_implementation, model.last_layer.pools_attention
     if attention is not None:
         model.backbone.set_attn_implementation("eager")  # the only one whose products the counter always sees
     try:
-        two, three, four = (_count(model, tokens) for tokens in (2, 3, 4))
+        two, three, four = (_count(model, tokens, pools) for tokens in (2, 3, 4))
     finally:
         if attention is not None:
             model.backbone.set_attn_implementation(attention)
@@ -39,15 +39,17 @@ def forward_flops(model: RerankerModel, length: int) -> int:
     return two + (length - 2) * first + (length - 2) * (length - 3) // 2 * second
 
 
-def _count(model: RerankerModel, length: int) -> int:
+def _count(model: RerankerModel, length: int, pools: bool) -> int:
     counter, kernel = FlopCounterMode(display=False), _CountingKernel()
     with scan.forced(kernel), counter, torch.no_grad():
         model.eval()(torch.zeros(1, length, dtype=torch.long, device=model.device))
     counts = counter.get_flop_counts()["Global"]
     attention = counts.pop(torch.ops.aten.bmm, 0)  # products with weights are mm and addmm, and the scans do not get here
+    last = attention // model.backbone.config.num_hidden_layers if pools else 0
+    attention -= last
     if model.config.kind == "causal":
         attention = attention * (length + 1) // (2 * length)
-    return sum(counts.values()) + attention + kernel.operations
+    return sum(counts.values()) + attention + last // length + kernel.operations
 
 
 class _CountingKernel:
