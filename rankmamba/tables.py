@@ -206,13 +206,13 @@ def caption(table: pd.DataFrame) -> str:
         )
         if first["clusters"] < first["queries"]:
             lines.append(
-                f"Queries that share a relevant document are one draw, of {first['clusters']:,}, in p and in the intervals."
+                f"Queries that share a relevant document form one cluster, of {first['clusters']:,}: p and the intervals go by clusters."
             )
     if (table["seeds"] > 1).any():
         lines.append("Intervals: 95%, bootstrap over queries and seeds; p is of the means over these seeds.")
     else:
         lines.append("Intervals: 95%, bootstrap over queries; what another seed would give is not in them.")
-    lines.append("An interval stands alone and may leave out 0 where p, corrected, is above 0.05; then p decides.")
+    lines.append("Intervals are not corrected for the number of tests, p is: where they disagree, go by p.")
     lines.append(
         "params: outside the embeddings. Tokens and minutes of training, pairs/s: mean over seeds. X + Y: their scores mixed."
     )
