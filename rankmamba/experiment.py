@@ -241,14 +241,9 @@ class Experiment:
         """
         test = self.split("test")
         runs = {system: self.run(system, "test") for system in systems}
-        relevant = test.qrels[test.qrels["relevance"] > 0]
-        ranks = pd.DataFrame(
-            {
-                system: run.merge(relevant, on=["query_id", "doc_id"]).groupby("query_id")["rank"].min()
-                for system, run in runs.items()
-            }
-        )
+        ranks = _first_relevant(runs, test.qrels)
         query_id = (1 / ranks).std(axis=1).sort_values(ascending=False, kind="stable").index[0]
+        relevant = test.qrels[test.qrels["relevance"] > 0]
         judged = set(relevant.loc[relevant["query_id"] == query_id, "doc_id"])
         before = runs[systems[0]].query("query_id == @query_id").set_index("doc_id")["rank"]
         columns = {}
@@ -258,6 +253,18 @@ class Experiment:
             ticks = rows.isin(judged).map({True: "✓ ", False: ""})
             columns[system] = ticks + rows.map(texts).str[:90] + f"… ({systems[0]}: " + rows.map(before).astype(str) + ")"
         return test.queries[query_id], pd.DataFrame(columns).fillna("")
+
+    def moves(self, systems: Sequence[str], first_stage: str = "bm25") -> pd.DataFrame:
+        """Count the test queries whose first relevant document each system moved up, left in its place and moved down.
+
+        A row a system; `at rank 1`: the queries for which it stands first there. The first stage's own row comes first. Queries
+        for which it found nothing relevant are left out.
+        """
+        runs = {system: self.run(system, "test") for system in [first_stage, *systems]}
+        ranks = _first_relevant(runs, self.split("test").qrels).dropna(subset=first_stage)
+        moved = ranks.rsub(ranks[first_stage], axis=0)
+        counts = {"moved up": moved > 0, "kept": moved == 0, "moved down": moved < 0, "at rank 1": ranks == 1}
+        return pd.DataFrame({name: found.sum() for name, found in counts.items()})
 
     def run(self, system: str, part: str) -> pd.DataFrame:
         """Read a run that an earlier step kept.
@@ -318,6 +325,13 @@ class Experiment:
         )
         write_record(self.folder, record)
         return record
+
+
+def _first_relevant(runs: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> pd.DataFrame:
+    """The rank of each query's first relevant document, a column a run."""
+    relevant = qrels.loc[qrels["relevance"] > 0, ["query_id", "doc_id"]]
+    found = {system: run.merge(relevant, on=["query_id", "doc_id"]) for system, run in runs.items()}
+    return pd.DataFrame({system: rows.groupby("query_id")["rank"].min() for system, rows in found.items()})
 
 
 @contextmanager
