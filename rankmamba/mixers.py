@@ -220,15 +220,6 @@ class ScanFalconMamba(ScanMamba):
 class ScanMamba2(_ScanMixer):
     """Mamba-2's mixer (arXiv 2405.21060, figure 6), computed by `rankmamba.scan`."""
 
-    def train(self, mode: bool = True):
-        """As in torch. On a CPU in_proj's weights lie column by column in evaluation: their number of rows is one that oneDNN
-        multiplies up to a third slower row by row, as they have to lie for the optimizer."""
-        weight = self.in_proj.weight
-        if type(self.in_proj) is nn.Linear and type(weight) is nn.Parameter and weight.dim() == 2:  # no shard of one
-            by_column = not mode and weight.device.type == "cpu"
-            weight.data = weight.data.t().contiguous().t() if by_column else weight.data.contiguous()
-        return super().train(mode)
-
     def _mix(self, hidden_states, state, padding):
         past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
         record = state is not None and state.record

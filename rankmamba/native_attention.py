@@ -8,7 +8,8 @@ import torch
 from torch.profiler import record_function
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flash_attention_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
+from transformers.masking_utils import sdpa_mask as masked_pairs
 
 from . import scan
 from .scan.precision import PRECISIONS
@@ -29,17 +30,20 @@ def native_attention(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attend; with SDPA where dropout, the gradient of a bias or another precision is wanted.
+    """Attend; with SDPA where dropout, the gradient of a bias, another precision or another mask is wanted.
 
     query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size), K >= L. attention_mask: None, or
-    (B, K), false where a key is hidden. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
+    (B, K), false where a key is hidden, or as SDPA takes it. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
     """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **kwargs
+        )
     causal = module.is_causal if is_causal is None else is_causal
     served = query.device.type == "cpu" and all(tensor.dtype in PRECISIONS for tensor in (query, key, value))
     served = served and not scan.traced() and not kwargs.get("dropout")
     served = served and not (torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad)
-    # a query before which nothing is real sees no key at all, for which the kernel has no answer
-    if not served or causal and attention_mask is not None and not attention_mask[:, 0].all():
+    if not served:
         mask = sdpa_mask(attention_mask, causal, query, key)
         return sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, is_causal=causal, position_bias=position_bias, **kwargs
@@ -65,10 +69,21 @@ def sdpa_mask(seen: torch.Tensor | None, causal: bool, query: torch.Tensor, key:
     return below[None, None] if seen is None else seen & below
 
 
+def native_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, **kwargs):
+    """Return the mask that `native_attention` gets: None or (B, K) where the last query stands at the last key and padding is all
+    there is beside causality, else, as for packed texts or a cache with places to come, (B, 1, L, K), true where a key is seen."""
+    sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    if plain and q_offset + q_length == kv_offset + kv_length:
+        return flash_attention_mask(batch_size, **sizes, **kwargs)
+    whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return masked_pairs(batch_size, **sizes, mask_function=mask_function, **kwargs | whole)
+
+
 def runs(model_type: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the kernel serves a family on a device, with products in `dtype`."""
     return model_type in PLAIN and device.type == "cpu" and dtype in PRECISIONS and scan.kernel(device).name == "native"
 
 
 AttentionInterface.register(NATIVE, native_attention)
-AttentionMaskInterface.register(NATIVE, flash_attention_mask)
+AttentionMaskInterface.register(NATIVE, native_mask)

@@ -6,26 +6,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from rankmamba import scan
+from rankmamba.native_attention import NATIVE
 from rankmamba.native_attention import native_attention as attend
 
 compiled = pytest.mark.skipif(scan.kernel("cpu").name != "native", reason="no compiler was there")
 
 
 def exact(query, key, value, seen, causal, scale, bias=None):
-    """softmax(q k^T scale + bias) v in float64: (B, L, H, P)."""
+    """softmax(q k^T scale + bias) v in float64: (B, L, H, P); zeros for a query that sees no key."""
     shared = query.shape[1] // key.shape[1]
     key, value = (t.double().repeat_interleave(shared, 1) for t in (key, value))
     scores = query.double() @ key.transpose(2, 3) * scale
     if bias is not None:
         scores = scores + bias.double()
+    queries, keys = scores.shape[2:]
+    hides = torch.zeros(len(scores), 1, queries, keys, dtype=torch.bool)
     if seen is not None:
-        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+        hides = hides | ~seen[:, None, None]
     if causal:
-        queries, keys = scores.shape[2:]
-        scores = scores.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+        hides = hides | ~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    blind = hides.all(-1, keepdim=True)
+    weights = scores.masked_fill(hides & ~blind, -torch.inf).softmax(-1).masked_fill(blind, 0)
+    return (weights @ value).transpose(1, 2)
 
 
 def laid_out(tensor, layout):
@@ -69,7 +74,6 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
     seen = None
     if hidden:
         seen = torch.rand(batch, queries + past, generator=generator) < 0.7
-        seen[:, 0] = True  # every query sees a key
     bias = torch.randn(1, heads * shared, queries, queries + past, generator=generator) * 3 if biased else None
     tensors = [laid_out(tensor, layout) for tensor in (query, key, value)]
     module, options = types.SimpleNamespace(is_causal=causal), {"scaling": width**-0.5, "position_bias": bias}
@@ -128,6 +132,59 @@ def test_where_dropout_a_biass_gradient_or_another_precision_is_wanted_sdpa_hide
     assert not torch.allclose(dropped.double(), expected, atol=0.05)
     assert rounded.dtype == torch.float16 and torch.allclose(rounded.double(), expected, atol=0.01)
     assert torch.allclose(traced.double(), expected, atol=1e-5)
+
+
+def with_both(model, run):
+    """What a model gives with our attention and with SDPA."""
+    found = []
+    for implementation in (NATIVE, "sdpa"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found.append(run(model.eval()))
+    return found
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@compiled
+@pytest.mark.parametrize("left", [0, 3])
+def test_generation_on_a_cache_with_places_to_come_is_that_of_sdpa(left):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    seen = torch.ones(2, 9, dtype=torch.long)
+    seen[0, :left] = 0
+    ids = torch.randint(3, 50, (2, 9))
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ours, theirs = with_both(
+        model, lambda m: m.generate(ids, attention_mask=seen, cache_implementation="static", **options).logits
+    )
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-5)
+
+
+@compiled
+def test_packed_texts_do_not_see_one_another():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    ids = torch.randint(3, 50, (1, 9))
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    ours, theirs = with_both(model, lambda m: m(ids, position_ids=places, use_cache=False).logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    alone, _ = with_both(model, lambda m: m(ids[:, 4:]).logits)
+    torch.testing.assert_close(ours[:, 4:], alone, rtol=1e-4, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_of_pairs_is_that_of_sdpa(additive):
+    torch.manual_seed(0)
+    model, ids = BertModel(BertConfig(**SIZES)), torch.randint(3, 50, (2, 9))
+    mask = torch.rand(2, 1, 9, 9) < 0.5
+    mask |= torch.eye(9, dtype=torch.bool)
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    ours, theirs = with_both(model, lambda m: m(ids, attention_mask=mask).last_hidden_state)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

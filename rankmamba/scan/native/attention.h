@@ -30,7 +30,8 @@ inline void weigh(const float *scores, vf factor, vf offset, typename M::Number 
     }
 }
 
-// scores (count) -> their softmax, not divided by the sum, zeros up to a multiple of W; returns the sum.
+// scores (count) -> their softmax, not divided by the sum, zeros up to a multiple of W; returns one over the sum. Where no key is seen
+// both are zero.
 template <class M>
 inline float softmax(float *scores, float factor, const float *hidden, int count, typename M::Number *weights) {
     const vf lowest = broadcast(-__builtin_inff());
@@ -45,10 +46,14 @@ inline float softmax(float *scores, float factor, const float *hidden, int count
         for (int c = 0; c < VECTORS; c++) most[c] = at_least(load(scores + j + c * W), most[c]);
     for (; j < size; j += W) most[0] = at_least(load(scores + j), most[0]);
     const float top = largest(at_least(at_least(most[0], most[1]), at_least(most[2], most[3])));
+    if (top == -__builtin_inff()) {
+        memset(weights, 0, size * sizeof(typename M::Number));
+        return 0;
+    }
     const vf by = broadcast(factor), offset = broadcast(-top * factor);
     for (j = 0; j + BLOCK <= size; j += BLOCK) weigh<M, VECTORS>(scores + j, by, offset, weights + j, total);
     for (; j < size; j += W) weigh<M, 1>(scores + j, by, offset, weights + j, total);
-    return sum((total[0] + total[1]) + (total[2] + total[3]));
+    return 1.f / sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 // What both directions need of a head.
@@ -145,18 +150,18 @@ struct AttentionForward : AttentionHead<M> {
                 prefetch_row(s.out, b, t, head * s.width, width);
                 if (t + QUERIES < s.queries) prefetch_row(s.q, b, t + QUERIES, head * s.q_head, width);
             }
-            float sums[QUERIES];
+            float shares[QUERIES];
             for (int i = 0; i < count; i++) {
                 const int own = s.causal ? seen - count + i + 1 : seen;
                 this->add_bias(head, first + i, own, scores + i * K);
-                sums[i] = softmax<M>(scores + i * K, s.scale * LOG2E, s.hidden ? hidden : nullptr, own, weights + i * K);
+                shares[i] = softmax<M>(scores + i * K, s.scale * LOG2E, s.hidden ? hidden : nullptr, own, weights + i * K);
                 for (int j = padded(own, W); j < columns; j += W) M::store_left(weights + i * K + j, vf{});
             }
             memset(weights + count * K, 0, (rows - count) * K * sizeof(Number));
             this->multiply(rows, depth, P, weights, K, v, P, out, P);
             for (int i = 0; i < count; i++) {
                 float *row = out + i * P;
-                const vf share = broadcast(1.f / sums[i]);
+                const vf share = broadcast(shares[i]);
                 for (int p = 0; p < P; p += W) store(row + p, load(row + p) * share);
                 store_row(s.out, b, first + i, head * s.width, width, row);
             }

@@ -43,8 +43,7 @@ struct AttentionBackward : AttentionHead<M> {
 
     // A query's scores and the gradients of its weights -> its weights and the gradients of its scores; `own` keys count.
     void through_softmax(float *score, float *dscore, int own, int columns) const {
-        const float total = softmax<Vectors>(score, s.scale * LOG2E, s.hidden ? hidden : nullptr, own, score);
-        const vf share = broadcast(1.f / total);
+        const vf share = broadcast(softmax<Vectors>(score, s.scale * LOG2E, s.hidden ? hidden : nullptr, own, score));
         const int size = padded(own, W);
         vf products = {};
         for (int j = 0; j < size; j += W) {
