@@ -66,7 +66,8 @@ def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
         return False
     product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     precise = linear.weight.dtype == torch.float32 and product in PRECISIONS and hidden.dtype in (torch.float32, product)
-    learns = torch.is_grad_enabled() or module.training or scan.traced()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0  # wants derivatives without gradients being on
+    learns = torch.is_grad_enabled() or forward_mode or module.training or scan.traced()
     return hidden.device.type == "cpu" and precise and not learns and scan.kernel("cpu").name == "native"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from .errors import InputError
 from .scan import causal_conv1d, rms_norm, selective_scan, ssd_scan
+from .scan.precision import autocasts
 
 
 def has_scan(model: nn.Module) -> bool:
@@ -255,6 +256,6 @@ class ScanRMSNorm:
     def forward(self, hidden_states):
         """(B, L, D) -> (B, L, D). Before products it rounds as autocast would for them, which saves a pass over the tokens."""
         device = hidden_states.device.type
-        rounds = self.before_products and torch.is_autocast_enabled(device)
+        rounds = self.before_products and autocasts(device)
         dtype = torch.get_autocast_dtype(device) if rounds else None
         return rms_norm(hidden_states, self.weight, epsilon=self.variance_epsilon, dtype=dtype)

@@ -168,6 +168,10 @@ def test_training_other_precisions_and_activations_adapters_and_watched_parts_st
         with context, autocast:
             assert hidden(model, ids).isfinite().all()
     assert not calls and len(set(seen)) == sum(isinstance(part, torch.nn.Linear) for part in watched.modules())
+    model = use_kernels(lively(family))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        assert hidden(model, ids).isfinite().all()
+    assert not calls
     hook = torch.nn.modules.module.register_module_forward_hook(lambda part, inputs, output: None)
     try:
         with torch.no_grad():

@@ -250,17 +250,23 @@ def test_generate_still_works_through_hugging_faces_cache():
     torch.testing.assert_close(rest.logits, ours(ids).logits[:, 3:], rtol=1e-5, atol=1e-5)
 
 
+@every_family
+def test_a_model_on_meta_gives_shapes(family):
+    ids = tokens(2, 9)
+    assert hidden(use_kernels(lively(family)).to("meta"), ids.to("meta")).shape == hidden(lively(family), ids).shape
+
+
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
-def test_evaluation_between_steps_of_a_fused_optimizer_changes_nothing(family):
+def test_a_fused_optimizer_steps_alike_before_in_and_after_evaluation(family):
     theirs = lively(family)
     ours = use_kernels(copy.deepcopy(theirs))
     ids, direction = tokens(2, 30), torch.randn_like(hidden(ours, tokens(2, 30)))
     for model in (ours, theirs):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        for _ in range(2):
+        for mode in (True, False, True):
             with torch.inference_mode():
                 hidden(model.eval(), ids)
-            model.train()
+                model.train(mode)
             for _ in range(2):
                 optimizer.zero_grad()
                 (hidden(model, ids) * direction).mean().backward()

@@ -379,6 +379,26 @@ def test_half_precision_comes_back_as_it_was_given(name):
     assert getattr(scan, name)(**halves, **options).dtype == torch.float16
 
 
+@every_call
+def test_tensors_on_meta_have_shapes_and_nothing_else(name):
+    tensors, options = CALLS[name](), OPTIONS.get(name, {})
+    meta = {key: None if t is None else t.to("meta") for key, t in tensors.items()}
+    ours, theirs = (getattr(scan, name)(**given, **options) for given in (meta, tensors))
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "kernel, half", [(name, torch.bfloat16) for name in KERNELS] + [(name, torch.float16) for name in KERNELS if name == "native"]
+)
+def test_mamba2_takes_x_and_its_maps_in_precisions_of_their_own(kernel, half):
+    tensors = mamba2(2, 70, 4, 8, 2, 16, state=False)
+    exact = scan.ssd_scan(**tensors)
+    mixed = tensors | {"x": tensors["x"].to(half), "B": tensors["B"] * 1e5, "C": tensors["C"] * 1e-5}  # beyond float16
+    with scan.forced(kernel):
+        got = scan.ssd_scan(**mixed)
+    assert got.dtype == half and (got - exact).abs().max() < 0.03 * exact.abs().max()
+
+
 def test_what_records_or_has_no_memory_runs_portable_and_a_forward_derivative_is_refused():
     tensors = mamba(2, 9, 8, 4, optional=False)
     rest = {key: tensors[key] for key in ("delta", "A", "B", "C")}
@@ -388,6 +408,8 @@ def test_what_records_or_has_no_memory_runs_portable_and_a_forward_derivative_is
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = {key: torch.empty(tensor.shape) for key, tensor in ({"u": other} | rest).items()}
         assert scan.selective_scan(**fakes).shape == other.shape
+    functional = torch.func.functionalize(lambda y: scan.rms_norm(y, torch.ones(8)))
+    torch.testing.assert_close(functional(other), scan.rms_norm(other, torch.ones(8)), rtol=1e-5, atol=1e-5)
     with fwAD.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
         scan.selective_scan(fwAD.make_dual(tensors["u"], torch.ones(2, 9, 8)), **rest)
 

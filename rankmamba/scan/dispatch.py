@@ -47,8 +47,10 @@ def forced(kernel: str | object):
 
 
 def traced() -> bool:
-    """Whether torch.compile, torch.jit or torch.fx is recording what runs: none can look into the kernels."""
+    """Whether torch.compile, torch.jit, torch.fx or torch.func is recording what runs: none can look into the kernels."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: torch.compile could not look at the modes either
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in RECORDERS)
 

@@ -145,6 +145,7 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     """See `rankmamba.scan.ssd_scan`: a masked matrix product within chunks, a short recurrence between them."""
     batch, length, heads, width = x.shape
     groups, n = B.shape[2:]
+    B, C = B.to(x.dtype), C.to(x.dtype)
     shared = heads // groups  # heads that use the same B and C
     A = _wide(A)
     wide = A.dtype

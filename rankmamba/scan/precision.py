@@ -7,13 +7,18 @@ import torch
 PRECISIONS = torch.float32, torch.bfloat16  # what the native kernels read and write
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on; there are devices, such as meta, that know none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def without_autocast(function):
     """Run `function`, which takes a tensor among its arguments, with autocast off on that tensor's device."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         device = next(t.device.type for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-        if not torch.is_autocast_enabled(device):
+        if not autocasts(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

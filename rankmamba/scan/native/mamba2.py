@@ -50,7 +50,8 @@ def _common(kernel, x, delta, A, B, C, D, initial_state):
     """The arguments that both directions share, and the tensors that they point to, which have to stay alive."""
     batch, length, heads, width = x.shape
     groups, n = B.shape[2:]
-    x, B, C = _rows(x), _rows(B.to(x.dtype)), _rows(C.to(x.dtype))
+    x = _rows(x)
+    B, C = _rows(B.to(x.dtype)), _rows(C.to(x.dtype))
     delta, A, D, initial_state = map(as_plain, (delta, A, D, initial_state))
     A2 = A * math.log2(math.e)
     arguments = kernel(batch, length, heads, width, groups, n, _chunk(length, n), rows(x), rows(B), rows(C))
