@@ -48,8 +48,23 @@ class Experiment:
         self, folder: str | Path, collection: str, scale: str, seed: int = 0, n_dev: int | None = None, n_test: int | None = None
     ):
         self.folder, self.collection, self.scale, self.seed = Path(folder), collection, scale, seed
+        self._check_folder()
         self._sizes = {"train": None, "dev": n_dev, "test": n_test}
         self._splits: dict[str, Collection] = {}
+
+    def _check_folder(self) -> None:
+        """Refuse a folder of another collection, whose models and runs have the same names.
+
+        Raises:
+            InputError: there is a record of a first stage, a training or a reranking of one.
+        """
+        kinds = ("first_stage", "train", "rerank") if self.folder.is_dir() else ()
+        for record in (record for kind in kinds for record in read_records(self.folder, kind)):
+            other = record["collection"].rpartition("/")[0]
+            if other != self.collection:
+                raise InputError(
+                    f"expected results of {self.collection} in {self.folder}, got those of {other}; give another folder with --results"
+                )
 
     def split(self, name: str) -> Collection:
         """Return the "train", "dev" or "test" part, with as many queries as the study uses."""
@@ -143,7 +158,7 @@ class Experiment:
         config = dataclasses.replace(config, epochs=max(config.epochs, math.ceil(config.max_steps * config.batch_size / groups)))
         settings = dataclasses.asdict(config)
         for record in self.runs():
-            if record["config"] == settings and not record["result"]["partial"]:
+            if record["config"] == settings | self._data and not record["result"]["partial"]:
                 return record
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         trial = copy.copy(self)  # shares the loaded splits
@@ -307,7 +322,13 @@ class Experiment:
     def _found(self, kind: str, system: str, part: str, config: dict) -> dict | None:
         """The record of a step that was done with the same settings."""
         record = self._last(kind, system, part)
-        return record if record is not None and record["config"] == config else None
+        return record if record is not None and record["config"] == config | self._data else None
+
+    @cached_property
+    def _data(self) -> dict:
+        """What tells a folder of one's own from itself before an edit, for the records' config; nothing for an id of ir_datasets."""
+        files = sorted(path for part in ("train", *PARTS) for path in (Path(self.collection) / part).glob("*") if path.is_file())
+        return {"files": hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()} if files else {}
 
     def _leave(self, kind, system, part, config, result, timing, ran: dict | None = None, note: str = "") -> dict:
         note = SYSTEMS[system].note if system in SYSTEMS else note
@@ -317,7 +338,7 @@ class Experiment:
             f"{self.collection}/{part}",
             self.scale,
             self.seed,
-            config,
+            config | self._data,
             result,
             timing,
             environment() | (ran or {}),

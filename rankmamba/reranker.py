@@ -23,7 +23,7 @@ from .memory import free_memory, out_of_memory
 from .model import RerankerModel
 from .passages import best_of, cut, spread, tokens_needed
 from .precision import autocast, autocast_dtype
-from .saved import check_target
+from .saved import carry_over, check_target
 from .threads import at_once, batch_cost, even_batches, side_by_side
 from .token_store import document_tokens
 
@@ -111,6 +111,8 @@ class Reranker:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors), configuration with the template, and tokenizer; the folder is whole or absent.
 
+        Over a saved reranker it keeps what is not part of one.
+
         Raises:
             InputError: the folder holds something else than a saved reranker, or cannot be written.
         """
@@ -121,6 +123,7 @@ class Reranker:
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
             write_files(temporary)
+            carry_over(folder, temporary)
 
     def predict(
         self, pairs: Iterable[tuple[str, str]], batch_tokens: int | None = None, show_progress_bar: bool = False, **cross_encoder

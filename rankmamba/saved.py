@@ -1,6 +1,8 @@
 """Loading a saved reranker whose folder nobody need trust: weights as safetensors only, all of them, and no code of its own."""
 
 import json
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -10,6 +12,11 @@ from .errors import InputError
 from .model import RerankerConfig, RerankerModel
 
 WEIGHTS = "model.safetensors"
+# what a saved reranker is made of; all else in its folder is somebody's own
+FILES = (
+    "config.json config_sentence_transformers.json modules.json *.safetensors *.safetensors.index.json tokenizer* vocab.* merges.txt "
+    "*.model special_tokens_map.json added_tokens.json records"
+).split()
 REMEDY = "copy the folder again, or train the system again"
 
 
@@ -29,7 +36,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def check_target(folder: str | Path) -> None:
-    """Check that a reranker may be saved as `folder`, which replaces what is there: nothing, or a saved reranker.
+    """Check that a reranker may be saved as `folder`: there is nothing, or a saved reranker, which it replaces.
 
     Raises:
         InputError: it is a file, or holds something else.
@@ -37,6 +44,16 @@ def check_target(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not is_saved(folder):
         raise InputError(f"expected a new or empty folder, or a saved reranker to replace, got {folder}; choose another name")
+
+
+def carry_over(folder: str | Path, to: Path) -> None:
+    """Copy what lies beside a saved reranker and is none of its files (notes, .git) to the folder that takes its place."""
+    for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        if not any(fnmatch(path.name, pattern) for pattern in FILES):
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, to / path.name, symlinks=True)
+            else:
+                shutil.copy2(path, to / path.name, follow_symlinks=False)
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,10 +1,14 @@
 """What an experiment says of its runs."""
 
+import shutil
+
 import pandas as pd
 import pytest
 
+from rankmamba.collection import load
+from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
-from rankmamba.formats import write_run
+from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 
 
 @pytest.mark.parametrize("places, counted", [((1, 3, 2, None), (1, 1, 1, 1)), ((2, 2, 2, None), (0, 3, 0, 0))])
@@ -27,3 +31,30 @@ def test_a_query_has_moved_as_its_first_relevant_document_has(places, counted, t
         write_run(path, run(where), system)
     moves = experiment.moves(["tiny-mamba"])
     assert tuple(moves.loc["tiny-mamba"]) == counted and tuple(moves.loc["bm25"]) == (0, 3, 0, 0)
+
+
+def own(folder, rotated=0):
+    """The tiny collection as a folder of one's own, each query with the judgements of another where `rotated`."""
+    for part in ("train", "dev", "test"):
+        tiny = load(f"rankmamba/tiny/{part}")
+        (folder / part).mkdir(parents=True)
+        texts = list(tiny.queries.values())
+        write_documents(folder / part / "documents.jsonl", tiny.documents.pairs())
+        write_queries(folder / part / "queries.tsv", dict(zip(tiny.queries, texts[rotated:] + texts[:rotated], strict=True)))
+        write_qrels(folder / part / "qrels.txt", tiny.qrels)
+    return str(folder)
+
+
+def test_a_folder_of_results_is_for_one_collection(tmp_path):
+    Experiment(tmp_path / "results", own(tmp_path / "mine"), "tiny").first_stage("bm25", 0.9, 0.4)
+    with pytest.raises(InputError, match="expected results of rankmamba/tiny in .*, got those of .*mine; give another folder"):
+        Experiment(tmp_path / "results", "rankmamba/tiny", "tiny")
+
+
+def test_a_collection_of_ones_own_that_was_edited_is_ranked_anew(tmp_path):
+    once = Experiment(tmp_path / "results", own(tmp_path / "mine"), "tiny").first_stage("bm25", 0.9, 0.4)
+    again = Experiment(tmp_path / "results", str(tmp_path / "mine"), "tiny").first_stage("bm25", 0.9, 0.4)
+    assert again == once
+    shutil.rmtree(tmp_path / "mine")
+    edited = Experiment(tmp_path / "results", own(tmp_path / "mine", rotated=1), "tiny")
+    assert edited.first_stage("bm25", 0.9, 0.4)["config"] != once["config"]

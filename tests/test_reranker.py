@@ -181,6 +181,17 @@ def test_saving_and_loading_keeps_every_weight_and_score(reranker, tmp_path):
     assert not list((tmp_path / "saved").glob("*.bin"))
 
 
+def test_saving_over_a_saved_reranker_keeps_what_is_not_part_of_one(reranker, tmp_path):
+    reranker.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "NOTES.md").write_text("mine")
+    (tmp_path / "m" / ".git").mkdir()
+    (tmp_path / "m" / ".git" / "HEAD").write_text("ref")
+    (tmp_path / "m" / "model-00001-of-00002.safetensors").write_bytes(b"a part of other weights")
+    reranker.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "NOTES.md").read_text() == "mine" and (tmp_path / "m" / ".git" / "HEAD").read_text() == "ref"
+    assert not (tmp_path / "m" / "model-00001-of-00002.safetensors").exists()
+
+
 def test_a_saved_folder_is_loaded_by_transformers_itself(reranker, tmp_path):
     reranker.save_pretrained(tmp_path / "saved")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()

@@ -116,16 +116,29 @@ def test_states_take_the_place_of_nothing_but_states_and_ids_and_texts_are_strin
     states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
     for write in (lambda folder: states.convert(folder, "int8"), lambda folder: DocumentStates.build(mamba, DOCUMENTS, folder)):
         for folder in (tmp_path / "mine", tmp_path / "mine" / "thesis"):
-            with pytest.raises(InputError, match="expected a new folder, or one of states"):
+            with pytest.raises(InputError, match="expected a new (or empty )?folder"):
                 write(folder)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis"]
+    (tmp_path / "repository" / ".git").mkdir(parents=True)
+    for folder in (
+        tmp_path / "s",
+        tmp_path / "repository",
+    ):  # a conversion takes not even the place of states, its own among them
+        with pytest.raises(InputError, match="which holds something"):
+            states.convert(folder, "int8")
+    assert (tmp_path / "repository" / ".git").is_dir() and DocumentStates.open(tmp_path / "s", mamba).dtype == "float32"
+    with pytest.raises(InputError, match="expected text that is UTF-8"):
+        DocumentStates.build(mamba, {"d1": "\ud800"}, tmp_path / "typed")
+    for asked in (states, states.hold(["d1"])):
+        with pytest.raises(InputError, match="expected top_k >= 0, got -1"):
+            asked.rank("q", **{"top_k": -1} | ({"doc_ids": ["d1"]} if asked is states else {}))
+        with pytest.raises(InputError, match="expected a query as a string"):
+            asked.rank(None, **({"doc_ids": ["d1"]} if asked is states else {}))
     for documents in ({1: "a"}, {"a": None}, ["a", "b"]):
         with pytest.raises(InputError, match="expected a (string as id and as text|collection or a mapping)"):
             DocumentStates.build(mamba, documents, tmp_path / "typed")
     with pytest.raises(InputError, match="got 1; build the states of all documents"):
         states.rank("q", [1])
-    with pytest.raises(InputError, match="expected a query as a string"):
-        states.rank(None, ["d1"])
     assert states.rank("river", (doc_id for doc_id in DOCUMENTS)) == states.rank("river", list(DOCUMENTS))
 
 

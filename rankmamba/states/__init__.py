@@ -27,7 +27,7 @@ from .build import BLOCK, SAMPLE, blocks, identity, store_block
 from .formats import FLOATS, Parts, check_format, decode, encode, encode_ids, record_bytes
 from .kinds import kind_of
 from .reader import Reader, compare_headers
-from .store import Writer, building, check_folder
+from .store import Writer, building, check_folder, check_new
 
 
 class DocumentStates:
@@ -140,10 +140,9 @@ class DocumentStates:
         """Rank documents for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order.
 
         Raises:
-            InputError: a document has no state here.
+            InputError: the query is no string, `top_k` is negative, or a document has no state here.
         """
-        if not isinstance(query, str):
-            raise InputError(f"expected a query as a string, got {query!r:.80}")
+        _check_query(query, top_k)
         doc_ids = list(doc_ids)
         rows = self._rows(doc_ids)
         return _ranked(doc_ids, self._score([query], np.zeros(len(rows), dtype=int), rows), top_k)
@@ -156,7 +155,8 @@ class DocumentStates:
         Raises:
             InputError: the run names a query that the collection does not have, or a document that has no state here.
         """
-        head = candidates[candidates["rank"] <= top_k]
+        head = candidates if "rank" in candidates else sort_run(candidates)
+        head = head[head["rank"] <= top_k]
         check_run(head, collection, columns=["query_id"])
         query_ids, query_of = _unique(head["query_id"])
         doc_ids, document_of = _unique(head["doc_id"])
@@ -165,13 +165,13 @@ class DocumentStates:
         return sort_run(head.assign(score=scores.astype(np.float64)))
 
     def convert(self, folder: str | Path, dtype: str, layers: Sequence[int] | None = None) -> "DocumentStates":
-        """Write these states, float32 of all layers, in another format; the backbone does not run.
+        """Write these states, float32 of all layers, in another format to a new folder; the backbone does not run.
 
         Raises:
-            InputError: these states are not float32 of all layers, there is no such format, or the folder holds something else.
+            InputError: these states are not float32 of all layers, there is no such format, or the folder holds something.
         """
         check_format(dtype)
-        check_folder(Path(folder))
+        check_new(Path(folder))
         manifest, table = self._reader.manifest, self._reader.names.table
         if self.dtype != "float32" or manifest["header"]["layers"] is not None:
             raise InputError(f"expected float32 states of all layers to convert, got {self.dtype} in {self._reader.folder}")
@@ -301,13 +301,25 @@ class HeldStates:
 
     @torch.no_grad()
     def rank(self, query: str, top_k: int | None = None) -> list[dict]:
-        """Rank the documents held for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order."""
+        """Rank the documents held for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order.
+
+        Raises:
+            InputError: the query is no string, or `top_k` is negative.
+        """
+        _check_query(query, top_k)
         tokens = self.states.reranker.inputs.queries([query])
         scores = np.empty(len(self.doc_ids), dtype=np.float32)
         with self._lock, autocast(self.states.reranker.device, self.states.reranker.dtype):
             for batch, loaded in self._batches:
                 scores[batch] = self.states._continue(loaded, tokens * len(batch))
         return _ranked(self.doc_ids, scores, top_k)
+
+
+def _check_query(query: object, top_k: int | None) -> None:
+    if not isinstance(query, str):
+        raise InputError(f"expected a query as a string, got {query!r:.80}")
+    if top_k is not None and top_k < 0:
+        raise InputError(f"expected top_k >= 0, got {top_k}")
 
 
 def _ranked(doc_ids: Sequence[str], scores: np.ndarray, top_k: int | None) -> list[dict]:

@@ -62,6 +62,16 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"expected a new folder, or one of states, got {folder} ({found}); choose another folder")
 
 
+def check_new(folder: Path) -> None:
+    """Check that `folder` is absent or empty.
+
+    Raises:
+        InputError: it is a file, or holds something.
+    """
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"expected a new or empty folder, got {folder}, which holds something; choose another folder")
+
+
 class Writer:
     """Appends blocks of documents; what was committed survives a kill, what was not is cut off at the next start.
 
@@ -100,7 +110,10 @@ class Writer:
         for item in (doc_id, text):
             if not isinstance(item, str):
                 raise InputError(f"expected a string as id and as text of each document, got {item!r:.80} (document {place + 1})")
-            encoded = item.encode()
+            try:
+                encoded = item.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"expected text that is UTF-8, got {item!r:.80} (document {place + 1})") from error
             self.digest.update(b"%d:" % len(encoded) + encoded)
         stored = self.done["documents"]
         if place + 1 == stored and self.digest.hexdigest() != self.done["digest"]:
