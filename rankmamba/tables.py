@@ -34,7 +34,8 @@ def per_query_values(records: list[dict], collection: str | None = None) -> dict
     collections = sorted({record["collection"] for record in found})
     if len(collections) != 1:
         there = ", ".join(collections) or "no record of kind evaluate"
-        raise InputError(f"expected one evaluated collection ({collection or 'any'}), got {there}; run 04_evaluate, or name one")
+        remedy = "name one, or give each a results folder of its own" if collections else "run 04_evaluate"
+        raise InputError(f"expected one evaluated collection ({collection or 'any'}), got {there}; {remedy}")
     values: dict[str, Tables] = {}
     for record in sorted(found, key=lambda record: (record["system"], record["seed"])):
         table = pd.DataFrame(record["result"]["per_query"], dtype=np.float64).rename_axis("query_id").sort_index()

@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from .collection import Collection, load, read_run
+from .collection import Collection, check_run, load, read_run
 from .errors import InputError
 from .files import check_room
 from .model import weights_digest
@@ -111,9 +111,10 @@ def train(
     Under torchrun or accelerate launch all processes call it alike; the first one writes.
 
     Raises:
-        InputError: the collection has no candidates or no judged relevant document, the configuration does not fit, or the memory or
-            the disk is too small.
+        InputError: the collection has no judged relevant document, or no candidates for the queries that have one; the configuration
+            does not fit, or the memory or the disk is too small.
         FloatingPointError: the loss or a gradient is NaN or infinite.
+        KeyboardInterrupt: after Ctrl-C, heard as `stop` is; a checkpoint keeps what was learnt, the model is not saved.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     candidates = collection.candidates if candidates is None else candidates
@@ -124,10 +125,15 @@ def train(
         )
     config.check(processes.num_processes)
     check_target(folder)
-    positives = int((collection.qrels["relevance"] > 0).sum())
-    if positives == 0:
+    relevant = collection.qrels[collection.qrels["relevance"] > 0]
+    if relevant.empty:
         raise InputError(f"expected at least one relevant document in the qrels of {collection.name}, got none")
-    steps = total_steps(config, positives)
+    if not relevant["query_id"].isin(candidates["query_id"].unique()).any():
+        raise InputError(
+            f"expected candidates to draw negatives from, got them for 0 of the {relevant['query_id'].nunique()} training queries of "
+            f"{collection.name}; pass a first-stage run of these queries"
+        )
+    steps = total_steps(config, len(relevant))
     reranker, adapted = _student(config, processes.device)
     _check_room(Path(folder), reranker.model)
     groups = TrainingGroups(
@@ -153,10 +159,11 @@ def train(
         callback = TensorBoardCallback()
         callback.logging_dir = str(tensorboard)
         trainer.add_callback(callback)
-    try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    except Stopped:
-        trainer.keep_last_step()
+    with progress.heeding_interrupts():
+        try:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        except Stopped:
+            trainer.keep_last_step()
     setup = reranker.setup | {"optimizer": OPTIMIZER, "processes": processes.num_processes}
     sharded = trainer.is_fsdp_enabled
     if sharded:  # each process has a part of the weights: the first one puts them together
@@ -240,7 +247,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, where = read_config(options.config)
         collection = load(where["collection"])
-        candidates = None if where["candidates"] is None else read_run(where["candidates"])
+        candidates = None
+        if where["candidates"] is not None:
+            candidates = read_run(where["candidates"])
+            # documents are checked when they are drawn: all of a large collection's would be looked up for it
+            check_run(candidates, collection, where["candidates"], columns=["query_id"])
         first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
         trained = train(config, collection, where["folder"], candidates, on_step=print_step, tensorboard=options.tensorboard)
         if first:
@@ -260,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; start the same command again, it goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; start the same command again, it goes on where it was", file=sys.stderr)
         return 130
     return 0
 

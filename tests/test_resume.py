@@ -169,6 +169,21 @@ def test_a_stopped_training_goes_on_where_it_was(stopped, collection, undisturbe
     assert seconds == sorted(seconds) and result.seconds >= seconds[-1]
 
 
+@pytest.mark.parametrize("step", [1, 5, 8])
+def test_ctrl_c_before_any_checkpoint_is_due_loses_no_finished_step(step, collection, undisturbed, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            small("tiny-neox"),
+            collection,
+            tmp_path / "model",
+            on_step=lambda row: row["step"] == step and signal.raise_signal(signal.SIGINT),
+        )
+    assert not (tmp_path / "model").exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    steps = []
+    result = train(small("tiny-neox"), collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
+    assert steps == [*range(step + 1, 9)] and outcome(result) == undisturbed
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

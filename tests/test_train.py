@@ -1,5 +1,6 @@
 """Training: the LCE loss, the recipe, reproducibility, stopping."""
 
+import signal
 import threading
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 
 from rankmamba.candidates import BM25
-from rankmamba.collection import load, write_documents, write_qrels, write_queries
+from rankmamba.collection import load, write_documents, write_qrels, write_queries, write_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.reranker import Reranker
-from rankmamba.train import TrainConfig, train
+from rankmamba.train import TrainConfig, main, train
 from rankmamba.training.distil import teacher_scores
 from rankmamba.training.groups import TrainingGroups
 from rankmamba.training.losses import accuracy, distil_loss, lce_loss
@@ -113,8 +114,8 @@ def test_stopping_ends_after_the_step_and_keeps_what_was_learnt(tmp_path):
     assert Reranker.from_pretrained(tmp_path / "model").predict([("a", "b")]).shape == (1,)
 
 
-@pytest.mark.parametrize("moment", ["forward", "backward"])
-def test_stopping_within_a_step_gives_it_up_and_the_same_call_goes_on_as_if_never_stopped(moment, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment, by", [("forward", "stop"), ("backward", "stop"), ("backward", "Ctrl-C")])
+def test_stopping_within_a_step_gives_it_up_and_the_same_call_goes_on_as_if_never_stopped(moment, by, tmp_path, monkeypatch):
     collection, config = load("rankmamba/tiny/train"), TrainConfig("tiny-mamba", max_steps=6, **TINY)
     whole = train(config, collection, tmp_path / "whole")
     stop, heeded = threading.Event(), []
@@ -124,12 +125,17 @@ def test_stopping_within_a_step_gives_it_up_and_the_same_call_goes_on_as_if_neve
         heeded.append(len(progress.curve))
         # a step looks twice a chunk: first on its way forward, then on its way back
         if heeded.count(3) == (2 if moment == "forward" else LCETrainer.CHUNKS + 2):
-            stop.set()
+            stop.set() if by == "stop" else signal.raise_signal(signal.SIGINT)
         heed_stop(progress, args)
 
     monkeypatch.setattr(Progress, "heed_stop", listen)
-    first = train(config, collection, tmp_path / "model", stop=stop)
-    assert first.stopped and first.steps == 3 and heeded[-1] == 3
+    if by == "stop":
+        first = train(config, collection, tmp_path / "model", stop=stop)
+        assert first.stopped and first.steps == 3
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, collection, tmp_path / "model")
+    assert heeded[-1] == 3
     monkeypatch.setattr(Progress, "heed_stop", heed_stop)
     second = train(config, collection, tmp_path / "model")
     assert not second.stopped and [row["loss"] for row in second.curve] == [row["loss"] for row in whole.curve]
@@ -143,6 +149,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
             tmp_path / "model",
         )
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "part, said", [("test", "every query_id to be one of rankmamba/tiny/train, got"), (None, "for 0 of the 8 training queries")]
+)
+def test_candidates_of_another_split_or_none_at_all_are_refused(part, said, tmp_path, capsys):
+    run = load(f"rankmamba/tiny/{part or 'train'}").candidates
+    write_run(tmp_path / "first.run", run if part else run[:0], "bm25")
+    names = {"system": "tiny-bert", "collection": "rankmamba/tiny/train", "folder": tmp_path / "model"}
+    lines = [f"{name}: {value}" for name, value in (names | {"candidates": tmp_path / "first.run"}).items()]
+    (tmp_path / "train.yaml").write_text("\n".join(lines))
+    assert main(["--config", str(tmp_path / "train.yaml")]) == 1
+    error = capsys.readouterr().err
+    assert said in error and not (tmp_path / "model").exists()
+    assert not part or f"{tmp_path / 'first.run'}:1" in error
 
 
 def test_state_space_parameters_are_not_decayed():

@@ -1,9 +1,11 @@
 """How far a training is, and when it saves and stops."""
 
 import json
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainingArguments
@@ -27,7 +29,7 @@ class Progress(TrainerCallback):
     def __init__(self, on_step: Callable[[dict], None] | None, stop: threading.Event | None, every_s: float, every_steps: int):
         self.on_step, self.stop, self.every_s, self.every_steps = on_step, stop, every_s, every_steps
         self.curve: list[dict] = []
-        self.stopped, self.trainer = False, None
+        self.stopped, self.interrupted, self.trainer = False, False, None
         self._started, self._saved, self._pause = time.perf_counter(), time.perf_counter(), every_s
 
     @property
@@ -44,9 +46,35 @@ class Progress(TrainerCallback):
         """A checkpoint has been written, in `took` seconds."""
         self._saved, self._pause = time.perf_counter(), max(self.every_s, took / self.SHARE)
 
+    @contextmanager
+    def heeding_interrupts(self) -> Iterator[None]:
+        """Let Ctrl-C be heard as `stop` is, where model and optimizer are whole and can be kept, and raise KeyboardInterrupt then.
+
+        A second one is heard at once. Other threads than the main one hear none; a handler of somebody else's stays.
+        """
+        usual = signal.default_int_handler
+        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+            yield
+            return
+
+        def interrupt(*_) -> None:
+            signal.signal(signal.SIGINT, usual)
+            self.interrupted = True
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, usual)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def _asked_to_stop(self) -> bool:
+        return self.interrupted or self.stop is not None and self.stop.is_set()
+
     def heed_stop(self, args: TrainingArguments) -> None:
         """Give up the step if asked to stop. A step takes seconds on a CPU; elsewhere, and with other processes, it is finished."""
-        if self.stop is not None and self.stop.is_set() and args.device.type == "cpu" and args.world_size == 1:
+        if self._asked_to_stop() and args.device.type == "cpu" and args.world_size == 1:
             self.stopped = True
             raise Stopped
 
@@ -60,7 +88,9 @@ class Progress(TrainerCallback):
             self.on_step(row | {"of": state.max_steps})
         due = time.perf_counter() - self._saved > self._pause or (self.every_steps and state.global_step % self.every_steps == 0)
         # one process decides for all
-        stop, due = self.trainer.agree(self.stop is not None and self.stop.is_set(), due)
+        stop, due, interrupted = self.trainer.agree(self._asked_to_stop(), due, self.interrupted)
         if stop:
             control.should_training_stop = self.stopped = True
+        if interrupted:
+            self.interrupted = True
         control.should_save = bool(stop or due)
