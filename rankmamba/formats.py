@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -142,11 +143,24 @@ def read_documents(path: str | Path) -> JsonlDocuments:
     return JsonlDocuments(path)
 
 
-def write_documents(path: str | Path, documents: Iterable[tuple[str, str]]) -> None:
-    """Write (doc_id, text) pairs as JSONL."""
+def write_documents(path: str | Path, documents: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
+    """Write {doc_id: text}, or such pairs, as JSONL.
+
+    Raises:
+        InputError: there is none, one is no such pair of strings, or a doc_id occurs twice; nothing is written then.
+    """
+    written: set[str] = set()
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
-        for doc_id, text in documents:
-            handle.write(json.dumps({"doc_id": _id(doc_id, "doc_id", path), "text": text}, ensure_ascii=False) + "\n")
+        for pair in documents.items() if isinstance(documents, Mapping) else documents:
+            if isinstance(pair, str) or len(pair) != 2:
+                raise InputError(f"expected pairs (doc_id, text), got {pair!r:.80} ({path}); pass a mapping or its items")
+            doc_id, text = _checked(pair[0], pair[1], path)
+            if doc_id in written:
+                raise InputError(f"expected each doc_id once, got {doc_id!r} again ({path}); remove one of the two")
+            written.add(doc_id)
+            handle.write(json.dumps({"doc_id": doc_id, "text": text}, ensure_ascii=False) + "\n")
+        if not written:
+            raise InputError(f"expected at least one document, got none ({path})")
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
@@ -177,12 +191,18 @@ def read_queries(path: str | Path) -> dict[str, str]:
 
 
 def write_queries(path: str | Path, queries: Mapping[str, str]) -> None:
-    """Write queries as TSV; a text with a tab or a line break is an InputError, as it could not be read back."""
+    """Write queries as TSV.
+
+    Raises:
+        InputError: there is none, or an id or a text could not be read back; nothing is written then.
+    """
+    if not queries:
+        raise InputError(f"expected at least one query, got none ({path})")
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
         for query_id, text in queries.items():
-            if not text.strip() or any(character in text for character in "\t\n\r"):
-                raise InputError(f"expected a query text without tabs and line breaks, got {text[:80]!r} for query {query_id!r}")
-            handle.write(f"{_id(query_id, 'query_id', path)}\t{text}\n")
+            if not isinstance(text, str) or not text.strip() or any(character in text for character in "\t\n\r"):
+                raise InputError(f"expected a query text without tabs and line breaks, got {text!r:.80} for query {query_id!r}")
+            handle.write(f"{_id(query_id, 'query_id', path)}\t{_encodable(text, f'query {query_id!r}', path)}\n")
 
 
 def read_qrels(path: str | Path) -> pd.DataFrame:
@@ -213,11 +233,15 @@ def write_qrels(path: str | Path, qrels: pd.DataFrame) -> None:
     """Write qrels in the TREC format.
 
     Raises:
-        InputError: a relevance is not a whole number, or an id has white space.
+        InputError: there is none, a relevance is not a whole number, an id has white space, or a pair is judged twice; nothing is
+            written then.
     """
-    whole = qrels["relevance"] % 1 == 0
-    if not whole.all():
-        raise InputError(f"expected a whole number as relevance, got {qrels['relevance'][~whole].iloc[0]} ({path})")
+    if qrels.empty:
+        raise InputError(f"expected at least one judgement, got none ({path})")
+    for relevance in qrels["relevance"]:
+        if not isinstance(relevance, Real) or not relevance % 1 == 0 or abs(relevance) >= 2**63:
+            raise InputError(f"expected a whole number as relevance, got {relevance!r} ({path}); convert the column")
+    refuse_duplicates(qrels, "qrels")
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
         for query_id, doc_id, relevance in zip(qrels["query_id"], qrels["doc_id"], qrels["relevance"], strict=True):
             handle.write(f"{_id(query_id, 'query_id', path)} 0 {_id(doc_id, 'doc_id', path)} {int(relevance)}\n")
@@ -294,19 +318,26 @@ def _document(line: str, where: str) -> tuple[str, str]:
     fields = sorted(document) if isinstance(document, dict) else type(document).__name__
     if not isinstance(document, dict) or "doc_id" not in document or "text" not in document:
         raise InputError(f'expected an object with "doc_id" and "text", got {fields} ({where})')
-    doc_id, title, text = document["doc_id"], document.get("title") or "", document["text"]
+    return _checked(document["doc_id"], document["text"], where, document.get("title") or "")
+
+
+def _checked(doc_id: str, text: str, where: str | Path, title: str = "") -> tuple[str, str]:
+    """Check what a document is made of, read or to be written: (doc_id, text with its title)."""
     for field, value in (("doc_id", doc_id), ("title", title), ("text", text)):
         if not isinstance(value, str):
             remedy = 'write "" for none' if value is None else "put it in quotes"
             raise InputError(f"expected a string as {field}, got {value!r:.80} ({where}); {remedy}")
     text = f"{title} {text}" if title else text
+    return _id(doc_id, "doc_id", where), _encodable(text, f"document {doc_id!r}", where)
+
+
+def _encodable(text: str, of: str, where: str | Path) -> str:
+    """Check that a file can hold a text."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(
-            f"expected text that UTF-8 can hold, got half a surrogate pair in document {doc_id!r} ({where})"
-        ) from None
-    return _id(doc_id, "doc_id", where), text
+        raise InputError(f"expected text that UTF-8 can hold, got half a surrogate pair in {of} ({where})") from None
+    return text
 
 
 def _id(value: str, field: str, where: str | Path) -> str:

@@ -37,6 +37,10 @@ def run_of(*rows):
     return pd.DataFrame(rows, columns=["query_id", "doc_id", "score"])
 
 
+def qrels_of(*rows):
+    return pd.DataFrame(rows, columns=collection.QRELS_COLUMNS)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A small collection of our own folder format."""
@@ -50,9 +54,10 @@ def folder(tmp_path):
 @given(st.dictionaries(IDS, TEXTS, min_size=1, max_size=10))
 def test_documents_come_back_as_written_in_order_whatever_their_text(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
-    write_documents(path, texts.items())
-    documents = read_documents(path)
-    assert list(documents.pairs()) == list(texts.items())
+    for given in (texts, texts.items()):
+        write_documents(path, given)
+        documents = read_documents(path)
+        assert list(documents.pairs()) == list(texts.items())
     assert documents.get_many([*texts, "no such id"]) == texts
 
 
@@ -174,11 +179,24 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     for write, argument in [
         (write_queries, {"q1": "two\tcolumns"}),
         (write_queries, {"q1": " "}),
+        (write_queries, {"q1": None}),
+        (write_queries, {"q1": "half \ud800"}),
+        (write_queries, {}),
         (write_documents, [("d 1", "text")]),
+        (write_documents, ["d1", "d2"]),
+        (write_documents, {"d1": "text", "d2": None}),
+        (write_documents, {"d1": "half \ud800"}),
+        (write_documents, [("d1", "text"), ("d1", "again")]),
+        (write_documents, {}),
+        (write_qrels, qrels_of(("q1", "d1", "1"))),
+        (write_qrels, qrels_of(("q1", "d1", 0.5))),
+        (write_qrels, qrels_of(("q1", "d1", float("nan")))),
+        (write_qrels, qrels_of(("q1", "d1", 1), ("q1", "d1", 0))),
+        (write_qrels, qrels_of()),
         (lambda path, run: write_run(path, run, "tag"), run_of(("q\n", "d", 1.0))),
         (lambda path, run: write_run(path, run, "two words"), run_of(("q", "d", 1.0))),
     ]:
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="expected .* got"):
             write(tmp_path / "file", argument)
         assert not list(tmp_path.iterdir())
 
