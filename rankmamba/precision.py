@@ -2,17 +2,27 @@
 
 import torch
 
+from .errors import InputError
+
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 
 
-def autocast_dtype(device: torch.device | str, asked: torch.dtype | None = None) -> tuple[torch.dtype, str]:
+def autocast_dtype(device: torch.device | str, asked: torch.dtype | str | None = None) -> tuple[torch.dtype, str]:
     """Return (dtype for autocast, the reason): what was asked for, else bfloat16 where the device has matrix units for it.
 
-    Weights, states, the head and the scores stay float32 either way.
+    Weights, states, the head and the scores stay float32 either way. asked: also by its name, such as "float32".
+
+    Raises:
+        InputError: it is none of `NAMES`.
     """
     device = torch.device(device)
     if asked is not None:
-        return asked, f"{NAMES.get(asked, asked)}: asked for"
+        asked = getattr(torch, asked, asked) if isinstance(asked, str) else asked
+        if asked not in list(NAMES):
+            raise InputError(
+                f"expected a dtype among {', '.join(map(str, NAMES))}, got {asked!r}; leave it out for the device's own"
+            )
+        return asked, f"{NAMES[asked]}: asked for"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"bf16: {torch.cuda.get_device_name(device)} has bfloat16 tensor cores"

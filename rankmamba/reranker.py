@@ -54,6 +54,8 @@ class Reranker:
     True
     """
 
+    num_labels = 1  # as sentence-transformers' evaluators ask: one score a pair
+
     def __init__(
         self, model: RerankerModel, tokenizer, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ):
@@ -132,12 +134,13 @@ class Reranker:
 
         batch_tokens: tokens computed at a time after padding (on a CPU in a batch a thread), default `self.batch_tokens`; it changes
         speed and memory, not the scores.
-        cross_encoder: what else sentence-transformers' evaluators pass (`cross_encoder.check_arguments`).
+        cross_encoder: what else `CrossEncoder.predict` has, see `cross_encoder.conversion`; with it the scores may be a tensor.
         """
+        convert = None
         if cross_encoder:
-            from .cross_encoder import check_arguments
+            from .cross_encoder import conversion
 
-            check_arguments(**cross_encoder)
+            convert = conversion(**cross_encoder)
         pairs = list(pairs)
         for pair in pairs:
             ordered = isinstance(pair, Sequence | np.ndarray) and not isinstance(pair, str)
@@ -145,22 +148,30 @@ class Reranker:
                 raise InputError(f"expected pairs (query, document) of strings, got {pair!r}")
         queries, query_of = _unique(query for query, _ in pairs)
         documents, document_of = _unique(document for _, document in pairs)
-        return self._score(
+        scores = self._score(
             self.inputs.queries(queries), self.inputs.documents(documents), query_of, document_of, batch_tokens, show_progress_bar
         )
+        return scores if convert is None else convert(scores)
 
-    def rank(self, query: str, documents: Iterable[str], top_k: int | None = None, return_documents: bool = False) -> list[dict]:
+    def rank(
+        self, query: str, documents: Iterable[str], top_k: int | None = None, return_documents: bool = False, **predict
+    ) -> list[dict]:
         """Rank documents for a query: [{'corpus_id', 'score', 'text'?}] best first; equal scores keep the given order.
 
+        predict: what else `predict` takes.
+
         Raises:
-            InputError: a text is no string, documents are a mapping, or `top_k` is negative.
+            InputError: a text is no string, documents are a mapping or one text, or `top_k` is negative.
         """
         if isinstance(documents, Mapping):
             raise InputError("expected a sequence of texts, got a mapping; pass list(documents.values())")
+        if isinstance(documents, str):
+            raise InputError(f"expected a sequence of texts, got the text {documents!r:.80}; pass [text] to score a single one")
         if top_k is not None and top_k < 0:
             raise InputError(f"expected top_k >= 0, got {top_k}")
         documents = list(documents)
-        scores = self.predict([(query, document) for document in documents])
+        as_array = {"convert_to_numpy": True, "convert_to_tensor": False} if predict else {}
+        scores = self.predict([(query, document) for document in documents], **predict | as_array)
         order = np.argsort(-scores, kind="stable")[:top_k]
         ranked = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
         if return_documents:
@@ -186,8 +197,10 @@ class Reranker:
         passages of it and take the best (MaxP); `cost` then counts passages.
 
         Raises:
-            InputError: the run names a query or a document that the collection does not have.
+            InputError: the run names a query or a document that the collection does not have, or a number is below 1.
         """
+        if top_k < 1 or max_passages < 1:
+            raise InputError(f"expected top_k and max_passages of at least 1, got {top_k} and {max_passages}")
         candidates = candidates if "rank" in candidates else sort_run(candidates)
         head = candidates[candidates["rank"] <= top_k]
         check_run(head, collection, columns=["query_id"])

@@ -54,8 +54,8 @@ def folder(tmp_path):
 @given(st.dictionaries(IDS, TEXTS, min_size=1, max_size=10))
 def test_documents_come_back_as_written_in_order_whatever_their_text(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
-    for given in (texts, texts.items()):
-        write_documents(path, given)
+    for written in (texts, texts.items()):
+        write_documents(path, written)
         documents = read_documents(path)
         assert list(documents.pairs()) == list(texts.items())
     assert documents.get_many([*texts, "no such id"]) == texts

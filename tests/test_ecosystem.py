@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from sentence_transformers import CrossEncoder
-from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+from sentence_transformers.cross_encoder.evaluation import CrossEncoderClassificationEvaluator, CrossEncoderRerankingEvaluator
 
 from rankmamba.collection import load, write_qrels, write_run
 from rankmamba.errors import InputError
@@ -70,6 +71,52 @@ def test_sentence_transformers_never_reads_our_folder_with_another_template(tmp_
     lively("tiny-mamba").save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         CrossEncoder(str(tmp_path / "saved"), device="cpu")
+
+
+def test_sentence_transformers_max_length_holds_and_what_our_folder_has_not_is_refused(tmp_path):
+    reranker, folder = lively("tiny-neox"), str(tmp_path / "saved")
+    reranker.save_pretrained(folder)
+    load_it = partial(CrossEncoder, folder, device="cpu", trust_remote_code=True)
+    short = load_it(max_length=30)
+    ours = Reranker.from_pretrained(folder, dtype=torch.float32, max_length=30, max_query_length=15)
+    assert short.max_seq_length == 30 and np.allclose(short.predict(PAIRS), ours.predict(PAIRS), atol=1e-5)
+    short.save_pretrained(str(tmp_path / "short"))
+    assert np.allclose(
+        Reranker.from_pretrained(tmp_path / "short", dtype=torch.float32).predict(PAIRS), ours.predict(PAIRS), atol=1e-5
+    )
+    short.max_seq_length = 64
+    assert np.allclose(short.predict(PAIRS), reranker.predict(PAIRS), atol=1e-5)
+    assert np.array_equal(load_it(model_kwargs={"dtype": torch.float32}).predict(PAIRS), short.predict(PAIRS))
+    for refused in (
+        lambda: load_it(max_length="30"),
+        lambda: load_it(model_kwargs={"torch_dtype": torch.bfloat16}),
+        lambda: load_it(num_labels=2),
+        lambda: short.predict(PAIRS, prompt="query: "),
+    ):
+        with pytest.raises(InputError, match="expected .* got .*"):
+            refused()
+
+
+def test_the_keywords_of_cross_encoder_mean_the_same_here():
+    reranker, documents = lively("tiny-mamba"), [text for _, text in PAIRS]
+    raw = reranker.predict(PAIRS)
+    given = {"batch_size": 2, "num_workers": 0, "show_progress_bar": None, "activation_fn": torch.nn.Sigmoid()}
+    scores = reranker.predict(PAIRS, convert_to_tensor=True, **given)
+    assert isinstance(scores, torch.Tensor) and np.allclose(scores, 1 / (1 + np.exp(-raw)), atol=1e-5)
+    assert np.allclose(torch.stack(reranker.predict(PAIRS, convert_to_numpy=False)), raw)
+    ranked = reranker.rank("which river", documents, convert_to_tensor=True, **given)
+    assert [row["corpus_id"] for row in ranked] == [row["corpus_id"] for row in reranker.rank("which river", documents)]
+    assert ranked[0]["score"] == pytest.approx(float(scores.max()))
+    for wrong in ({"prompt": "query: "}, {"device": "cuda"}, {"batch_sise": 3}):
+        with pytest.raises(InputError, match=f"expected keywords .* got {next(iter(wrong))}="):
+            reranker.rank("which river", documents, **wrong)
+
+
+def test_the_classification_evaluator_of_sentence_transformers_accepts_a_reranker():
+    reranker = lively("tiny-mamba")
+    labels = (reranker.predict(PAIRS) > np.median(reranker.predict(PAIRS))).astype(int).tolist()
+    measures = CrossEncoderClassificationEvaluator(PAIRS, labels, name="ours", write_csv=False)(reranker)
+    assert measures["ours_accuracy"] == 1
 
 
 def test_the_reranking_evaluator_of_sentence_transformers_accepts_a_reranker():

@@ -239,6 +239,21 @@ def test_a_run_that_names_something_unknown_is_refused_by_name(column, value):
         reranker.rerank(collection.candidates.assign(**{column: value}), collection)
 
 
+@pytest.mark.parametrize("wrong", ["top_k", "max_passages"])
+def test_nothing_to_rerank_is_refused(wrong):
+    collection = load("rankmamba/tiny/test")
+    reranker = Reranker.from_pretrained("tiny-bert", dtype=torch.float32)
+    with pytest.raises(InputError, match="top_k and max_passages of at least 1, got"):
+        reranker.rerank(collection.candidates, collection, **{wrong: 0})
+
+
+@pytest.mark.parametrize("wrong", [torch.float64, torch.int8, "float31", "nn"])
+def test_a_dtype_that_products_do_not_run_in_is_refused_and_one_may_be_named(wrong):
+    assert Reranker.from_pretrained("tiny-bert", dtype="bfloat16").dtype is torch.bfloat16
+    with pytest.raises(InputError, match="a dtype among torch.bfloat16, torch.float32, torch.float16, got"):
+        Reranker.from_pretrained("tiny-bert", dtype=wrong)
+
+
 def test_an_unknown_system_and_a_number_for_a_text_are_refused():
     with pytest.raises(InputError, match="no-such-system"):
         Reranker.from_pretrained("no-such-system")
@@ -265,6 +280,8 @@ def test_pairs_and_texts_may_come_from_any_iterable_and_what_only_looks_like_the
     assert reranker.rank("a river", iter(TEXTS), return_documents=True) == ranked
     with pytest.raises(InputError, match="got a mapping"):
         reranker.rank("a river", dict(enumerate(TEXTS)))
+    with pytest.raises(InputError, match="got the text 'abc'"):
+        reranker.rank("a river", "abc")
     with pytest.raises(InputError, match="top_k >= 0, got -1"):
         reranker.rank("a river", TEXTS, top_k=-1)
     with pytest.raises(InputError, match="a whole number of tokens as max_length, got 'a'"):
