@@ -152,7 +152,7 @@ class Collection:
             InputError: fewer than one.
         """
         if count is not None and count < 1:
-            raise InputError(f"expected at least one query, got {count}; give null for all of them")
+            raise InputError(f"expected at least one query, got {count}; a number beyond the collection's takes all of them")
         if count is None or count >= len(self.queries):
             return self
         kept = set(random.Random(seed).sample(sorted(self.queries), count))
@@ -177,17 +177,11 @@ def load(name_or_folder: str | Path) -> Collection:
     """
     import ir_datasets
 
-    from . import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; here, because the two take long to import
-
     name = str(name_or_folder)
     if name in UNIONS:
         return _union(name, [load(part) for part in UNIONS[name]])
-    try:
-        dataset = None if isinstance(name_or_folder, Path) else ir_datasets.load(name)
-    except KeyError:
-        dataset = None
-    if dataset is not None:
-        return _from_ir_datasets(name, dataset)
+    if not isinstance(name_or_folder, Path) and is_id(name):
+        return _from_ir_datasets(name, ir_datasets.load(name))
     if Path(name).is_dir():
         return _from_folder(Path(name))
     close = difflib.get_close_matches(name, list(ir_datasets.registry), n=3)
@@ -195,6 +189,18 @@ def load(name_or_folder: str | Path) -> Collection:
         f"expected an ir_datasets id or a folder with documents.jsonl, got {name!r}; "
         + (f"did you mean {' or '.join(close)}?" if close else "check the spelling and the current folder")
     )
+
+
+def is_id(name: str) -> bool:
+    """Whether it names a dataset of ir_datasets, ours and `UNIONS` included."""
+    import ir_datasets
+
+    from . import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; here, because the two take long to import
+
+    try:
+        return name in UNIONS or ir_datasets.load(name) is not None
+    except KeyError:
+        return False
 
 
 def _union(name: str, parts: Sequence[Collection]) -> Collection:

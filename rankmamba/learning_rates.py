@@ -9,6 +9,7 @@ on where it was.
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,24 +57,37 @@ def measured_on(dev: Collection, reranker: Reranker, top_k: int) -> dict:
 
 
 def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
-    """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done."""
+    """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done.
+
+    Of a training that diverged it has "diverged", the reason.
+    """
     settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
     if record := find_record(experiment.folder, "learning_rate", system=config.system, config=settings):
         return record
-    with progress(f"{config.system}, {config.learning_rate:g}") as on_step:
-        loss = last_quarter(experiment.train(config, on_step)["result"]["curve"])
-    dev, reranker = experiment.split("dev"), Reranker.from_pretrained(experiment.model_path(config.system))
-    result = {"loss": loss} | measured_on(dev, reranker, top_k)
+    dev = experiment.split("dev")
     made = experiment.folder, "learning_rate", config.system, dev.name, experiment.scale, config.seed
+    try:
+        with progress(f"{config.system}, {config.learning_rate:g}") as on_step:
+            loss = last_quarter(experiment.train(config, on_step)["result"]["curve"])
+    except FloatingPointError as error:  # too high a rate is an answer too
+        return leave_record(*made, settings, {"diverged": str(error)}, {}, environment())
+    reranker = Reranker.from_pretrained(experiment.model_path(config.system))
+    result = {"loss": loss} | measured_on(dev, reranker, top_k)
     return leave_record(*made, settings, result, {"seconds": reranker.cost.seconds}, environment() | reranker.setup)
 
 
 def table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system and a rate: the loss at the end, the mean on dev with its 95% interval, and whether it is the system's best."""
+    """A row a system and a rate: the loss at the end, the mean on dev with its 95% interval, and whether it is the system's best.
+
+    NaN where the training diverged.
+    """
     rows = []
     for record in records:
-        values = np.array(list(record["result"]["per_query"].values()))
-        rows.append((record["system"], record["config"]["learning_rate"], record["result"]["loss"], *mean_interval(values)))
+        result, row = record["result"], (record["system"], record["config"]["learning_rate"])
+        if "diverged" in result:
+            rows.append((*row, *[math.nan] * 4))
+        else:
+            rows.append((*row, result["loss"], *mean_interval(np.array(list(result["per_query"].values())))))
     found = pd.DataFrame(rows, columns=["system", "learning rate", "loss", PRIMARY, "low", "high"])
     found["best"] = found["loss"] == found.groupby("system")["loss"].transform("min")
     return found
@@ -98,7 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table(records).sort_values(["system", "learning rate"]).to_string(index=False, float_format="{:.5g}".format))
+    print(
+        table(records)
+        .sort_values(["system", "learning rate"])
+        .to_string(index=False, float_format="{:.5g}".format, na_rep="diverged")
+    )
     return 0
 
 

@@ -14,6 +14,8 @@ from .errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+COLLECTIONS = ("collection", "transfer_collections")
+AT_LEAST_ONE = ("n_dev", "n_test", "n_transfer", "n_state_queries", "top_k", "max_passages")
 BATCH = ("scale", "results", "interactive")  # what a batch run sets itself
 TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
 
@@ -196,9 +198,24 @@ def settle(scale: str, only: str | None = None, overrides: dict | None = None) -
     for given, fits, where in ((from_scale, everywhere, scale_path(scale)), (overrides, known(paths), "-p")):
         for name, value in given.items():
             check(name, value, fits, where)
+    overrides = {name: _placed(value) if name in COLLECTIONS else value for name, value in overrides.items()}
     settings = {name: default for name, (_, default) in everywhere.items()} | from_scale | overrides
     _check_ranges(settings, overrides)
     return settings
+
+
+def _placed(collection):
+    """The absolute path of a collection, or of each in a list, that is a folder: the notebooks run in another one.
+
+    Where an id and a folder have the same name, the id is meant, as in `collection.load`.
+    """
+    if isinstance(collection, list):
+        return [_placed(each) for each in collection]
+    if not isinstance(collection, str) or not Path(collection).is_dir():
+        return collection
+    from .collection import is_id  # its imports take long
+
+    return collection if is_id(collection) else str(Path(collection).resolve())
 
 
 def _check_ranges(settings: Mapping, overrides: Mapping) -> None:
@@ -208,6 +225,12 @@ def _check_ranges(settings: Mapping, overrides: Mapping) -> None:
     systems = settings.get("systems", ["any"])
     if not systems:
         raise InputError("expected at least one system, got systems=[]")
+    for system in systems:
+        if not isinstance(system, str):
+            raise InputError(f"expected names of systems, got {system!r} in systems={systems}")
+    for name in AT_LEAST_ONE:
+        if settings.get(name, 1) < 1:
+            raise InputError(f"expected {name} of at least 1, got {settings[name]}")
     by_system = {"learning_rate": "learning_rates", "max_steps": "max_steps"}
     for name in RANGES:
         given = settings.get(by_system.get(name, name), {})

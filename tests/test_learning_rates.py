@@ -40,6 +40,13 @@ def test_every_system_is_tried_with_every_rate_on_dev_and_a_second_search_does_n
     assert search(tmp_path, capsys, "--rates", "0.001", "0.01") == printed and records() == before
 
 
+def test_a_rate_that_diverges_is_said_and_the_others_are_tried(tmp_path, capsys, records):
+    for _ in range(2):
+        printed = search(tmp_path, capsys, "-p", "systems=[tiny-mamba]", "--rates", "1e30", "0.01")
+        assert [line.split()[2] == "diverged" for line in printed.splitlines()[1:]] == [False, True]
+        assert printed.splitlines()[1].endswith("True") and len(records()) == 2
+
+
 def test_a_system_that_does_not_exist_is_one_sentence(tmp_path, capsys):
     assert learning_rates.main(["--scale", "tiny", "-p", "systems=[nano-nothing]", "--results", str(tmp_path)]) == 1
     assert "nano-nothing" in capsys.readouterr().err

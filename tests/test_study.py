@@ -97,12 +97,30 @@ def test_a_finished_study_leaves_a_record_of_what_it_ran_with(tmp_path):
         ({"learning_rates": {"default": "fast"}}, "learning_rate of at least 0, got 'fast'"),
         ({"learning_rates": {"default": 1e-3, "tiny-brt": 0.1}}, "in learning_rates, got tiny-brt"),
         ({"max_steps": {"tiny-bert": 3}}, "a value for default in max_steps"),
+        ({"systems": ["tiny-bert", 1]}, "names of systems, got 1"),
+        ({"n_test": 0}, "n_test of at least 1, got 0"),
+        ({"top_k": 0}, "top_k of at least 1, got 0"),
+        ({"max_passages": 0}, "max_passages of at least 1, got 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_what_would_fail_in_the_midst_of_a_study_is_refused_before_it_begins(wrong, said):
     with pytest.raises(InputError, match=said):
         parameters.settle("tiny", None, wrong)
+
+
+def test_a_collection_in_the_current_folder_is_found_from_the_notebooks_and_an_id_stays_an_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine/test", "rankmamba/tiny/test"):
+        (tmp_path / name).mkdir(parents=True)
+    given = {"collection": "mine", "transfer_collections": ["rankmamba/tiny/test", "./rankmamba/tiny/test", "mine/test"]}
+    settings = parameters.settle("tiny", None, given)
+    assert settings["collection"] == str(tmp_path / "mine")
+    assert settings["transfer_collections"] == [
+        "rankmamba/tiny/test",
+        str(tmp_path / "rankmamba/tiny/test"),
+        str(tmp_path / "mine/test"),
+    ]
 
 
 def test_a_results_folder_that_is_a_file_is_refused(tmp_path, capsys):
