@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocato
 
 from .evaluate import BASELINE, PRIMARY, Tables, by_seed, seeds_of, summarise
 from .files import replacing
-from .style import STYLE, base, look, mixed
+from .style import STYLE, base, look, mixed, order
 
 
 class Chart(Figure):
@@ -68,8 +68,7 @@ def forest(
     measures = [measures] if isinstance(measures, str) else list(measures)
     means = {system: summarise(tables, shared=shared) for system, tables in values.items()}
     ticks = "; ticks: single seeds" if any(len(seeds_of(tables)) > 1 for tables in values.values()) else ""
-    rank = {base(system): means.get(base(system), means[system])[measures[0]]["mean"] for system in values}
-    rows = sorted(rank, key=lambda system: (system != baseline, look(system) != look(baseline), -rank[system]))
+    rows = sorted({base(system) for system in values}, key=lambda system: (system != baseline, order(system)))
     figure = Chart(figsize=(2.5 + 4.5 * len(measures), 1.4 + 0.55 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
@@ -87,6 +86,7 @@ def forest(
             axes.plot(interval["mean"], place, **_marker(system))
             axes.annotate(f" {interval['mean']:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", fontsize=11)
         label = f"{measure}: mean, 95% interval of each alone{ticks}\nsystems that overlap may differ: they share queries"
+        label += f"\ngrey band: the interval of {baseline}" if baseline in means else ""
         axes.set(xlabel=label, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -129,7 +129,7 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
     curves: {system: table with step and loss (nats), or one for each seed}. group_size draws the loss of guessing, ln(group size).
     """
     figure, axes = _figure(xlabel="training steps", ylabel="LCE loss (nats)")
-    ends, top = {}, 0.0 if group_size is None else math.log(group_size)
+    ends, stops, top = {}, {}, 0.0 if group_size is None else math.log(group_size)
     for turn, (system, given) in enumerate(curves.items()):
         style = look(system)
         tables = [table.reset_index(drop=True) for table in seeds_of(given)]
@@ -141,13 +141,16 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
         axes.fill_between(places, smooth.min(axis=1), smooth.max(axis=1), color=style.color, alpha=0.25, linewidth=0)
         line = {"linestyle": style.line, "linewidth": 1.8, "markevery": (turn * every // len(curves), every), "markersize": 6}
         axes.plot(places, smooth.mean(axis=1), **_marker(system) | line)
-        ends[system] = float(smooth.iloc[-1].mean())
+        ends[system], stops[system] = float(smooth.iloc[-1].mean()), places.iloc[-1]
         top = max(top, smooth.iloc[len(smooth) // 50 :].mean(axis=1).max())  # the first steps would press the rest together
     if group_size is not None:
         axes.axhline(math.log(group_size), color="black", linestyle=":", linewidth=1.5)
         axes.annotate(f"guessing: ln {group_size}", (0.98, math.log(group_size)), xycoords=("axes fraction", "data"), ha="right",
                       xytext=(0, 4), textcoords="offset points", path_effects=[withStroke(linewidth=4, foreground="white")])  # fmt: skip
-    axes.set(ylim=(0, 1.1 * top), xlim=(0, None))
+    last = max(axes.dataLim.x1, 1)
+    for system, value in ends.items():  # a shorter run's end is led to its label
+        axes.plot([stops[system], last], [value, value], color=look(system).color, linewidth=1, linestyle=":")
+    axes.set(ylim=(0, 1.1 * top), xlim=(0, last))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _end_labels(axes, ends)
     return figure

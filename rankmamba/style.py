@@ -14,18 +14,18 @@ class Look(NamedTuple):
     line: str | tuple
 
 
-# The first family with a word in a system's name decides. Colours after Okabe & Ito and P. Tol.
+# In the order of every table and figure; the longest word that is in a system's name decides. Colours after Okabe & Ito and P. Tol.
 FAMILIES = {
     ("bm25",): Look("#222222", "D", (0, (1, 1.2))),
-    ("hybrid", "zamba", "jamba"): Look("#E69F00", "d", (0, (6, 1.5))),
-    ("mamba2", "mamba-2"): Look("#882255", "h", (0, (4, 1.5))),
-    ("mamba",): Look("#D55E00", "o", "-"),
     ("minilm",): Look("#56B4E9", "P", (0, (2, 1))),
-    ("t5", "bart"): Look("#999933", "p", (0, (3, 1, 1, 1, 1, 1))),
     ("bert", "electra"): Look("#0072B2", "s", "--"),
+    ("t5", "bart"): Look("#999933", "p", (0, (3, 1, 1, 1, 1, 1))),
     ("neox", "pythia", "gpt"): Look("#009E73", "^", "-."),
     ("opt",): Look("#332288", "v", (0, (5, 1, 1, 1))),
     ("smollm", "llama", "qwen"): Look("#117733", "<", (0, (8, 2))),
+    ("mamba",): Look("#D55E00", "o", "-"),
+    ("mamba2", "mamba-2"): Look("#882255", "h", (0, (4, 1.5))),
+    ("hybrid", "zamba", "jamba"): Look("#E69F00", "d", (0, (6, 1.5))),
 }
 OTHER = Look("#999999", "X", ":")
 # matplotlib's settings for every figure.
@@ -59,4 +59,10 @@ def mixed(system: str) -> bool:
 def look(system: str) -> Look:
     """How a system is drawn, by the family in its name; the same in every figure."""
     name = base(system).lower()
-    return next((style for words, style in FAMILIES.items() if any(word in name for word in words)), OTHER)
+    found = [(len(word), style) for words, style in FAMILIES.items() for word in words if word in name]
+    return max(found, key=lambda both: both[0], default=(0, OTHER))[1]
+
+
+def order(system: str) -> tuple[int, str]:
+    """The key that sorts systems everywhere: the first stage, Transformers, state-space models, each beside its mixture."""
+    return [*FAMILIES.values(), OTHER].index(look(system)), system

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, Tables, by_seed, clustered, compare, summarise
-from .style import base
+from .style import base, order
 
 
 def measured(table: pd.DataFrame, shared: Mapping[str, int] | None = None) -> dict:
@@ -37,7 +37,7 @@ def per_query_values(records: list[dict], collection: str | None = None) -> dict
         remedy = "name one, or give each a results folder of its own" if collections else "run 04_evaluate"
         raise InputError(f"expected one evaluated collection ({collection or 'any'}), got {there}; {remedy}")
     values: dict[str, Tables] = {}
-    for record in sorted(found, key=lambda record: (record["system"], record["seed"])):
+    for record in sorted(found, key=lambda record: (order(record["system"]), record["seed"])):
         table = pd.DataFrame(record["result"]["per_query"], dtype=np.float64).rename_axis("query_id").sort_index()
         values.setdefault(record["system"], []).append(table)
     return values
@@ -83,10 +83,10 @@ def seed_by_seed(records: list[dict], measure: str = PRIMARY, baseline: str = BA
 
 def readable_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
     """The table of `seed_by_seed` as text: a row a system, a column a seed, cells such as "+0.044 [+0.032, +0.057], p <0.001"."""
-    cells = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p {_p_value(row.p_holm)}" for row in seeds.itertuples()]
+    cells = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p {p_value(row.p_holm)}" for row in seeds.itertuples()]
     index = ["collection", "system"] if seeds["collection"].nunique() > 1 else "system"
     return (
-        seeds.assign(cell=cells)
+        seeds.assign(cell=cells, system=pd.Categorical(seeds["system"], sorted(set(seeds["system"]), key=order)))
         .pivot(index=index, columns="seed", values="cell")
         .add_prefix("seed ")
         .rename_axis(columns=None)
@@ -122,7 +122,7 @@ def by_words(
 def curves(records: list[dict]) -> dict[str, list[pd.DataFrame]]:
     """{system: [its training curve, one a seed]} from "train" records; what `plots.training_curves` takes."""
     found: dict[str, list[pd.DataFrame]] = {}
-    for record in sorted(records, key=lambda record: (record["system"], record["seed"])):
+    for record in sorted(records, key=lambda record: (order(record["system"]), record["seed"])):
         if record["kind"] == "train":
             found.setdefault(record["system"], []).append(pd.DataFrame(record["result"]["curve"]))
     return found
@@ -146,7 +146,7 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
         differences = pd.DataFrame()
         if baseline in values:
             differences = compare(values, baseline, measure, shared=shared).set_index("system")
-        for system in sorted(values, key=lambda name: (name != baseline, name)):
+        for system in sorted(values, key=lambda name: (name != baseline, order(name))):
             row = {"collection": collection, "system": system, "queries": len(values[system][0]), "seeds": len(values[system])}
             for name, interval in summarise(values[system], shared=shared).items():
                 row |= {name: interval["mean"], f"{name} low": interval["low"], f"{name} high": interval["high"]}
@@ -259,7 +259,7 @@ def _cells(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     for name in (column.removesuffix(" low") for column in table.columns if column.endswith(" low")):
         cells[f"{name}\n"] = _intervals(table[[name, f"{name} low", f"{name} high"]], "")
     cells[f"{table['measure'].iloc[0]}\n- {table['baseline'].iloc[0]}"] = _intervals(table[["difference", "low", "high"]], "+")
-    cells["p\n(Holm)"] = [("" if math.isnan(p) else _p_value(p),) for p in table["p_holm"]]
+    cells["p\n(Holm)"] = [("" if math.isnan(p) else p_value(p),) for p in table["p_holm"]]
     cells["train\ntokens"] = [("" if math.isnan(count) else _short(count / 1e6) + "M",) for count in table["tokens"]]
     cells["train\nmin"] = [(_short(minutes),) for minutes in table["minutes"]]
     cells["pairs/s\n"] = [(_short(rate),) for rate in table["pairs_per_s"]]
@@ -273,7 +273,8 @@ def _intervals(columns: pd.DataFrame, sign: str) -> list[tuple[str, ...]]:
     return [("",) if math.isnan(row[0]) else tuple(f"{value:{sign}.3f}" for value in row) for row in rows]
 
 
-def _p_value(p: float) -> str:
+def p_value(p: float) -> str:
+    """A p as text: three decimals, "<0.001" below."""
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 

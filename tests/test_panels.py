@@ -237,6 +237,8 @@ def test_the_table_of_runs_has_their_settings_newest_first(experiment):
 def test_the_ranking_panel_answers_a_typed_query_from_every_system(experiment):
     search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")}, experiment.folder / "states")
     panel = panels.RankingPanel(search, list(search.collection.queries.values()), top_k=10)
+    panel.ranking.start.click()
+    wait_for(lambda: panel.lists.value == "Pick a query, or type one.")
     panel.query.value = f"the metal of a planet {HOSTILE}"
     wait_for(lambda: panel.text.value)
     assert "<section>" in panel.lists.value and panel.lists.value.count("<section>") == 2
@@ -289,8 +291,10 @@ def test_the_ranking_panel_stores_states_and_then_answers_from_them(experiment, 
     experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
     search = Search(experiment.split("test"), {"tiny-mamba": experiment.model_path("tiny-mamba")}, tmp_path / "states")
     panel = panels.RankingPanel(search, [], top_k=10)
+    assert f"all {len(search.collection.documents):,} documents with tiny-mamba: how long" in panel.storing_takes.value
     panel.query.value = "the metal of a planet"
     wait_for(lambda: panel.text.value)
+    assert "minutes, judged by the last ranking" in panel.storing_takes.value
     assert "from states" not in panel.lists.value and panel.stored.layout.display == ""
     panel.storing.start.click()
     wait_for(lambda: "from states" in panel.lists.value)

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from rankmamba import plots
 from rankmamba.evaluate import summarise
-from rankmamba.style import FAMILIES, look
+from rankmamba.profiling import plots as profile_plots
+from rankmamba.style import FAMILIES, look, order
 
 STUDY = ["bm25", "minilm-l6", "nano-bert", "nano-neox", "nano-mamba", "nano-mamba2"]
 
@@ -27,7 +28,7 @@ VALUES = {
     **{system: values(seed) for seed, system in enumerate(STUDY)},
     "nano-mamba + bm25": [values(7), values(8), values(9)],
 }
-ROWS = sorted(STUDY, key=lambda system: (system != "bm25", -VALUES[system]["RR@100"].mean()))
+ROWS = ["bm25", "minilm-l6", "nano-bert", "nano-neox", "nano-mamba", "nano-mamba2"]
 FINAL = pd.DataFrame(
     {
         "system": list(VALUES),
@@ -125,6 +126,43 @@ def test_an_interrupted_save_leaves_the_earlier_figure(tmp_path, monkeypatch):
 )
 def test_a_family_looks_the_same_whatever_its_member(names):
     assert len({look(name) for name in names}) == 1
+
+
+def test_systems_stand_by_family_each_beside_its_mixture():
+    shuffled = [
+        "nano-mamba2",
+        "other",
+        "nano-mamba + bm25",
+        "nano-neox",
+        "bm25-tuned",
+        "nano-mamba",
+        "minilm-l6",
+        "bm25",
+        "nano-bert",
+    ]
+    expected = [
+        "bm25",
+        "bm25-tuned",
+        "minilm-l6",
+        "nano-bert",
+        "nano-neox",
+        "nano-mamba",
+        "nano-mamba + bm25",
+        "nano-mamba2",
+        "other",
+    ]
+    assert sorted(shuffled, key=order) == expected
+
+
+def test_a_share_is_written_only_where_its_bar_has_room_for_it():
+    parts = {"scan": 12.0, "projections": 88.0}
+    rows = [("nano-mamba", scale, part) for scale in (1.0, 0.1) for part in parts]
+    table = pd.DataFrame(
+        [(f"{system} {scale}", "training", part, scale * parts[part]) for system, scale, part in rows],
+        columns=["system", "mode", "part", "us"],
+    )
+    written = [text.get_text() for text in profile_plots.parts(table).axes[0].texts]
+    assert written == ["12%", "88%", "88%"]
 
 
 def test_the_systems_of_the_study_differ_in_colour_in_marker_and_in_line():

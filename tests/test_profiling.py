@@ -197,7 +197,7 @@ def test_the_verdict_follows_the_records_against_the_fastest_transformer(rates, 
     assert set(profile_tables.against_transformers(profile_tables.speed_table(made))["rival"]) == {"nano-bert"}
 
 
-def test_speeds_of_one_pass_or_of_some_layers_are_level_within_a_fifth():
+def test_speeds_of_one_pass_or_of_some_layers_are_not_told_apart_within_a_fifth():
     for change in ("turns", "depths"):
         made = list(records({("nano-mamba", True): {128: 115}, ("nano-bert", False): {128: 100}}))
         assert profile_tables.against_transformers(profile_tables.speed_table(made))["standing"].tolist() == ["faster"]
@@ -206,7 +206,36 @@ def test_speeds_of_one_pass_or_of_some_layers_are_level_within_a_fifth():
             ours["timing"]["training"]["seconds"] = ours["timing"]["training"]["seconds"][:1]
         else:
             ours["result"] |= {"layers": 24, "depths": [2, 6]}
-        assert profile_tables.against_transformers(profile_tables.speed_table(made))["standing"].tolist() == ["level"]
+        assert profile_tables.against_transformers(profile_tables.speed_table(made))["standing"].tolist() == ["not told apart"]
+        assert "**is not decided**" in profile_tables.verdict(made)
+
+
+def test_level_is_within_the_margin_and_speeds_that_scatter_are_not_told_apart():
+    made = list(records({("nano-mamba", True): {128: 98, 512: 90}, ("nano-bert", False): {128: 100, 512: 100}}))
+    made[1]["timing"]["training"]["high"] = 100
+    assert "level at 128 tokens (0.98 times its tokens/s), not told apart at 512 tokens" in profile_tables.verdict(made)
+
+
+def test_a_single_pass_is_marked_and_makes_no_crossing():
+    rates = {("nano-mamba", True): {128: 100, 512: 250, 2048: 400}, ("nano-bert", False): {128: 200, 512: 200, 2048: 200}}
+    made = list(records(rates))
+    for record in made:
+        if record["config"]["length"] > 128:
+            record["timing"]["training"]["seconds"] = [1]
+    text = profile_tables.verdict(made)
+    assert "slower at 128 tokens (0.50 times its tokens/s), faster at 512 to 2,048 tokens" in text
+    assert "(1.25 to 2.00 times its tokens/s; one pass)" in text and "overtakes" not in text
+
+
+def test_a_machine_whose_own_product_was_disturbed_is_called_busy_first():
+    made = list(records({("nano-mamba", True): {128: 100}, ("nano-bert", False): {128: 200}}))
+    for peaks, begins in (
+        ((100, 120), "On X"),
+        ((100, 190), "This machine was busy while it measured (its reference product varied by 1.9"),
+    ):
+        for record, peak in zip(made, peaks, strict=True):
+            record["timing"]["peak_gflops"] = peak
+        assert profile_tables.verdict(made).startswith(begins)
 
 
 def test_a_whole_system_is_no_estimate_beside_one_of_which_some_layers_ran():
@@ -216,7 +245,7 @@ def test_a_whole_system_is_no_estimate_beside_one_of_which_some_layers_ran():
         record["result"] |= {"layers": 24, "depths": [2, 6]}
     table = profile_tables.speed_table(made)
     compared = profile_tables.against_transformers(table).set_index("system")
-    assert compared["standing"].to_dict() == {"nano-mamba": "faster", "mamba-130m": "level"}
+    assert compared["standing"].to_dict() == {"nano-mamba": "faster", "mamba-130m": "not told apart"}
     assert profile_tables.readable(table)["layers run"].tolist() == ["all", "all", "2 and 6 of 24", "2 and 6 of 24"]
 
 

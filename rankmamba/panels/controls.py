@@ -80,14 +80,14 @@ class Controls:
 
     def row(self) -> widgets.HBox:
         """The buttons, the bar and the status in one line."""
-        return widgets.HBox([self.start, self.stop, self.bar, self.status], layout=widgets.Layout(align_items="center"))
+        return in_row([self.start, self.stop, self.bar, self.status], align_items="center")
 
     def begin(self) -> None:
         """Start the job; one that goes on is stopped and waited for, in the new one's thread."""
         before = self.job
         if before is not None:
             before.stop.set()
-        self.start.disabled, self.stop.disabled = True, False
+        self.start.disabled, self.stop.disabled, self.stop.button_style = True, False, "danger"
         self.error.value = ""
         self.job = Job(self._work, self._refresh, after=before)
         self.job.start()
@@ -113,6 +113,7 @@ class Controls:
     def _show(self, job: Job) -> None:
         going = not job.ended.is_set()
         self.start.disabled, self.stop.disabled = going, not going or job.stop.is_set()
+        self.stop.button_style = "" if self.stop.disabled else "danger"
         self.bar.value = job.done / job.total if job.total else 0
         self.bar.bar_style = {"failed": "danger", "stopped": "warning", "finished": "success"}.get(job.state, "info")
         parts = [job.state] if job.state != "running" else []
@@ -123,6 +124,11 @@ class Controls:
             parts.append(f"{tqdm.format_interval(job.remaining)} left")
         self.status.value = " · ".join(parts)
         self.error.value = error_html(job.error, job.traceback) if job.error else ""
+
+
+def in_row(children: Sequence[widgets.Widget], **layout) -> widgets.HBox:
+    """Widgets side by side; where there is no room they go on below: a row of JupyterLab's own would cut them."""
+    return widgets.HBox(children, layout=widgets.Layout(flex_flow="row wrap", **layout))
 
 
 def choice(options: Sequence[str], description: str) -> widgets.ToggleButtons:

@@ -6,7 +6,7 @@ from html import escape
 import ipywidgets as widgets
 
 from ..style import look
-from .controls import Controls, Panel, choice, table_html
+from .controls import Controls, Panel, choice, in_row, table_html
 from .job import Job
 
 LENGTHS, BATCHES = [2**power for power in range(6, 14)], [1, 8, 16, 32, 64]  # training takes whole groups of 8, or of 1
@@ -34,7 +34,7 @@ class ProfilePanel(Panel):
         self.batch = widgets.SelectionSlider(options=sorted({batch, *BATCHES}), value=batch, description="batch, pairs", **wide)
         self.controls = Controls("Measure", self._work, self._draw, unit="mode")
         self.table = widgets.HTML()
-        sizes = widgets.HBox([self.length, self.batch])
+        sizes = in_row([self.length, self.batch])
         super().__init__([self.system, sizes, self.controls.row(), self.controls.error, self.table], [self.controls])
 
     def _work(self, job: Job) -> None:

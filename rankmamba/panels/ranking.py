@@ -7,7 +7,7 @@ import ipywidgets as widgets
 
 from ..errors import InputError
 from ..search import FIRST_STAGE, Ranking, Search, query_words
-from .controls import Controls, Panel, choice
+from .controls import Controls, Panel, choice, in_row
 from .job import Job
 from .pages import document_html, lists_html
 
@@ -48,12 +48,12 @@ class RankingPanel(Panel):
         )
         self.systems = [
             widgets.Checkbox(
-                place < 2 or "mamba" in system,
+                True,
                 description=system,
                 indent=False,
                 layout=widgets.Layout(width="auto", margin="0 16px 0 0"),
             )
-            for place, system in enumerate(search.models)
+            for system in search.models
         ]
         self.document = widgets.SelectionSlider(
             options=[("", "")], description="document", layout=widgets.Layout(width="900px", max_width="100%")
@@ -64,16 +64,20 @@ class RankingPanel(Panel):
         self.ranking = Controls("Rank", self._rank, self._draw_lists, unit="document")
         self.reading = Controls("Read", self._read, self._draw_document, unit="sentence")
         self.storing = Controls("Store states", self._store, self._draw_stored, unit="document")
-        self.stored = widgets.VBox([self.storing.row(), self.storing.error])
+        self.storing_takes = widgets.HTML()
+        self.storing_takes.add_class("rm-note")
+        self.stored = widgets.VBox([self.storing.row(), self.storing_takes, self.storing.error])
         self.below = widgets.VBox([self.document, self.judge, self.reading.error, self.text])
         self.below.layout.display = "none"
         self.pick.observe(self._pick, "value")
         for widget in (self.query, self.top_k, *self.systems):
             widget.observe(self._ask, "value")
+        for box in self.systems:
+            box.observe(lambda change: self._offer_storing(), "value")
         for widget in (self.document, self.judge):
             widget.observe(self._open, "value")
-        systems = widgets.HBox([widgets.Label("rerank with", layout=widgets.Layout(margin="0 10px 0 16px")), *self.systems])
-        asking = [self.pick, widgets.HBox([self.query, self.top_k]), systems, self.ranking.row()]
+        systems = in_row([widgets.Label("rerank with", layout=widgets.Layout(margin="0 10px 0 16px")), *self.systems])
+        asking = [self.pick, in_row([self.query, self.top_k]), systems, self.ranking.row()]
         super().__init__(
             [*asking, self.ranking.error, self.stored, self.lists, self.below], [self.ranking, self.reading, self.storing]
         )
@@ -117,7 +121,7 @@ class RankingPanel(Panel):
 
     def _store(self, job: Job) -> None:
         """Store the states of all documents for the ticked systems that have states."""
-        systems = [system for system in self._search.storable() if system in self._ticked()]
+        systems = self._to_store()
         done, total = 0, len(systems) * len(self._search.collection.documents)
         if not systems:
             raise InputError(f"expected a ticked system among {', '.join(self._search.storable())}, got none; tick one")
@@ -133,6 +137,9 @@ class RankingPanel(Panel):
                 return
             self._known = {key: ranking for key, ranking in self._known.items() if key[0] != system}
 
+    def _to_store(self) -> list[str]:
+        return [system for system in self._search.storable() if system in self._ticked()]
+
     def _draw_stored(self, job: Job) -> None:
         if job.ended.is_set():
             self._offer_storing()
@@ -140,18 +147,31 @@ class RankingPanel(Panel):
                 self._ask(None)
 
     def _offer_storing(self) -> None:
-        """Offer to store states as long as there is a system that has some and lacks them."""
+        """Offer to store states as long as there is a system that has some and lacks them, and say what it takes."""
+        systems = self._to_store()
         self.stored.layout.display = "" if self._search.storable() else "none"
+        documents = len(self._search.collection.documents)
+        rankings = {key[0]: ranking for key, ranking in list(self._known.items()) if ranking.doc_ids}
+        about = "how long that takes is known once a query has been ranked"
+        if systems and set(systems) <= set(rankings):  # none of these has answered from states yet
+            rates = [rankings[system].seconds / len(rankings[system].doc_ids) for system in systems]
+            about = f"about {documents * sum(rates) / 60:,.1f} minutes, judged by the last ranking"
+        self.storing_takes.value = (
+            f"Store states reads all {documents:,} documents with {' and '.join(systems) or 'each ticked system that has states'}: "
+            f"{about}. Stop keeps what is done; the next time goes on from there."
+        )
 
     def _draw_lists(self, job: Job) -> None:
         answer = self._answer
         if answer is None or FIRST_STAGE not in answer.lists:
             return
         if not answer.lists[FIRST_STAGE].doc_ids:
-            self.lists.value, self.below.layout.display = "No document has a word of this query: try another one.", "none"
+            nothing = "No document has a word of this query: try another one." if answer.query else "Pick a query, or type one."
+            self.lists.value, self.below.layout.display = nothing, "none"
             return
         if job.ended.is_set() and job.result is answer:
             self._offer(answer)
+            self._offer_storing()
         self._show_lists()
 
     def _show_lists(self) -> None:

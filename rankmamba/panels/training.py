@@ -9,7 +9,7 @@ import numpy as np
 
 from ..style import look
 from ..train import TrainConfig
-from .controls import Controls, Panel, choice, table_html
+from .controls import Controls, Panel, choice, in_row, table_html
 from .curves import Run, learning_curves
 from .job import Job
 
@@ -54,10 +54,10 @@ class TrainingPanel(Panel):
         self.picture, self.said, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.said.add_class("rm-note")
         self.system.observe(lambda change: self._start_from(change["new"]), "value")
-        left, right = widgets.VBox([self.learning_rate, self.steps]), widgets.VBox([self.group_size, self.seed])
+        left, right = [self.learning_rate, self.steps], [self.group_size, self.seed, self.max_length]
         body = [
             self.system,
-            widgets.HBox([left, right, self.max_length]),
+            in_row([widgets.VBox(left), widgets.VBox(right)]),
             self.controls.row(),
             self.controls.error,
             self.said,

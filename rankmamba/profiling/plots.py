@@ -52,7 +52,12 @@ def throughput(table: pd.DataFrame) -> Figure:
 @_styled
 def memory(table: pd.DataFrame) -> Figure:
     """Peak memory of a pass against length, panels as in `throughput`. table: `profiling.tables.speed_table`."""
-    return _panels(table, lambda axes, part: _lines(axes, part, "peak_mib"), "peak memory (MiB)")
+
+    def draw(axes: Axes, part: pd.DataFrame) -> None:
+        axes.set(yscale="linear", ylim=(0, 1.15 * part["peak_mib"].max()))  # from 0, so that what hardly changes looks flat
+        _lines(axes, part, "peak_mib")
+
+    return _panels(table, draw, "peak memory (MiB)")
 
 
 def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
@@ -69,8 +74,9 @@ def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
                 major_locator=FixedLocator(lengths), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}")
             )
             low, high = axes.get_ylim()
-            ticks = LogLocator(subs=(1, 2, 3, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8))
-            axes.yaxis.set(major_locator=ticks, minor_locator=NullLocator())
+            if axes.get_yscale() == "log":
+                ticks = LogLocator(subs=(1, 2, 3, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8))
+                axes.yaxis.set(major_locator=ticks, minor_locator=NullLocator())
             axes.yaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"))
     return figure
 
@@ -79,7 +85,7 @@ def _lines(axes: Axes, part: pd.DataFrame, column: str, *others: str) -> None:
     """A line a system, named at its end. others: columns for which there must be room, too."""
     shown = part[[column, *others]]
     ends, low, high = {}, shown.min().min(), shown.max().max()
-    if low < np.inf:
+    if low < np.inf and axes.get_yscale() == "log":
         axes.set_ylim(low / 1.15, high * 1.15)
     for system, rows in part.dropna(subset=column).groupby("system", sort=False):
         rows = rows.sort_values("length")
@@ -91,7 +97,7 @@ def _lines(axes: Axes, part: pd.DataFrame, column: str, *others: str) -> None:
 @_styled
 def parts(table: pd.DataFrame) -> Figure:
     """Where the microseconds of a token go, a bar a system, training left and inference right. table: `profiling.tables.parts_table`."""
-    modes, systems = list(dict.fromkeys(table["mode"])), list(dict.fromkeys(table["system"]))
+    modes, systems, labels = list(dict.fromkeys(table["mode"])), list(dict.fromkeys(table["system"])), []
     figure = Chart(figsize=(1.6 + 4.6 * len(modes), 1.9 + 0.6 * len(systems)), layout="constrained")
     for mode, axes in zip(modes, figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], strict=True):
         wide = table[table["mode"] == mode].pivot(index="system", columns="part", values="us").reindex(systems).fillna(0)
@@ -101,13 +107,19 @@ def parts(table: pd.DataFrame) -> Figure:
             axes.barh(systems, wide[part], left=left, color=color, hatch=hatch, edgecolor="#444444", linewidth=0.8, label=part)
             for place, share in enumerate(wide[part] / wide.sum(axis=1)):
                 if share > 0.1 and not hatch:
-                    axes.text(left[place] + wide[part].iloc[place] / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=10,
-                              color="white" if part in ("scan", "attention") else "black")  # fmt: skip
+                    width, color = wide[part].iloc[place], "white" if part in ("scan", "attention") else "black"
+                    middle = {"ha": "center", "va": "center", "fontsize": 10, "color": color}
+                    labels.append((axes, axes.text(left[place] + width / 2, place, f"{share:.0%}", **middle), width))
             left += wide[part].to_numpy()
         axes.set(title=mode, xlabel="microseconds a token")
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
+    figure.draw_without_rendering()  # places everything: only now is it known which label is wider than its bar
+    for axes, text, width in labels:
+        left, right = axes.transData.transform([(0, 0), (width, 0)])[:, 0]
+        if text.get_window_extent().width > right - left:
+            text.remove()
     handles = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     shown = [part for part in PARTS if part in handles]
     figure.legend([handles[part] for part in shown], shown, loc="outside upper center", ncols=len(shown), frameon=False, fontsize=10,

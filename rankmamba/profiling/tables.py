@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ..style import order
 from . import MODES
 from .shapes import size_of
 from .study import TOKENS
@@ -18,8 +19,10 @@ READABLE = [
     ("share", "share", "{:.0%}"),
     ("turns", "turns", "{}"),
 ]
-# speeds that differ by less, or whose quartiles overlap, are called level; ESTIMATED: of some layers only, or of one pass
+# speeds that differ by less are level; ESTIMATED: by less than this they are not told apart, where some layers only or one pass ran
 LEVEL, ESTIMATED = 0.03, 0.2
+UNTOLD = "not told apart"
+BUSY = 1.25  # times by which the reference product may vary on a machine that does nothing else
 
 
 def speed_table(records: Sequence[dict]) -> pd.DataFrame:
@@ -61,8 +64,9 @@ def crossover(lengths: Sequence[int], ours: Sequence[float], theirs: Sequence[fl
 def against_transformers(table: pd.DataFrame) -> pd.DataFrame:
     """Every Mamba against the fastest Transformer of its size: a row a size, mode, system and length.
 
-    rival: that Transformer, at this length. ratio: tokens/s over the rival's. standing: slower, level or faster (`LEVEL`, `ESTIMATED`).
-    overtakes: the crossover length over all lengths, NaN unless it is slower at some and faster at others.
+    rival: that Transformer, at this length. ratio: tokens/s over the rival's. standing: slower, faster, level (within `LEVEL`) or not
+    told apart (quartiles overlap, or within `ESTIMATED`). one_pass: whether a speed is of a single pass. overtakes: the crossover
+    length over the lengths of more passes, NaN unless it is slower at some of these and faster at others.
     """
     table = one_batch(table).dropna(subset="tokens_per_s")
     rows = []
@@ -72,35 +76,39 @@ def against_transformers(table: pd.DataFrame) -> pd.DataFrame:
             ours = ours[ours["length"].isin(rivals.index)].sort_values("length")
             theirs = rivals.loc[ours["length"]]
             standings = [_standing(*both) for both in zip(ours.itertuples(), theirs.itertuples(), strict=True)]
-            meeting = crossover(ours["length"], ours["tokens_per_s"], theirs["tokens_per_s"])
-            if not {"slower", "faster"} <= set(standings):
-                meeting = None  # level curves cross by chance
-            for row, rival, standing in zip(ours.itertuples(), theirs.itertuples(), standings, strict=True):
+            one_pass = np.minimum(ours["turns"].to_numpy(), theirs["turns"].to_numpy()) < 2
+            sure = ~one_pass
+            meeting = crossover(ours["length"][sure], ours["tokens_per_s"][sure], theirs["tokens_per_s"][sure.tolist()])
+            if not {"slower", "faster"} <= set(np.array(standings)[sure]):
+                meeting = None  # curves that are not told apart cross by chance
+            for row, rival, standing, single in zip(ours.itertuples(), theirs.itertuples(), standings, one_pass, strict=True):
                 rows.append({"size": size, "mode": mode, "system": system, "length": row.length, "rival": rival.system})
-                rows[-1] |= {"ratio": row.tokens_per_s / rival.tokens_per_s, "standing": standing}
+                rows[-1] |= {"ratio": row.tokens_per_s / rival.tokens_per_s, "standing": standing, "one_pass": bool(single)}
                 rows[-1]["overtakes"] = np.nan if meeting is None else meeting
-    return pd.DataFrame(rows, columns=["size", "mode", "system", "length", "rival", "ratio", "standing", "overtakes"])
+    columns = ["size", "mode", "system", "length", "rival", "ratio", "standing", "one_pass", "overtakes"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _standing(ours, theirs) -> str:
     ratio = ours.tokens_per_s / theirs.tokens_per_s
     estimated = min(ours.turns, theirs.turns) < 2 or ours.depths or theirs.depths
-    if abs(ratio - 1) < (ESTIMATED if estimated else LEVEL) or (ours.low <= theirs.high and theirs.low <= ours.high):
+    if not estimated and abs(ratio - 1) < LEVEL:
         return "level"
+    if (estimated and abs(ratio - 1) < ESTIMATED) or (ours.low <= theirs.high and theirs.low <= ours.high):
+        return UNTOLD
     return "faster" if ratio > 1 else "slower"
 
 
 def one_batch(table: pd.DataFrame) -> pd.DataFrame:
     """Of each system, length and mode the row with the largest batch; small systems and training come first."""
     largest = table.sort_values("batch").drop_duplicates(["system", "length", "mode"], keep="last")
-    largest = largest.assign(order=largest.groupby("size")["parameters"].transform("max"))
-    return largest.sort_values(["order", "mode", "system", "length"], ascending=[True, False, True, True]).drop(columns="order")
+    largest = largest.assign(weight=largest.groupby("size")["parameters"].transform("max"), place=largest["system"].map(order))
+    by = ["weight", "mode", "place", "length"]
+    return largest.sort_values(by, ascending=[True, False, True, True]).drop(columns=["weight", "place"])
 
 
-def verdict(records: Sequence[dict]) -> str:
-    """Say in Markdown what the records of one machine answer to the paper's claim (2), that Mamba trains slower than Transformers
-    with an efficient attention (arXiv 2403.18276)."""
-    compared = against_transformers(speed_table(records))
+def headline(records: Sequence[dict], compared: pd.DataFrame) -> str:
+    """Say in a sentence of Markdown whether claim (2) holds on a machine; compared: what `against_transformers` makes of its records."""
     if compared.empty:
         return "There is no Mamba and no Transformer of the same size in these records, so nothing to compare."
     machine = records[0]["environment"]
@@ -110,22 +118,44 @@ def verdict(records: Sequence[dict]) -> str:
     training = compared[compared["mode"] == "training"]
     slower = training["standing"].eq("slower")
     holds = "**holds**" if slower.all() else "**does not hold**" if not slower.any() else "**holds in part**"
-    lines = [f"On {name} ({how}) the claim that Mamba trains slower {holds}:", ""]
+    if training["standing"].eq(UNTOLD).all():
+        holds = "**is not decided**"
+    return f"On {name} ({how}) the claim that Mamba trains slower {holds}."
+
+
+def verdict(records: Sequence[dict]) -> str:
+    """Say in Markdown what the records of one machine answer to the paper's claim (2), that Mamba trains slower than Transformers
+    with an efficient attention (arXiv 2403.18276)."""
+    compared = against_transformers(speed_table(records))
+    lines = [*busy(records), headline(records, compared), ""]
     for (mode, _, system), part in compared.groupby(["mode", "size", "system"], sort=False):
-        standings = [
-            f"{standing} at {_lengths(rows)} tokens ({_span(rows['ratio'])})"
-            for standing, rows in part.groupby((part["standing"] != part["standing"].shift()).cumsum())
-            for standing in [rows["standing"].iloc[0]]
-        ]
+        kind = part["standing"] + part["one_pass"].map({True: "; one pass", False: ""})
+        standings = [_standings(rows) for _, rows in part.groupby((kind != kind.shift()).cumsum())]
         meeting = part["overtakes"].iloc[0]
         end = "" if np.isnan(meeting) else f"; it overtakes at about **{rounded(meeting)} tokens**"
         lines.append(f"- {mode}, {system} against the fastest Transformer of its size: {', '.join(standings)}{end}.")
     return "\n".join(lines)
 
 
+def busy(records: Sequence[dict]) -> list[str]:
+    """A sentence and an empty line if the product that the speeds are measured against was itself much slower at some times."""
+    peaks = [record["timing"]["peak_gflops"] for record in records if "peak_gflops" in record["timing"]]
+    varied = max(peaks, default=1) / min(peaks, default=1)
+    if varied <= BUSY:
+        return []
+    said = f"This machine was busy while it measured (its reference product varied by {varied:.1f} times): take these speeds as rough."
+    return [said, ""]
+
+
 def rounded(length: float) -> str:
     """A crossover length as text, to the two digits that an interpolation is worth."""
     return f"{float(f'{length:.2g}'):,.0f}"
+
+
+def _standings(rows: pd.DataFrame) -> str:
+    """Neighbouring lengths of one standing as text."""
+    once = "; one pass" if rows["one_pass"].iloc[0] else ""
+    return f"{rows['standing'].iloc[0]} at {_lengths(rows)} tokens ({_span(rows['ratio'])}{once})"
 
 
 def _lengths(rows: pd.DataFrame) -> str:
