@@ -212,7 +212,10 @@ def _slug(text: str) -> str:
 
 
 def _file_name(record: Mapping) -> str:
-    return f"{'-'.join(_slug(record[key]) for key in IDENTITY[:3])}-seed{record['seed']}.json"
+    name = "-".join(_slug(record[key]) for key in IDENTITY[:3])
+    if len(name) > 200:  # a collection may be a long path, and file systems end at 255 bytes
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return f"{name}-seed{record['seed']}.json"
 
 
 def find_record(folder: str | Path, kind: str, **wanted) -> dict | None:

@@ -127,6 +127,13 @@ def test_what_json_cannot_hold_is_refused_by_name(tmp_path, part, message):
         write_record(tmp_path, record(result=part))
 
 
+def test_collections_at_the_end_of_long_paths_have_records_of_their_own(tmp_path):
+    collections = [f"/{'folder/' * 60}{name}/test" for name in ("mine", "yours")]
+    for collection in collections:
+        write_record(tmp_path, record(collection=collection))
+    assert [found["collection"] for found in read_records(tmp_path, "data")] == sorted(collections)
+
+
 def test_the_fingerprint_is_of_config_and_result_alone():
     first = record(config={"learning_rate": 1e-3}, result={"loss": 0.5}, timing={"seconds": 1.0})
     later = {**first, "timing": {"seconds": 9.0}, "environment": {"cpu": "other"}, "created": "2030-01-01T00:00:00+00:00"}
