@@ -373,6 +373,23 @@ def test_tensors_that_torch_negates_as_they_are_read_count_negated(name):
 
 
 @every_call
+def test_zeros_that_torch_keeps_nowhere_are_zeros_and_freed_memory_is_an_error(name):
+    tensors, options = CALLS[name](), OPTIONS.get(name, {})
+    for key, tensor in tensors.items():
+        if tensor is None:
+            continue
+        lazy = tensors | {key: torch._efficientzerotensor(tensor.shape)}
+        plain = tensors | {key: torch.zeros(tensor.shape)}
+        ours, theirs = (getattr(scan, name)(**given, **options) for given in (lazy, plain))
+        assert torch.equal(ours, theirs), key
+    if "native" in KERNELS:
+        freed = next(iter(tensors.values()))
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(InputError, match="freed"):
+            getattr(scan, name)(**tensors, **options)
+
+
+@every_call
 def test_half_precision_comes_back_as_it_was_given(name):
     tensors, options = CALLS[name](), OPTIONS.get(name, {})
     halves = {key: None if t is None else t.half() for key, t in tensors.items()}

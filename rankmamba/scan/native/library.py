@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ...errors import InputError
 from ..precision import PRECISIONS
 
 _SMALL = 1 << 18  # multiplications that take some 60 microseconds: less is not worth another thread
@@ -155,25 +156,35 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return tensor
 
 
+def in_memory(tensor):
+    """Return a tensor's numbers as they lie in memory: torch negates some only as they are read, and keeps some zeros nowhere."""
+    tensor = tensor.detach().resolve_neg()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
 def as_rows(tensor):
     """Return float32 or bfloat16 with a token's channels side by side; the rows may lie anywhere."""
     if tensor is None:
         return None
-    tensor = tensor.detach().resolve_neg()
+    tensor = in_memory(tensor)
     if tensor.dtype not in PRECISIONS:
         tensor = tensor.float()
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def as_plain(tensor):
-    return None if tensor is None else tensor.detach().resolve_neg().float().contiguous()
+    return None if tensor is None else in_memory(tensor).float().contiguous()
 
 
 def rows(tensor) -> Rows:
     if tensor is None:
         return Rows()
-    return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.dtype == torch.bfloat16)
+    return Rows(pointer(tensor), tensor.stride(0), tensor.stride(1), tensor.dtype == torch.bfloat16)
 
 
 def pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    if tensor.numel() and not tensor.untyped_storage().nbytes():  # a part of it may have an address all the same
+        raise InputError(f"expected a tensor with memory, got {tuple(tensor.shape)} whose storage was freed")
+    return tensor.data_ptr()

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
+from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, empty, in_memory, pointer, rows, tracked, workers
 
 
 def _chunk(length: int, n: int) -> int:
@@ -103,6 +103,6 @@ def _ssd_backward(x, delta, A, B, C, D, initial_state, before, dy, dfinal):
 
 def _rows(x):
     """(B, L, H, P) -> (B, L, H P), a view where the channels of a token lie together."""
-    x = x.detach().resolve_neg()
+    x = in_memory(x)
     together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     return as_rows(x.flatten(2) if together else x.contiguous().flatten(2))
