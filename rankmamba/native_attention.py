@@ -32,7 +32,7 @@ def native_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend; with SDPA where dropout, the gradient of a bias, another precision or another mask is wanted.
 
-    query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size), K >= L. attention_mask: None, or
+    query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size). attention_mask: None, or
     (B, K), false where a key is hidden, or as SDPA takes it. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
     """
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -41,6 +41,9 @@ def native_attention(
         )
     causal = module.is_causal if is_causal is None else is_causal
     served = query.device.type == "cpu" and all(tensor.dtype in PRECISIONS for tensor in (query, key, value))
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    served = served and (attention_mask is None or attention_mask.shape == (batch, keys)) and (keys >= queries or not causal)
     served = served and not scan.traced() and not kwargs.get("dropout")
     served = served and not (torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad)
     if not served:
@@ -74,7 +77,8 @@ def native_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_f
     there is beside causality, else, as for packed texts or a cache with places to come, (B, 1, L, K), true where a key is seen."""
     sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
     plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-    if plain and q_offset + q_length == kv_offset + kv_length:
+    padding, keys = kwargs.get("attention_mask"), kv_offset + kv_length
+    if plain and q_offset + q_length == keys and (padding is None or padding.shape[1] == keys):
         return flash_attention_mask(batch_size, **sizes, **kwargs)
     whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return masked_pairs(batch_size, **sizes, mask_function=mask_function, **kwargs | whole)

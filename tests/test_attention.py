@@ -175,6 +175,33 @@ def test_packed_texts_do_not_see_one_another():
 
 
 @compiled
+@pytest.mark.parametrize("given", [4, 12])
+def test_a_padding_mask_shorter_or_longer_than_what_was_read_is_that_of_sdpa(given):
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(LlamaConfig(**SIZES)), torch.randint(3, 50, (2, 9))
+    seen = torch.ones(2, given, dtype=torch.long)
+    seen[0, 1] = 0
+
+    def run(model):
+        past = model(ids[:, :5], use_cache=True).past_key_values
+        return model(ids[:, 5:], attention_mask=seen, past_key_values=past).logits
+
+    ours, theirs = with_both(model, run)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_mask_for_all_texts_and_more_queries_than_keys_are_as_in_sdpa(causal):
+    query, key, value = torch.randn(2, 3, 12, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 16)
+    seen = torch.rand(1, 9) < 0.7
+    module = types.SimpleNamespace(is_causal=causal)
+    for first in (0, 3):  # with 12 queries and with 9
+        got, _ = attend(module, query[:, :, first:], key, value, seen)
+        assert torch.allclose(got.double(), exact(query[:, :, first:], key, value, seen, causal, 0.25), atol=1e-5)
+
+
+@compiled
 @pytest.mark.parametrize("additive", [False, True])
 def test_a_mask_of_pairs_is_that_of_sdpa(additive):
     torch.manual_seed(0)
