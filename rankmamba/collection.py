@@ -4,6 +4,7 @@ Readers, writers and `sort_run`, the tie rule, come from `formats` and are offer
 """
 
 import difflib
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from .errors import InputError
+from .files import sha256
 from .formats import (
     QRELS_COLUMNS,
     RUN_COLUMNS,
@@ -201,6 +203,13 @@ def is_id(name: str) -> bool:
         return name in UNIONS or ir_datasets.load(name) is not None
     except KeyError:
         return False
+
+
+def digest_of(names: Iterable[str]) -> dict[str, str]:
+    """What tells folders of one's own from themselves before an edit, for a record's config; nothing for ids of ir_datasets."""
+    folders = [Path(name) for name in names if Path(name).is_dir() and not is_id(name)]
+    files = sorted(path for folder in folders for path in folder.glob("*") if path.is_file())
+    return {"files": hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()} if files else {}
 
 
 def _union(name: str, parts: Sequence[Collection]) -> Collection:

@@ -23,14 +23,23 @@ from tqdm.std import tqdm
 from . import resumable
 from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25
-from .collection import Collection, load, read_run, write_run
+from .collection import Collection, digest_of, load, read_run, write_run
 from .errors import InputError
 from .evaluate import PRIMARY, clusters, per_query
 from .files import sha256
 from .inputs import PairTokenizer
 from .interpolation import interpolate, interpolate_tuned, weight_values
 from .reranker import Cost, Reranker
-from .results import environment, find_record, fingerprint, new_record, read_records, remove_record, write_record
+from .results import (
+    check_collection,
+    environment,
+    find_record,
+    fingerprint,
+    new_record,
+    read_records,
+    remove_record,
+    write_record,
+)
 from .saved import WEIGHTS
 from .tables import measured
 from .train import TrainConfig, train
@@ -48,23 +57,9 @@ class Experiment:
         self, folder: str | Path, collection: str, scale: str, seed: int = 0, n_dev: int | None = None, n_test: int | None = None
     ):
         self.folder, self.collection, self.scale, self.seed = Path(folder), collection, scale, seed
-        self._check_folder()
+        check_collection(self.folder, collection)
         self._sizes = {"train": None, "dev": n_dev, "test": n_test}
         self._splits: dict[str, Collection] = {}
-
-    def _check_folder(self) -> None:
-        """Refuse a folder of another collection, whose models and runs have the same names.
-
-        Raises:
-            InputError: there is a record of a first stage, a training or a reranking of one.
-        """
-        kinds = ("first_stage", "train", "rerank") if self.folder.is_dir() else ()
-        for record in (record for kind in kinds for record in read_records(self.folder, kind)):
-            other = record["collection"].rpartition("/")[0]
-            if other != self.collection:
-                raise InputError(
-                    f"expected results of {self.collection} in {self.folder}, got those of {other}; give another folder with --results"
-                )
 
     def split(self, name: str) -> Collection:
         """Return the "train", "dev" or "test" part, with as many queries as the study uses."""
@@ -139,11 +134,12 @@ class Experiment:
         """The record of a system's training.
 
         Raises:
-            InputError: it was not trained, or its model is gone, or another's is in its place.
+            InputError: it was not trained, or before the collection was edited, or its model is gone, or another's is in its place.
         """
         record, folder = self._last("train", system, "train"), self.model_path(system)
         if record is None or not self._made(record, folder):
             raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
+        self._check_data(record, folder, "02_train")
         return record
 
     def trial(
@@ -285,7 +281,7 @@ class Experiment:
         """Read a run that an earlier step kept.
 
         Raises:
-            InputError: there is none, or it is not as long as its record says.
+            InputError: there is none, it is not as long as its record says, or the collection was edited since.
         """
         path = self.run_path(system, part)
         if not path.is_file():
@@ -293,6 +289,8 @@ class Experiment:
         run = read_run(path)
         for kind in ("first_stage", "rerank"):
             record = self._last(kind, system, "test")
+            if record is not None:
+                self._check_data(record, path, "01_data" if kind == "first_stage" else "03_rerank")
             if record and (rows := record["result"]["rows"][part]) != len(run):
                 raise InputError(f"expected {rows:,} results, got {len(run):,} ({path}); delete the file and run its step again")
         return run
@@ -327,8 +325,13 @@ class Experiment:
     @cached_property
     def _data(self) -> dict:
         """What tells a folder of one's own from itself before an edit, for the records' config; nothing for an id of ir_datasets."""
-        files = sorted(path for part in ("train", *PARTS) for path in (Path(self.collection) / part).glob("*") if path.is_file())
-        return {"files": hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()} if files else {}
+        return digest_of(f"{self.collection}/{part}" for part in ("train", *PARTS))
+
+    def _check_data(self, record: dict, path: Path, remedy: str) -> None:
+        if record["config"].get("files") != self._data.get("files"):
+            raise InputError(
+                f"expected {path} made from {self.collection} as it is now, got one of before an edit; run {remedy} again"
+            )
 
     def _leave(self, kind, system, part, config, result, timing, ran: dict | None = None, note: str = "") -> dict:
         note = SYSTEMS[system].note if system in SYSTEMS else note

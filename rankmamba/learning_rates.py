@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .backbones import find
-from .collection import Collection
+from .collection import Collection, digest_of
 from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment, progress
@@ -62,6 +62,7 @@ def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
     Of a training that diverged it has "diverged", the reason.
     """
     settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
+    settings |= digest_of(f"{experiment.collection}/{part}" for part in ("train", "dev"))
     if record := find_record(experiment.folder, "learning_rate", system=config.system, config=settings):
         return record
     dev = experiment.split("dev")

@@ -224,6 +224,21 @@ def find_record(folder: str | Path, kind: str, **wanted) -> dict | None:
     return next((record for record in records if all(record[name] == value for name, value in wanted.items())), None)
 
 
+def check_collection(folder: str | Path, collection: str) -> None:
+    """Refuse a results folder of another collection, whose models and runs have the same names.
+
+    Raises:
+        InputError: there is a record of a first stage, a training or a reranking of one.
+    """
+    kinds = ("first_stage", "train", "rerank") if Path(folder).is_dir() else ()
+    for record in (record for kind in kinds for record in read_records(folder, kind)):
+        other = record["collection"].rpartition("/")[0]
+        if other != collection:
+            raise InputError(
+                f"expected results of {collection} in {folder}, got those of {other}; give another folder with --results"
+            )
+
+
 def remove_record(folder: str | Path, record: Mapping) -> None:
     """Remove a record that `write_record` wrote, before what it speaks of is replaced."""
     path = Path(folder) / "records" / _file_name(record)

@@ -49,7 +49,7 @@ def check_target(folder: str | Path) -> None:
 def carry_over(folder: str | Path, to: Path) -> None:
     """Copy what lies beside a saved reranker and is none of its files (notes, .git) to the folder that takes its place."""
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
-        if not any(fnmatch(path.name, pattern) for pattern in FILES):
+        if not (to / path.name).exists() and not any(fnmatch(path.name, pattern) for pattern in FILES):
             if path.is_dir() and not path.is_symlink():
                 shutil.copytree(path, to / path.name, symlinks=True)
             else:

@@ -45,12 +45,16 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
     Raises:
         InputError: an unknown scale, notebook or parameter, or a cell that failed; the executed copy up to there is kept.
     """
+    from .results import check_collection
+
     settings, minutes, paths = settle(scale, only, overrides), read_scale(scale)["minutes"], notebooks(only)
     folder = (folder or ROOT / "results" / scale).resolve()
     values = settings | {"scale": scale, "results": str(folder), "interactive": False}
     with refusals(folder):
         (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     with alone(folder / ".lock", f"another study writes to {folder}; waiting for it"):
+        if any("collection" in declared(path) for path in paths):
+            check_collection(folder, settings["collection"])  # before a notebook's earlier copy is replaced
         started, planned = time.monotonic(), [60 * minutes.get(path.stem, 0) for path in paths]
         for place, path in enumerate(paths, 1):
             elapsed = time.monotonic() - started
@@ -107,8 +111,16 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
 
 
 def record_config(only: str | None, settings: dict) -> dict:
-    """The `config` of a "study" record: which notebooks, with which parameters."""
-    return {"notebooks": [path.stem for path in notebooks(only)], "parameters": settings}
+    """The `config` of a "study" record: which notebooks, with which parameters, on which files of one's own."""
+    config, collection = (
+        {"notebooks": [path.stem for path in notebooks(only)], "parameters": settings},
+        settings.get("collection"),
+    )
+    if collection is None or not Path(collection).is_dir():
+        return config
+    from .collection import digest_of
+
+    return config | digest_of(f"{collection}/{part}" for part in ("train", "dev", "test"))
 
 
 def leave_record(folder: Path, scale: str, only: str | None, settings: dict, seconds: float) -> None:

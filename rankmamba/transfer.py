@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .backbones import find
-from .collection import load
+from .collection import digest_of, load
 from .embedded import answer_starts
 from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
@@ -44,7 +44,7 @@ def transfer(
     """
     name = f"{system}, {reading(max_length, max_passages)}"
     config = {"max_length": max_length, "max_passages": max_passages, "n_queries": n_queries, "top_k": top_k}
-    config["trained"] = fingerprint(experiment.trained(system))
+    config |= {"trained": fingerprint(experiment.trained(system))} | digest_of([collection])
     if record := find_record(experiment.folder, "transfer", system=name, collection=collection, config=config):
         return record
     test = load(collection).sample(n_queries)

@@ -5,6 +5,7 @@ import shutil
 import pandas as pd
 import pytest
 
+from rankmamba import study
 from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
@@ -45,10 +46,15 @@ def own(folder, rotated=0):
     return str(folder)
 
 
-def test_a_folder_of_results_is_for_one_collection(tmp_path):
+def test_a_folder_of_results_is_for_one_collection(tmp_path, capsys):
     Experiment(tmp_path / "results", own(tmp_path / "mine"), "tiny").first_stage("bm25", 0.9, 0.4)
     with pytest.raises(InputError, match="expected results of rankmamba/tiny in .*, got those of .*mine; give another folder"):
         Experiment(tmp_path / "results", "rankmamba/tiny", "tiny")
+    before = tmp_path / "results" / "notebooks" / "01_data.ipynb"
+    before.parent.mkdir()
+    before.write_text("as executed on mine")
+    assert study.main(["--scale", "tiny", "--only", "01", "--results", str(tmp_path / "results")]) == 1
+    assert "got those of" in capsys.readouterr().err and before.read_text() == "as executed on mine"
 
 
 def test_a_collection_of_ones_own_that_was_edited_is_ranked_anew(tmp_path):
@@ -57,4 +63,6 @@ def test_a_collection_of_ones_own_that_was_edited_is_ranked_anew(tmp_path):
     assert again == once
     shutil.rmtree(tmp_path / "mine")
     edited = Experiment(tmp_path / "results", own(tmp_path / "mine", rotated=1), "tiny")
+    with pytest.raises(InputError, match="as it is now, got one of before an edit; run 01_data again"):
+        edited.evaluate("bm25")
     assert edited.first_stage("bm25", 0.9, 0.4)["config"] != once["config"]
