@@ -112,10 +112,8 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
 
 def record_config(only: str | None, settings: dict) -> dict:
     """The `config` of a "study" record: which notebooks, with which parameters, on which files of one's own."""
-    config, collection = (
-        {"notebooks": [path.stem for path in notebooks(only)], "parameters": settings},
-        settings.get("collection"),
-    )
+    config = {"notebooks": [path.stem for path in notebooks(only)], "parameters": settings}
+    collection = settings.get("collection")
     if collection is None or not Path(collection).is_dir():
         return config
     from .collection import digest_of

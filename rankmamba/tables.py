@@ -207,7 +207,7 @@ def caption(table: pd.DataFrame) -> str:
         )
         if first["clusters"] < first["queries"]:
             lines.append(
-                f"Queries that share a relevant document form one cluster, of {first['clusters']:,}: p and the intervals go by clusters."
+                f"Queries that share a relevant document form a cluster ({first['clusters']:,} in all): p and the intervals go by clusters."
             )
     if (table["seeds"] > 1).any():
         lines.append("Intervals: 95%, bootstrap over queries and seeds; p is of the means over these seeds.")

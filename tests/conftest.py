@@ -19,6 +19,7 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+import signal  # noqa: E402
 import threading  # noqa: E402
 
 import pytest  # noqa: E402
@@ -49,3 +50,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of Ctrl-C, whatever a shell in the background or an earlier test has put in its place."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -416,7 +416,7 @@ def test_queries_that_share_a_document_widen_the_final_tables_intervals_and_the_
     table = final_table(read_records(tmp_path))
     assert table["clusters"].tolist() == [10] * 3 and alone["clusters"].tolist() == [40] * 3
     assert table["difference"].equals(alone["difference"]) and not table["p"].equals(alone["p"])
-    assert "form one cluster, of 10:" in caption(table) and "one cluster" not in caption(alone)
+    assert "form a cluster (10 in all)" in caption(table) and "cluster" not in caption(alone)
     first = next(iter(shared))  # a query without a relevant document is in no cluster
     apart = {query_id: place for place, query_id in enumerate(shared) if query_id != first}
     write_record(tmp_path, record("queries", "relevant documents", result={"words": {}, "clusters": apart}))

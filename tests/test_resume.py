@@ -169,6 +169,7 @@ def test_a_stopped_training_goes_on_where_it_was(stopped, collection, undisturbe
     assert seconds == sorted(seconds) and result.seconds >= seconds[-1]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("step", [1, 5, 8])
 def test_ctrl_c_before_any_checkpoint_is_due_loses_no_finished_step(step, collection, undisturbed, tmp_path):
     with pytest.raises(KeyboardInterrupt):

@@ -114,6 +114,7 @@ def test_stopping_ends_after_the_step_and_keeps_what_was_learnt(tmp_path):
     assert Reranker.from_pretrained(tmp_path / "model").predict([("a", "b")]).shape == (1,)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("moment, by", [("forward", "stop"), ("backward", "stop"), ("backward", "Ctrl-C")])
 def test_stopping_within_a_step_gives_it_up_and_the_same_call_goes_on_as_if_never_stopped(moment, by, tmp_path, monkeypatch):
     collection, config = load("rankmamba/tiny/train"), TrainConfig("tiny-mamba", max_steps=6, **TINY)
@@ -133,10 +134,8 @@ def test_stopping_within_a_step_gives_it_up_and_the_same_call_goes_on_as_if_neve
         first = train(config, collection, tmp_path / "model", stop=stop)
         assert first.stopped and first.steps == 3
     else:
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
         with pytest.raises(KeyboardInterrupt):
             train(config, collection, tmp_path / "model")
-        signal.signal(signal.SIGINT, before)
     assert heeded[-1] == 3
     monkeypatch.setattr(Progress, "heed_stop", heed_stop)
     second = train(config, collection, tmp_path / "model")

@@ -112,7 +112,7 @@ def measure_together(
     """Measure systems in turns, A B A B, after a pass of each that warms up and whose memory is measured.
 
     length, batch: tokens of a pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: after so many for each
-    system no further turn begins, though there is one, and three where a system's speed is worked out from two depths, which makes much
+    system no further turn begins, though there are two, and three where a system's speed is worked out from two depths, which makes much
     of a small error. On a CPU a scoring of more than three times that needs no warming up, and counts at once. A first step of training
     never does: it gets the memory of the optimizer.
     stop: set it from another thread to end after the pass that is running.
@@ -194,7 +194,7 @@ def _take_turns(
     if not waiting:
         return
     started = clock(waiting[0].first.device)
-    least = 3 if any(subject.depths for subject in waiting) else 1
+    least = 3 if any(subject.depths for subject in waiting) else 2
     for turn in range(repeats):
         if turn >= least and clock(waiting[0].first.device) - started > seconds * len(waiting):
             break

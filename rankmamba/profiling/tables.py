@@ -78,7 +78,7 @@ def against_transformers(table: pd.DataFrame) -> pd.DataFrame:
             standings = [_standing(*both) for both in zip(ours.itertuples(), theirs.itertuples(), strict=True)]
             one_pass = np.minimum(ours["turns"].to_numpy(), theirs["turns"].to_numpy()) < 2
             sure = ~one_pass
-            meeting = crossover(ours["length"][sure], ours["tokens_per_s"][sure], theirs["tokens_per_s"][sure.tolist()])
+            meeting = crossover(ours["length"][sure], ours["tokens_per_s"][sure], theirs["tokens_per_s"][sure])
             if not {"slower", "faster"} <= set(np.array(standings)[sure]):
                 meeting = None  # curves that are not told apart cross by chance
             for row, rival, standing, single in zip(ours.itertuples(), theirs.itertuples(), standings, one_pass, strict=True):
@@ -107,28 +107,27 @@ def one_batch(table: pd.DataFrame) -> pd.DataFrame:
     return largest.sort_values(by, ascending=[True, False, True, True]).drop(columns=["weight", "place"])
 
 
-def headline(records: Sequence[dict], compared: pd.DataFrame) -> str:
-    """Say in a sentence of Markdown whether claim (2) holds on a machine; compared: what `against_transformers` makes of its records."""
+def headline(records: Sequence[dict]) -> str:
+    """Say in Markdown, in a sentence or two, whether the paper's claim (2) holds by the records of one machine."""
+    compared = against_transformers(speed_table(records))
     if compared.empty:
         return "There is no Mamba and no Transformer of the same size in these records, so nothing to compare."
     machine = records[0]["environment"]
     on_cpu = machine["device"] == "cpu"
     name = machine["cpu"] if on_cpu else machine["device"]
     how = f"{machine['dtype']}, {machine['threads']} threads" if on_cpu else machine["dtype"]
-    training = compared[compared["mode"] == "training"]
-    slower = training["standing"].eq("slower")
-    holds = "**holds**" if slower.all() else "**does not hold**" if not slower.any() else "**holds in part**"
-    if training["standing"].eq(UNTOLD).all():
-        holds = "**is not decided**"
-    return f"On {name} ({how}) the claim that Mamba trains slower {holds}."
+    training = compared.loc[compared["mode"] == "training", "standing"]
+    slower = training.eq("slower")
+    holds = "holds" if slower.all() else "does not hold" if not slower.any() else "holds in part"
+    holds = "is not decided" if training.eq(UNTOLD).all() else holds
+    return f"{busy(records)}On {name} ({how}) the claim that Mamba trains slower **{holds}**."
 
 
 def verdict(records: Sequence[dict]) -> str:
     """Say in Markdown what the records of one machine answer to the paper's claim (2), that Mamba trains slower than Transformers
     with an efficient attention (arXiv 2403.18276)."""
-    compared = against_transformers(speed_table(records))
-    lines = [*busy(records), headline(records, compared), ""]
-    for (mode, _, system), part in compared.groupby(["mode", "size", "system"], sort=False):
+    lines = [headline(records), ""]
+    for (mode, _, system), part in against_transformers(speed_table(records)).groupby(["mode", "size", "system"], sort=False):
         kind = part["standing"] + part["one_pass"].map({True: "; one pass", False: ""})
         standings = [_standings(rows) for _, rows in part.groupby((kind != kind.shift()).cumsum())]
         meeting = part["overtakes"].iloc[0]
@@ -137,14 +136,13 @@ def verdict(records: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def busy(records: Sequence[dict]) -> list[str]:
-    """A sentence and an empty line if the product that the speeds are measured against was itself much slower at some times."""
+def busy(records: Sequence[dict]) -> str:
+    """A sentence if the product that the speeds are measured against was itself much slower at some times, else nothing."""
     peaks = [record["timing"]["peak_gflops"] for record in records if "peak_gflops" in record["timing"]]
     varied = max(peaks, default=1) / min(peaks, default=1)
     if varied <= BUSY:
-        return []
-    said = f"This machine was busy while it measured (its reference product varied by {varied:.1f} times): take these speeds as rough."
-    return [said, ""]
+        return ""
+    return f"This machine was busy while it measured (its reference product varied by {varied:.1f} times): take these speeds as rough. "
 
 
 def rounded(length: float) -> str:
