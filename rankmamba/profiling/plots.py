@@ -41,9 +41,15 @@ def throughput(table: pd.DataFrame) -> Figure:
         for place, row in enumerate(here.itertuples()):
             color, where = look(row.system).color, (row.overtakes, 0.03 + 0.09 * place)
             axes.axvline(row.overtakes, color=color, linestyle=":", linewidth=1.8)
-            offset = {"xytext": (4, 0), "textcoords": "offset points"}
             axes.annotate(
-                f"{rounded(row.overtakes)}", where, xycoords=("data", "axes fraction"), fontsize=11, color=color, **offset
+                f"{rounded(row.overtakes)}",
+                where,
+                xytext=(4, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                fontsize=11,
+                color=color,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # another's line may be near
             )
 
     return _panels(table, draw, "tokens/s")

@@ -63,7 +63,7 @@ void conv_forward_run(const Conv &s, int64_t item, float *space) {
             vf y[VECTORS], gate[VECTORS];
             filter.apply(x + t * BLOCK, y);
             if (s.silu) {
-                sigmoid<VECTORS>(y, gate);
+                s.y.bfloat16 ? sigmoid_bf16<VECTORS>(y, gate) : sigmoid<VECTORS>(y, gate);
                 for (int c = 0; c < VECTORS; c++) y[c] *= gate[c];
             }
             store_block(s.y, b, t0 + t, filter.first, filter.count, y);

@@ -111,7 +111,6 @@ extern "C" {
 const char *rankmamba_build() { return build.name; }
 int64_t rankmamba_block() { return build.kernels->block; }
 int64_t rankmamba_tile() { return build.kernels->tile; }
-int64_t rankmamba_heads() { return build.kernels->heads; }
 int64_t rankmamba_norm_rows() { return build.kernels->norm_rows; }
 void rankmamba_use_gomp(void *entry) { gomp_parallel = (decltype(gomp_parallel))entry; }
 

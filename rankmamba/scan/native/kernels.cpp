@@ -14,7 +14,6 @@ extern "C" const Kernels JOIN(rankmamba_kernels_, ISA) = {
     W,
     BLOCK,
     TILE,
-    HEADS,
     NORM_ROWS,
     {scan_items, forward_workspace, forward_run},
     {scan_items, backward_workspace, backward_run},

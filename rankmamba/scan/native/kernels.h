@@ -46,15 +46,16 @@ struct Conv {
 // Mamba-2's scan, arXiv 2405.21060, section 6, in chunks of Q tokens.
 struct SsdForward {
     int64_t batch, length, heads, width, groups, n, chunk;  // B, L, H, P, G, N, Q
-    Rows x, B, C, y;       // (B, L, H P), (B, L, G N) twice, (B, L, H P)
-    const float *delta;    // (B, L, H)
-    const float *A2, *D;   // (H): A log2(e); (H) or null
-    const float *initial;  // (B, H, P, N) or null
-    float *final;          // (B, H, P, N) or null
-    void *before;          // the state before each chunk that reads one, (chunks, B, H, N, P) in the format of x; or null
+    int64_t parts;                                          // into so many the heads of a group are dealt, for threads
+    Rows x, B, C, y;                                        // (B, L, H P), (B, L, G N) twice, (B, L, H P)
+    const float *delta;                                     // (B, L, H)
+    const float *A2, *D;                                    // (H): A log2(e); (H) or null
+    const float *initial;                                   // (B, H, P, N) or null
+    float *final;                                           // (B, H, P, N) or null
+    void *before;                                           // the state before each chunk that reads one, (chunks, B, H, N, P) in the format of x; or null
 };
 struct SsdBackward {
-    int64_t batch, length, heads, width, groups, n, chunk;
+    int64_t batch, length, heads, width, groups, n, chunk, parts;
     Rows x, B, C, dy, dx;
     const float *delta, *A, *A2, *D;  // A (H); the others as in the forward
     const float *initial;             // null or not; not read
@@ -118,7 +119,7 @@ struct Kernel {
 
 struct Kernels {
     int width, block, tile;  // lanes, channels of a block, tokens of a tile
-    int heads, norm_rows;    // Mamba-2's heads and the norm's tokens of an item
+    int norm_rows;           // the norm's tokens of an item
     Kernel<Scan> scan_forward, scan_backward;
     Kernel<Conv> conv_forward, conv_backward;
     Kernel<SsdForward> ssd_forward;

@@ -47,13 +47,13 @@ Conv = _structure(
 )
 SsdForward = _structure(
     "SsdForward",
-    ("batch length heads width groups n chunk", c_int64),
+    ("batch length heads width groups n chunk parts", c_int64),
     ("x B C y", Rows),
     ("delta A2 D initial final before", c_void_p),
 )
 SsdBackward = _structure(
     "SsdBackward",
-    ("batch length heads width groups n chunk", c_int64),
+    ("batch length heads width groups n chunk parts", c_int64),
     ("x B C dy dx", Rows),
     ("delta A A2 D initial before dfinal dinitial ddelta dA dD dB dC", c_void_p),
 )
@@ -119,8 +119,7 @@ _HUGE_PAGE = 2 << 20  # bytes
 _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 if _madvise:
     _madvise.argtypes = (c_void_p, ctypes.c_size_t, ctypes.c_int)
-BLOCK, TILE, HEADS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_heads()
-NORM_ROWS = _library.rankmamba_norm_rows()
+BLOCK, TILE, NORM_ROWS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_norm_rows()
 
 
 def description() -> str:
@@ -136,6 +135,14 @@ def call(kernel: str, arguments: ctypes.Structure, threads: int) -> None:
 def workers(work: int) -> int:
     """Return how many threads this many multiplications are worth, torch's setting at most."""
     return max(1, min(torch.get_num_threads(), work // _SMALL))
+
+
+def parts(sequences: int, pieces: int, threads: int) -> int:
+    """Into how many parts the pieces of a sequence are dealt: one shares most, more are for threads that had nothing to do."""
+    if sequences % threads == 0:
+        return 1
+    size = -(-pieces // min(pieces, -(-4 * threads // sequences)))
+    return -(-pieces // size)  # none is empty
 
 
 def tracked(tensors) -> bool:

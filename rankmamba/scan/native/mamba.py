@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import BLOCK, TILE, Conv, Scan, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
+from .library import BLOCK, TILE, Conv, Scan, as_plain, as_rows, call, empty, parts, pointer, rows, tracked, workers
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
@@ -43,16 +43,10 @@ def _workers(u, A):
     return workers(u.numel() * A.shape[1])
 
 
-def _groups(u, A):
-    """Into how many parts a sequence's channels are dealt: one reads whole rows, more are for threads that had nothing to do."""
-    threads, batch = _workers(u, A), u.shape[0]
-    return 1 if batch % threads == 0 else min(-(-u.shape[2] // BLOCK), -(-4 * threads // batch))
-
-
 def _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
     """Return the C arguments and the tensors they point to."""
     alive = {"u": as_rows(u), "delta": as_rows(delta), "B": as_rows(B), "C": as_rows(C), "z": as_rows(z)}
-    arguments = Scan(*u.shape, A.shape[1], groups=_groups(u, A))
+    arguments = Scan(*u.shape, A.shape[1], groups=parts(u.shape[0], -(-u.shape[2] // BLOCK), _workers(u, A)))
     for name, tensor in alive.items():
         setattr(arguments, name, rows(tensor))
     plain = {"A2": (A.detach().float() * math.log2(math.e)).t().contiguous()}

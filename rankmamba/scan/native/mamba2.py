@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import HEADS, SsdBackward, SsdForward, as_plain, as_rows, call, empty, in_memory, pointer, rows, tracked, workers
+from .library import SsdBackward, SsdForward, as_plain, as_rows, call, empty, in_memory, parts, pointer, rows, tracked, workers
 
 
 def _chunk(length: int, n: int) -> int:
@@ -54,7 +54,8 @@ def _common(kernel, x, delta, A, B, C, D, initial_state):
     B, C = _rows(B.to(x.dtype)), _rows(C.to(x.dtype))
     delta, A, D, initial_state = map(as_plain, (delta, A, D, initial_state))
     A2 = A * math.log2(math.e)
-    arguments = kernel(batch, length, heads, width, groups, n, _chunk(length, n), rows(x), rows(B), rows(C))
+    dealt = parts(batch * groups, heads // groups, _workers(x, n))
+    arguments = kernel(batch, length, heads, width, groups, n, _chunk(length, n), dealt, rows(x), rows(B), rows(C))
     _point(arguments, delta=delta, A2=A2, D=D, initial=initial_state)
     return arguments, (x, B, C, delta, A, A2, D, initial_state)
 
@@ -64,10 +65,9 @@ def _point(arguments, **tensors):
         setattr(arguments, name, pointer(tensor))
 
 
-def _workers(arguments, products: int) -> int:
-    """How many threads a call is worth; products: by a state, for each token of each head."""
-    work = arguments.batch * arguments.length * arguments.heads * arguments.width
-    return workers(work * (arguments.chunk + products * arguments.n))
+def _workers(x, n: int) -> int:
+    """How many threads a call is worth."""
+    return workers(x.numel() * (_chunk(x.shape[1], n) + 2 * n))
 
 
 def _ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=False):
@@ -80,7 +80,7 @@ def _ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=Fa
     before = empty(reading, batch, heads, arguments.n, width, dtype=y.dtype) if want_before else None
     arguments.y = rows(y)
     _point(arguments, final=final, before=before)
-    call("ssd_forward", arguments, _workers(arguments, 2))
+    call("ssd_forward", arguments, _workers(x, arguments.n))
     return y.to(x.dtype).unflatten(2, (heads, width)), final, before
 
 
@@ -92,12 +92,11 @@ def _ssd_backward(x, delta, A, B, C, D, initial_state, before, dy, dfinal):
     dy, dfinal = torch.zeros_like(alive[0]) if dy is None else _rows(dy.to(alive[0].dtype)), as_plain(dfinal)
     dx, ddelta = empty(*alive[0].shape, dtype=alive[0].dtype), empty(batch, length, heads)
     dA, dD = empty(2, batch, heads)
-    parts = -(-(heads // arguments.groups) // HEADS)
-    dB, dC = empty(2, parts, *B.shape)
+    dB, dC = empty(2, arguments.parts, *B.shape)
     dinitial = None if initial_state is None else empty(*initial_state.shape)
     arguments.dy, arguments.dx = rows(dy), rows(dx)
     _point(arguments, A=alive[4], before=before, dfinal=dfinal, dinitial=dinitial, ddelta=ddelta, dA=dA, dD=dD, dB=dB, dC=dC)
-    call("ssd_backward", arguments, _workers(arguments, 5))
+    call("ssd_backward", arguments, _workers(x, arguments.n))
     return dx.unflatten(2, (heads, width)), ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dinitial
 
 

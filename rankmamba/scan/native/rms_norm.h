@@ -11,19 +11,23 @@ inline int64_t norm_padded(const Norm &s) { return ceil_div(s.inner, BLOCK) * BL
 int64_t norm_items(const Norm &s) { return s.batch * ceil_div(s.length, NORM_ROWS); }
 int64_t norm_workspace(const Norm &s) { return 7 * norm_padded(s); }
 
-// One row: y, z, and gated = y silu(z); with sigmoids also kept for the backward. Without a gate, gated = y alone.
-inline void gate_row(const Norm &s, int64_t b, int64_t t, int size, float *y, float *z, float *gated, float *gates) {
-    if (!s.z.data) return load_row(s.y, b, t, 0, (int)s.inner, size, gated);
-    load_row(s.y, b, t, 0, (int)s.inner, size, y);
-    load_row(s.z, b, t, 0, (int)s.inner, size, z);
+// One row as gated = y silu(z), or y alone without a gate. For the backward, y, z and the gate's sigmoids are kept, too.
+inline void gate_row(const Norm &s, int64_t b, int64_t t, int size, float *gated, float *y, float *z, float *sigmoids) {
     for (int e = 0; e < size; e += BLOCK) {
-        vf x[VECTORS], gate[VECTORS];
-        for (int c = 0; c < VECTORS; c++) x[c] = load(z + e + c * W);
-        sigmoid<VECTORS>(x, gate);
-        for (int c = 0; c < VECTORS; c++) {
-            if (gates) store(gates + e + c * W, gate[c]);
-            store(gated + e + c * W, load(y + e + c * W) * x[c] * gate[c]);
+        const int count = smaller(BLOCK, s.inner - e);
+        vf row[VECTORS], x[VECTORS], gate[VECTORS];
+        load_block(s.y, b, t, e, count, row);
+        if (s.z.data) {
+            load_block(s.z, b, t, e, count, x);
+            s.z.bfloat16 && !sigmoids ? sigmoid_bf16<VECTORS>(x, gate) : sigmoid<VECTORS>(x, gate);
+            for (int c = 0; sigmoids && c < VECTORS; c++) {
+                store(y + e + c * W, row[c]);
+                store(z + e + c * W, x[c]);
+                store(sigmoids + e + c * W, gate[c]);
+            }
+            for (int c = 0; c < VECTORS; c++) row[c] *= x[c] * gate[c];
         }
+        for (int c = 0; c < VECTORS; c++) store(gated + e + c * W, row[c]);
     }
 }
 
@@ -44,17 +48,19 @@ void norm_forward_run(const Norm &s, int64_t item, float *space) {
     const FlushDenormals flush;
     const int size = (int)norm_padded(s), width = (int)(s.inner / s.groups);
     const int64_t tiles = ceil_div(s.length, NORM_ROWS), b = item / tiles, t0 = item % tiles * NORM_ROWS;
-    float *y = space, *z = y + size, *gated = z + size;
+    float *gated = space, *weight = gated + size;
+    load_span(s.weight, (int)s.inner, size, weight);
     for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
         prefetch_row(s.y, b, t + 2, 0, s.inner), prefetch_row(s.z, b, t + 2, 0, s.inner), prefetch_row(s.out, b, t + 1, 0, s.inner);
-        gate_row(s, b, t, size, y, z, gated, nullptr);
-        for (int g = 0; g < s.groups; g++) {
-            float *own = gated + g * width;
-            const float *weight = s.weight + g * width;
-            const float r = inverse_root(dot(own, own, width) / width + s.epsilon);
-            for (int e = 0; e < width; e++) own[e] *= r * weight[e];
+        gate_row(s, b, t, size, gated, nullptr, nullptr, nullptr);
+        for (int first = 0; first < s.inner; first += width) {
+            const float r = inverse_root(dot(gated + first, gated + first, width) / width + s.epsilon);
+            for (int e = first; e < first + width; e += BLOCK) {
+                vf out[VECTORS];
+                for (int c = 0; c < VECTORS; c++) out[c] = load(gated + e + c * W) * r * load(weight + e + c * W);
+                store_block(s.out, b, t, e, smaller(BLOCK, first + width - e), out);
+            }
         }
-        store_row(s.out, b, t, 0, (int)s.inner, gated);
     }
 }
 
@@ -68,7 +74,7 @@ void norm_backward_run(const Norm &s, int64_t item, float *space) {
     for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
         prefetch_row(s.y, b, t + 2, 0, s.inner), prefetch_row(s.z, b, t + 2, 0, s.inner), prefetch_row(s.dout, b, t + 2, 0, s.inner);
         prefetch_row(s.dy, b, t + 1, 0, s.inner), prefetch_row(s.dz, b, t + 1, 0, s.inner);
-        gate_row(s, b, t, size, y, z, gated, gates);
+        gate_row(s, b, t, size, gated, y, z, gates);
         load_row(s.dout, b, t, 0, (int)s.inner, size, dout);
         for (int g = 0; g < s.groups; g++) {
             const float *weight = s.weight + g * width, *own = gated + g * width;

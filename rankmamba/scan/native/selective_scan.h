@@ -167,7 +167,7 @@ void forward_run(const Scan &s, int64_t item, float *space) {
                 if (s.z.data) {
                     vf z[VECTORS], gate[VECTORS];
                     load_block(s.z, b, t0 + t, first, count, z);
-                    sigmoid<VECTORS>(z, gate);
+                    s.z.bfloat16 ? sigmoid_bf16<VECTORS>(z, gate) : sigmoid<VECTORS>(z, gate);
                     for (int c = 0; c < VECTORS; c++) out[c] *= z[c] * gate[c];
                 }
                 store_block(s.y, b, t0 + t, first, count, out);

@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr int HEADS = 8;  // of one item; they share C . B, and few of them leave work for other threads
-
 template <class Arguments, class M>
 struct SsdPart : Buffers<M> {
     using typename Buffers<M>::Number;
@@ -28,10 +26,11 @@ struct SsdPart : Buffers<M> {
     SsdPart(const Arguments &s_, float *space_)
         : Buffers<M>(space_), s(s_), Q(padded(s_.chunk, M::UNIT)), N(padded(s_.n, M::UNIT)), P(padded(s_.width, M::UNIT)) {}
 
+    int64_t own_heads() const { return ceil_div(s.heads / s.groups, s.parts); }  // of an item; they share C . B
     void choose_item(int64_t item) {
-        const int64_t shared = s.heads / s.groups, parts = ceil_div(shared, HEADS);
-        part = item % parts, g = item / parts % s.groups, b = item / parts / s.groups;
-        first = g * shared + part * HEADS, count = smaller(HEADS, shared - part * HEADS);
+        const int64_t shared = s.heads / s.groups;
+        part = item % s.parts, g = item / s.parts % s.groups, b = item / s.parts / s.groups;
+        first = g * shared + part * own_heads(), count = smaller(own_heads(), shared - part * own_heads());
     }
     int64_t chunks() const { return ceil_div(s.length, s.chunk); }
     int64_t reads_from() const { return s.initial ? 0 : 1; }  // the first chunk that reads a state
@@ -106,7 +105,7 @@ struct SsdPart : Buffers<M> {
 
 template <class Arguments>
 int64_t ssd_items(const Arguments &s) {
-    return s.batch * s.groups * ceil_div(s.heads / s.groups, HEADS);
+    return s.batch * s.groups * s.parts;
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
         Base::block, Base::floats, Base::numbers;
     float *scores = floats(Q * Q), *dscores = floats(Q * Q), *dM = floats(Q * Q);  // (j, i)
     float *C_turned = floats(N * Q), *dB = floats(N * Q), *dC = floats(N * Q), *hdy = floats(N * Q);
-    float *dx = floats(Q * P), *Bdh = floats(Q * P), *dh = floats(HEADS * N * P);
+    float *dx = floats(Q * P), *Bdh = floats(Q * P), *dh = floats(this->own_heads() * N * P);
     float *da = floats(Q), *ddelta = floats(Q);
     Number *B = numbers(Q * N), *B_left = numbers(N * Q), *C_left = numbers(N * Q), *C_right = numbers(N * Q);
     Number *x = numbers(Q * P), *xw_right = numbers(Q * P), *dy = numbers(Q * P), *dy_right = numbers(Q * P), *ye = numbers(Q * P);
@@ -211,7 +211,8 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
         const typename M::Session session;
         this->choose_item(item);
         this->load_states(s.dfinal, dh);
-        float dA[HEADS] = {}, dD[HEADS] = {};
+        float *dA = s.dA + b * s.heads + first, *dD = s.dD + b * s.heads + first;
+        for (int64_t i = 0; i < count; i++) dA[i] = dD[i] = 0;
         for (int64_t k = this->chunks(); k-- > 0;) {
             this->choose_chunk(k);
             const bool reads = k >= this->reads_from(), adds = s.dfinal || k + 1 < this->chunks();
@@ -234,10 +235,6 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
             store_shared();
         }
         this->store_states(dh, s.dinitial);
-        for (int64_t i = 0; i < count; i++) {
-            s.dA[b * s.heads + first + i] = dA[i];
-            s.dD[b * s.heads + first + i] = dD[i];
-        }
     }
 };
 

@@ -12,7 +12,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
         Base::next_head, Base::tokens, Base::rows, Base::high, Base::low, Base::delta, Base::since, Base::weight, Base::block,
         Base::floats, Base::numbers;
     float *scores = floats(Q * Q), *y = floats(Q * P), *carried = floats(Q * P);  // C . B, M x, C h
-    float *h = floats(HEADS * N * P);                                             // (HEADS, N, P)
+    float *h = floats(this->own_heads() * N * P);                                 // (heads, N, P)
     Number *C = numbers(Q * N), *B = numbers(N * Q), *B_right = numbers(N * Q);   // left, left, right
     Number *mixing = numbers(Q * Q), *x = numbers(Q * P), *xw = numbers(Q * P), *h_right = numbers(N * P);
 
