@@ -1,8 +1,8 @@
 """The last layer computes only what the head reads.
 
 A reranker uses one token of the last layer's output. Everything in that layer that works token by token (projections of the
-queries, the feed-forward network, a mixer's output projection), and the attention of the other tokens, is therefore left out; the
-scores stay the same, and a sixth of a six-layer encoder's work goes away.
+queries, the feed-forward network, a mixer's gate and output projection), and the attention or Mamba-2's scan of the other tokens, is
+therefore left out; the scores stay the same, and a sixth of a six-layer encoder's work goes away.
 """
 
 import copy
@@ -21,7 +21,6 @@ from .native_attention import NATIVE, sdpa_mask
 # reads: a module, or from one (its inputs are cut) to another (its output is filled up), "" being the layer. Neither end of such
 # a span is a linear map: an adapter would wrap it and see only half of this.
 BERT = ("encoder.layer", ("attention.self.query", ("attention.output", "")))
-MAMBA = ("layers", ("mixer.out_proj",))
 TOKENWISE = {
     "bert": BERT,
     "roberta": BERT,
@@ -29,10 +28,11 @@ TOKENWISE = {
     "gpt_neox": ("layers", ("attention.dense", "mlp")),
     # OPT's keys and values, unlike its queries, are read from every token
     "opt": ("decoder.layers", ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")),
-    "mamba": MAMBA,
-    "mamba2": MAMBA,
-    "falcon_mamba": MAMBA,
-    "nemotron_h": MAMBA,
+    # their mixers compute one token's output themselves
+    "mamba": ("layers", ()),
+    "mamba2": ("layers", ()),
+    "falcon_mamba": ("layers", ()),
+    "nemotron_h": ("layers", ()),
 }
 ATTENTION = {
     "bert": "attention.self",
@@ -65,6 +65,8 @@ class LastLayer:
             if first in modules:  # a hybrid's last layer may be of another kind
                 modules[first].register_forward_pre_hook(self._take)
                 modules[last].register_forward_hook(self._put_back)
+        if "mixer" in modules:
+            modules["mixer"].pooled_batch = self._batch
         self._attention = modules.get(ATTENTION.get(backbone.config.model_type))
         if self._attention is not None:
             self._config, self._pooled_config = self._attention.config, copy.copy(self._attention.config)

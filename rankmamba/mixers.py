@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import InputError
-from .scan import causal_conv1d, rms_norm, selective_scan, ssd_scan
+from .scan import causal_conv1d, rms_norm, selective_scan, ssd_scan, ssd_token
 from .scan.precision import autocasts
 
 
@@ -115,6 +115,10 @@ class _Padding:
     def put_back(self, hidden):
         return hidden if self.back is None else hidden.gather(1, self.back[..., None].expand_as(hidden))
 
+    def in_front(self, places):
+        """Where tokens (B, n) stand once the real ones are in front."""
+        return places if self.back is None else self.back.gather(1, places)
+
     def beyond(self, length):
         """(B, L), true behind the last real token."""
         return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
@@ -127,6 +131,8 @@ class _ScanMixer:
     where a final state is wanted.
     """
 
+    pooled_batch = None  # in a last layer: `last_layer._Batch`, whose positions are the only tokens with an output that is read
+
     def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
         """(B, L, D) -> (B, L, D). attention_mask: (B, >= L), 1 = real. cache_params: `MambaState`, their Cache or None."""
         padding = _Padding.of(attention_mask, hidden_states.shape[1])
@@ -135,9 +141,21 @@ class _ScanMixer:
         state = cache_params
         if state is not None and not isinstance(state, MambaState):
             state = _HuggingFaceCache(state, self.conv_kernel_size)
-        mixed = self._mix(hidden_states, state, padding)
-        # token by token again from here on: `last_layer` counts on every token being in its place
-        return self.out_proj(mixed if padding is None else padding.put_back(mixed))
+        positions = None if self.pooled_batch is None else self.pooled_batch.positions
+        if positions is None or (state is not None and state.record):
+            mixed = self._mix(hidden_states, state, padding)
+            return self.out_proj(mixed if padding is None else padding.put_back(mixed))
+        places = positions[:, None]
+        pooled = self.out_proj(self._mix(hidden_states, state, padding, places if padding is None else padding.in_front(places)))
+        return pooled.new_zeros(hidden_states.shape).scatter(1, places[..., None].expand_as(pooled), pooled)
+
+    def _split(self, hidden_states, at, gate, rest):
+        """in_proj's outputs: `gate`, of the tokens at `at` alone, and `rest`. gate, rest: slices of its rows."""
+        pooled = self.in_proj(_take(hidden_states, at))[..., gate]
+        if type(self.in_proj) is not nn.Linear:  # an adapter cannot be cut
+            return pooled, self.in_proj(hidden_states)[..., rest]
+        bias = None if self.in_proj.bias is None else self.in_proj.bias[rest]
+        return pooled, F.linear(hidden_states, self.in_proj.weight[rest], bias)
 
     def _convolve(self, x, past, padding, record):
         """x: (B, L, W) -> act(conv(x)), and the last K-1 real inputs if they are to be recorded."""
@@ -159,6 +177,11 @@ class _ScanMixer:
         return y if fused else self.act(y), last
 
 
+def _take(hidden, at):
+    """(B, L, W) -> the tokens at `at` (B, n), (B, n, W)."""
+    return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2]))
+
+
 def _by_channel(linear, x, bias=True):
     """linear(x): (B, L, D) -> (B, L, W). On a GPU each channel's tokens lie side by side: Mamba's CUDA kernels read them so."""
     if not x.is_cuda or type(linear) is not nn.Linear or (bias and linear.bias is not None):
@@ -169,10 +192,15 @@ def _by_channel(linear, x, bias=True):
 class ScanMamba(_ScanMixer):
     """Mamba's mixer (arXiv 2312.00752, figure 3), computed by `rankmamba.scan`."""
 
-    def _mix(self, hidden_states, state, padding):
+    def _mix(self, hidden_states, state, padding, at=None):
         past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
         record = state is not None and state.record
-        x, z = _by_channel(self.in_proj, hidden_states).chunk(2, dim=-1)
+        if at is None:
+            x, z = _by_channel(self.in_proj, hidden_states).chunk(2, dim=-1)
+        else:
+            inner = self.intermediate_size
+            gate, x = self._split(hidden_states, at, slice(inner, None), slice(inner))
+            z = None
         u, last_inputs = self._convolve(x, past_conv, padding, record)
         low_rank, B, C = self._select(u)
         delta, delta_bias = self._delta(low_rank)
@@ -194,7 +222,7 @@ class ScanMamba(_ScanMixer):
         if record:
             y, last_state = y
             state._write(self.layer_idx, last_inputs, last_state)
-        return y
+        return y if at is None else _take(y, at) * F.silu(gate)
 
     def _select(self, u):
         """(B, L, E) -> what depends on the token: delta before its projection (B, L, R), B and C (B, L, N)."""
@@ -221,27 +249,31 @@ class ScanFalconMamba(ScanMamba):
 class ScanMamba2(_ScanMixer):
     """Mamba-2's mixer (arXiv 2405.21060, figure 6), computed by `rankmamba.scan`."""
 
-    def _mix(self, hidden_states, state, padding):
+    def _mix(self, hidden_states, state, padding, at=None):
         past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
         record = state is not None and state.record
-        batch, length, _ = hidden_states.shape
+        inner, length = self.intermediate_size, hidden_states.shape[1]
         shared = self.n_groups * self.ssm_state_size
-        z, xBC, delta = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        if at is None:
+            z, xBC, delta = self.in_proj(hidden_states).split([inner, self.conv_dim, self.num_heads], dim=-1)
+        else:
+            z, rest = self._split(hidden_states, at, slice(inner), slice(inner, None))
+            xBC, delta = rest.split([self.conv_dim, self.num_heads], dim=-1)
         xBC, last_inputs = self._convolve(xBC, past_conv, padding, record)
-        x, B, C = xBC.split([self.intermediate_size, shared, shared], dim=-1)
+        x, B, C = xBC.split([inner, shared, shared], dim=-1)
         step = F.softplus(delta.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
         if record and padding is not None:
             step = step.masked_fill(padding.beyond(length)[..., None], 0.0)
-        y = ssd_scan(
+        inputs = (
             x.unflatten(-1, (self.num_heads, self.head_dim)),
             step,
             -torch.exp(self.A_log.float()),
             B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
             C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
             self.D.float(),
-            initial_state=past_ssm,
-            return_final_state=record,
+            past_ssm,
         )
+        y = ssd_scan(*inputs, return_final_state=record) if at is None else ssd_token(*inputs, at)
         if record:
             y, last_state = y
             state._write(self.layer_idx, last_inputs, last_state)

@@ -42,8 +42,8 @@ _FAMILIES = {
         "FalconMambaMixer": (ScanFalconMamba, ["in_proj", "conv1d", "dt_proj"]),
         "FalconMambaRMSNorm": (ScanRMSNorm, []),
     },
-    "mamba2": {"Mamba2Mixer": (ScanMamba2, ["conv1d"]), "Mamba2RMSNorm": (ScanRMSNorm, [])},
-    "nemotron_h": {"NemotronHMamba2Mixer": (ScanMamba2, ["conv1d"]), "NemotronHRMSNorm": (ScanRMSNorm, [])},
+    "mamba2": {"Mamba2Mixer": (ScanMamba2, ["in_proj", "conv1d"]), "Mamba2RMSNorm": (ScanRMSNorm, [])},
+    "nemotron_h": {"NemotronHMamba2Mixer": (ScanMamba2, ["in_proj", "conv1d"]), "NemotronHRMSNorm": (ScanRMSNorm, [])},
     "gpt_neox": {"GPTNeoXMLP": (FusedMLP, ["dense_h_to_4h"])},
 } | {name.lower(): {name + part: ours for part, ours in _BERT.items()} for name in ("Bert", "Roberta", "Electra")}
 _SUBSTITUTES = {

@@ -569,3 +569,23 @@ def test_a_forced_kernel_holds_inside_the_block_and_not_behind_it_even_after_an_
             raise KeyError("outside")
     assert dispatch.implementation(tensor) is chosen
     assert scan.kernel().name == scan.kernel("cpu").name
+
+
+@given(data=st.data())
+def test_one_token_of_mamba2s_scan_is_that_of_the_whole_scan(data):
+    batch, length, groups, shared, width, n = (data.draw(st.integers(1, most)) for most in (3, 70, 2, 3, 9, 9))
+    seed = torch.Generator().manual_seed(data.draw(st.integers(0, 9999)))
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=seed)
+
+    heads = groups * shared
+    x, B, C, D = draw(batch, length, heads, width), draw(batch, length, groups, n), draw(batch, length, groups, n), draw(heads)
+    step, A = draw(batch, length, heads).exp(), -draw(heads).exp()
+    state = draw(batch, heads, width, n) if data.draw(st.booleans()) else None
+    at = torch.randint(0, length, (batch, 1), generator=seed)
+    whole = scan.ssd_scan(x, step, A, B, C, D, state)
+    expected = whole.gather(1, at[..., None, None].expand(-1, 1, heads, width))
+    torch.testing.assert_close(
+        scan.ssd_token(x, step, A, B, C, D, state, at), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+    )

@@ -8,10 +8,11 @@ import torch
 from torch.profiler import record_function
 
 from ..errors import InputError
+from . import portable
 from .dispatch import Kernel, forced, implementation, kernel, traced
 from .precision import without_autocast
 
-__all__ = ["Kernel", "causal_conv1d", "forced", "kernel", "rms_norm", "selective_scan", "ssd_scan", "traced"]
+__all__ = ["Kernel", "causal_conv1d", "forced", "kernel", "rms_norm", "selective_scan", "ssd_scan", "ssd_token", "traced"]
 
 
 @without_autocast
@@ -124,6 +125,17 @@ def ssd_scan(
         raise InputError(f"expected heads in G equal groups, got {heads} heads and G = {groups}")
     with record_function("rankmamba::scan"):
         return implementation(x).ssd_scan(x, delta, A, B, C, D, initial_state, return_final_state)
+
+
+@without_autocast
+def ssd_token(x, delta, A, B, C, D, initial_state, at) -> torch.Tensor:
+    """Return `ssd_scan`'s y at one token of each sequence, (B, 1, H, P), for far less than the whole scan; arguments as there.
+
+    at: int64 (B, 1). Without a state, as attention would: y_t = sum_(j <= t) exp((delta_(j+1) + ... + delta_t) A) delta_j (C_t . B_j) x_j
+    + D x_t (arXiv 2405.21060, equation 7), in torch's operations, on any device.
+    """
+    with record_function("rankmamba::scan"):
+        return portable.ssd_token(x, delta, A, B, C, D, initial_state, at)
 
 
 @without_autocast
