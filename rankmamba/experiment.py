@@ -35,10 +35,9 @@ from .results import (
     environment,
     find_record,
     fingerprint,
-    new_record,
+    leave_record,
     read_records,
     remove_record,
-    write_record,
 )
 from .saved import WEIGHTS
 from .tables import measured
@@ -335,20 +334,8 @@ class Experiment:
 
     def _leave(self, kind, system, part, config, result, timing, ran: dict | None = None, note: str = "") -> dict:
         note = SYSTEMS[system].note if system in SYSTEMS else note
-        record = new_record(
-            kind,
-            system,
-            f"{self.collection}/{part}",
-            self.scale,
-            self.seed,
-            config | self._data,
-            result,
-            timing,
-            environment() | (ran or {}),
-            note,
-        )
-        write_record(self.folder, record)
-        return record
+        made = self.folder, kind, system, f"{self.collection}/{part}", self.scale, self.seed
+        return leave_record(*made, config | self._data, result, timing, environment() | (ran or {}), note)
 
 
 def _first_relevant(runs: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> pd.DataFrame:

@@ -122,11 +122,10 @@ def record_config(only: str | None, settings: dict) -> dict:
 
 
 def leave_record(folder: Path, scale: str, only: str | None, settings: dict, seconds: float) -> None:
-    from .results import new_record, write_record
+    from . import results
 
-    config, timing = record_config(only, settings), {"seconds": seconds}
-    collection, seed = settings.get("collection", ""), settings.get("seed", 0)
-    write_record(folder, new_record("study", "study", collection, scale, seed, config, {}, timing))
+    made = folder, "study", "study", settings.get("collection", ""), scale, settings.get("seed", 0)
+    results.leave_record(*made, record_config(only, settings), {}, {"seconds": seconds})
 
 
 def export_report(executed: Path, target: Path) -> None:

@@ -255,18 +255,9 @@ def main(arguments: list[str] | None = None) -> int:
         first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
         trained = train(config, collection, where["folder"], candidates, on_step=print_step, tensorboard=options.tensorboard)
         if first:
-            record = new_record(
-                "train",
-                config.system,
-                where["collection"],
-                "own",
-                config.seed,
-                dataclasses.asdict(config),
-                trained.result(),
-                trained.timing(),
-                environment() | trained.setup,
-            )
-            print(write_record(where["folder"], record))
+            made = "train", config.system, where["collection"], "own", config.seed, dataclasses.asdict(config)
+            ran = environment() | trained.setup
+            print(write_record(where["folder"], new_record(*made, trained.result(), trained.timing(), ran)))
     except (InputError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -323,7 +323,7 @@ def test_a_model_whose_record_was_not_written_does_not_stand_in_for_the_one_befo
     first = tried.train(QUICK)
     weights = tried.model_path("tiny-mamba") / "model.safetensors"
     kept = weights.read_bytes()
-    monkeypatch.setattr(experiment, "write_record", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(experiment, "leave_record", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tried.train(dataclasses.replace(QUICK, learning_rate=1e-2))
     monkeypatch.undo()
