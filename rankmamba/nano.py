@@ -22,40 +22,16 @@ SPECIALS = {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102}
 
 
 def nano_bert(width: int = 256, layers: int = 4) -> PreTrainedConfig:
-    return BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=_heads(width),
-        intermediate_size=4 * width,
-        max_position_embeddings=POSITIONS,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertConfig(intermediate_size=4 * width, **no_dropout, **_sizes(width, layers))
 
 
 def nano_neox(width: int = 256, layers: int = 4) -> PreTrainedConfig:
-    return GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=_heads(width),
-        intermediate_size=4 * width,
-        max_position_embeddings=POSITIONS,
-    )
+    return GPTNeoXConfig(intermediate_size=4 * width, **_sizes(width, layers))
 
 
 def nano_opt(width: int = 256, layers: int = 4) -> PreTrainedConfig:
-    return OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=_heads(width),
-        ffn_dim=4 * width,
-        max_position_embeddings=POSITIONS,
-        dropout=0.0,
-        **SPECIALS,
-    )
+    return OPTConfig(ffn_dim=4 * width, dropout=0.0, **SPECIALS, **_sizes(width, layers))
 
 
 def nano_t5(width: int = 256, layers: int = 3) -> PreTrainedConfig:
@@ -115,6 +91,12 @@ def nano_hybrid(width: int = 256, layers: int = 7) -> PreTrainedConfig:
         max_position_embeddings=POSITIONS,
         **SPECIALS,
     )
+
+
+def _sizes(width: int, layers: int) -> dict[str, int]:
+    """What BERT, GPT-NeoX and OPT call alike."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": _heads(width)}
+    return sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
 
 
 def _heads(width: int) -> int:
