@@ -1,7 +1,4 @@
-"""Collections: documents, queries, judgements and first-stage candidates, loaded by one name.
-
-Readers, writers and `sort_run`, the tie rule, come from `formats` and are offered here too.
-"""
+"""Collections: documents, queries, judgements and first-stage candidates, loaded by one name."""
 
 import difflib
 import hashlib
@@ -20,7 +17,6 @@ from .formats import (
     QRELS_COLUMNS,
     RUN_COLUMNS,
     Documents,
-    JsonlDocuments,
     read_documents,
     read_lines,
     read_qrels,
@@ -28,32 +24,7 @@ from .formats import (
     read_run,
     refuse_duplicates,
     sort_run,
-    write_documents,
-    write_qrels,
-    write_queries,
-    write_run,
 )
-
-__all__ = [
-    "QRELS_COLUMNS",
-    "RUN_COLUMNS",
-    "Collection",
-    "Documents",
-    "IrDocuments",
-    "JsonlDocuments",
-    "check_run",
-    "load",
-    "read_documents",
-    "read_qrels",
-    "read_queries",
-    "read_run",
-    "sort_run",
-    "write_documents",
-    "write_qrels",
-    "write_queries",
-    "write_run",
-]
-
 
 # ids of ours that join several of ir_datasets': the two years that the papers test on, 43 and 45 queries with graded judgements
 UNIONS = {"msmarco-document/test": ("msmarco-document/trec-dl-2019/judged", "msmarco-document/trec-dl-2020/judged")}

@@ -23,10 +23,11 @@ from tqdm.std import tqdm
 from . import resumable
 from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25
-from .collection import Collection, digest_of, load, read_run, write_run
+from .collection import Collection, digest_of, load
 from .errors import InputError
 from .evaluate import PRIMARY, clusters, per_query
 from .files import sha256
+from .formats import read_run, write_run
 from .inputs import PairTokenizer
 from .interpolation import interpolate, interpolate_tuned, weight_values
 from .reranker import Cost, Reranker

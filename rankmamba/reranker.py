@@ -15,9 +15,10 @@ from tqdm.std import tqdm
 
 from . import backbones, fused, mixers, scan
 from .attention import choose_attention
-from .collection import Collection, check_run, sort_run
+from .collection import Collection, check_run
 from .errors import InputError
 from .files import replacing
+from .formats import sort_run
 from .inputs import Pair, PairTokenizer, token_batches
 from .memory import free_memory, out_of_memory
 from .model import RerankerModel

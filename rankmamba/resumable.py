@@ -11,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 from tqdm.std import tqdm
 
-from .collection import Collection, sort_run
+from .collection import Collection
 from .files import refusals
+from .formats import sort_run
 from .reranker import Cost, Reranker
 
 PAIRS = 1000  # (query, document) pairs of a piece: seconds of work, and enough to batch texts of like length

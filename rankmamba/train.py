@@ -23,9 +23,10 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from .collection import Collection, check_run, load, read_run
+from .collection import Collection, check_run, load
 from .errors import InputError
 from .files import check_room
+from .formats import read_run
 from .model import weights_digest
 from .reranker import Reranker
 from .results import environment, new_record, write_record

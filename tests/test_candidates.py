@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankmamba.candidates import BM25, GRID, lce_groups, tune_bm25
-from rankmamba.collection import load, sort_run
+from rankmamba.collection import load
 from rankmamba.errors import InputError
+from rankmamba.formats import sort_run
 
 
 @pytest.fixture(scope="module")

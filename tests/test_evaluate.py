@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankmamba.collection import load, sort_run
+from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.evaluate import (
     BASELINE,
@@ -26,6 +26,7 @@ from rankmamba.evaluate import (
     per_query,
     summarise,
 )
+from rankmamba.formats import sort_run
 from rankmamba.interpolation import best_weight, interpolate, interpolate_tuned, weight_values
 
 IDS = [f"d{number}" for number in range(12)]

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from rankmamba import parameters, study
-from rankmamba.collection import load, write_documents, write_qrels, write_queries, write_run
+from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import replacing, write_text
+from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.reranker import Reranker
 from rankmamba.results import fingerprint, new_record, read_records, write_record
 from rankmamba.resumable import Journal

@@ -24,8 +24,9 @@ from transformers import (
 
 from rankmamba import states as states_module
 from rankmamba.backbones import SYSTEMS, load_tokenizer
-from rankmamba.collection import Documents, load
+from rankmamba.collection import load
 from rankmamba.errors import InputError
+from rankmamba.formats import Documents
 from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
 from rankmamba.states import DocumentStates

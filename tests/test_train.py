@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rankmamba.candidates import BM25
-from rankmamba.collection import load, write_documents, write_qrels, write_queries, write_run
+from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
+from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig, main, train
 from rankmamba.training.distil import teacher_scores

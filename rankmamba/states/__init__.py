@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 from tqdm.std import tqdm
 
-from ..collection import Collection, Documents, check_run, sort_run
+from ..collection import Collection, check_run
 from ..errors import InputError
 from ..files import replacing
+from ..formats import Documents, sort_run
 from ..inputs import Pair
 from ..model import pooled_positions
 from ..precision import autocast

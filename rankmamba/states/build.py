@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ..collection import Documents
+from ..formats import Documents
 from ..inputs import Pair, token_batches
 from ..model import weights_digest
 from ..precision import autocast
