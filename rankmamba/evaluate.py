@@ -18,6 +18,7 @@ MEASURES = ("nDCG@10", "RR@10", "RR@100", "AP@100")
 PRIMARY = "RR@100"
 BASELINE = "bm25"
 RESAMPLES = 10_000
+POWER = 0.8  # of a difference that counts as detectable
 ROUNDING = 1e-12  # differences below it are no differences
 MAX_RELEVANCE = 1_000  # trec_eval keeps an array that long
 BOUNDS = (0.025, 0.975)  # of every interval
@@ -306,22 +307,17 @@ def _same_queries(tables: dict[str, pd.DataFrame]) -> None:
             raise InputError(f"expected {first} and {name} to be measured on the same queries, got {alone[0]!r} in one only")
 
 
-def detectable_difference(
-    differences, queries: int | None = None, alpha: float = 0.05, power: float = 0.8, cluster: np.ndarray | None = None
-) -> float:
-    """The smallest true mean difference that a paired t-test on `queries` queries finds with this power (by the shift of t).
+def detectable_difference(differences, alpha: float = 0.05, cluster: np.ndarray | None = None) -> float:
+    """The smallest true mean difference that a paired t-test on as many queries finds with 80% power (by the shift of t).
 
-    differences: per query, between two systems like those in question; only their spread counts. queries: default their number.
-    cluster: as in `standard_error`. For Holm over k systems give alpha / k.
+    differences: per query, between two systems like those in question; only their spread counts. cluster: as in `standard_error`.
+    For Holm over k systems give alpha / k.
 
     Raises:
         InputError: fewer than two queries, or clusters of them.
     """
     differences = np.asarray(differences, dtype=np.float64)
-    queries = len(differences) if queries is None else queries
-    independent = len(differences) if cluster is None else len(np.unique(cluster))
-    groups = independent * queries / len(differences)
-    if min(queries, groups) < 2:
-        raise InputError(f"expected at least 2 queries that share no relevant document, got {min(queries, groups):g}")
-    needed = stats.t.ppf([1 - alpha / 2, power], groups - 1).sum()
-    return float(needed * standard_error(differences, cluster) * np.sqrt(len(differences) / queries))
+    groups = len(differences) if cluster is None else len(np.unique(cluster))
+    if groups < 2:
+        raise InputError(f"expected at least 2 queries that share no relevant document, got {groups}")
+    return float(stats.t.ppf([1 - alpha / 2, POWER], groups - 1).sum() * standard_error(differences, cluster))

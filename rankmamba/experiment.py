@@ -25,7 +25,7 @@ from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25
 from .collection import Collection, digest_of, load
 from .errors import InputError
-from .evaluate import PRIMARY, clusters, per_query
+from .evaluate import BASELINE, PRIMARY, clusters, per_query
 from .files import sha256
 from .formats import read_run, write_run
 from .inputs import PairTokenizer
@@ -265,15 +265,15 @@ class Experiment:
             columns[system] = ticks + rows.map(texts).str[:90] + f"… ({systems[0]}: " + rows.map(before).astype(str) + ")"
         return test.queries[query_id], pd.DataFrame(columns).fillna("")
 
-    def moves(self, systems: Sequence[str], first_stage: str = "bm25") -> pd.DataFrame:
+    def moves(self, systems: Sequence[str]) -> pd.DataFrame:
         """Count the test queries whose first relevant document each system moved up, left in its place and moved down.
 
         A row a system; `at rank 1`: the queries for which it stands first there. The first stage's own row comes first. Queries
         for which it found nothing relevant are left out.
         """
-        runs = {system: self.run(system, "test") for system in [first_stage, *systems]}
-        ranks = _first_relevant(runs, self.split("test").qrels).dropna(subset=first_stage)
-        moved = ranks.rsub(ranks[first_stage], axis=0)
+        runs = {system: self.run(system, "test") for system in [BASELINE, *systems]}
+        ranks = _first_relevant(runs, self.split("test").qrels).dropna(subset=BASELINE)
+        moved = ranks.rsub(ranks[BASELINE], axis=0)
         counts = {"moved up": moved > 0, "kept": moved == 0, "moved down": moved < 0, "at rank 1": ranks == 1}
         return pd.DataFrame({name: found.sum() for name, found in counts.items()})
 

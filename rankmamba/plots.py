@@ -57,7 +57,6 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def forest(
     values: Mapping[str, Tables],
     measures: str | Sequence[str] = PRIMARY,
-    baseline: str = BASELINE,
     shared: Mapping[str, int] | None = None,
 ) -> Figure:
     """Mean and 95% interval of every system, a panel a measure; the baseline's as a line and a band across.
@@ -68,14 +67,14 @@ def forest(
     measures = [measures] if isinstance(measures, str) else list(measures)
     means = {system: summarise(tables, shared=shared) for system, tables in values.items()}
     ticks = "; ticks: single seeds" if any(len(seeds_of(tables)) > 1 for tables in values.values()) else ""
-    rows = sorted({base(system) for system in values}, key=lambda system: (system != baseline, order(system)))
+    rows = sorted({base(system) for system in values}, key=lambda system: (system != BASELINE, order(system)))
     figure = Chart(figsize=(2.5 + 4.5 * len(measures), 1.4 + 0.55 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, measures, strict=True):
-        if baseline in means:
-            low, high, middle = (means[baseline][measure][key] for key in ("low", "high", "mean"))
-            axes.axvspan(low, high, color=look(baseline).color, alpha=0.12, linewidth=0)
-            axes.axvline(middle, color=look(baseline).color, linestyle=look(baseline).line, linewidth=1.5)
+        if BASELINE in means:
+            low, high, middle = (means[BASELINE][measure][key] for key in ("low", "high", "mean"))
+            axes.axvspan(low, high, color=look(BASELINE).color, alpha=0.12, linewidth=0)
+            axes.axvline(middle, color=look(BASELINE).color, linestyle=look(BASELINE).line, linewidth=1.5)
         for system, tables in values.items():
             twins = sum(base(other) == base(system) for other in values) > 1
             place = rows.index(base(system)) + (0 if not twins else 0.17 if mixed(system) else -0.17)
@@ -86,7 +85,7 @@ def forest(
             axes.plot(interval["mean"], place, **_marker(system))
             axes.annotate(f" {interval['mean']:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", fontsize=11)
         label = f"{measure}: mean, 95% interval of each alone{ticks}\nsystems that overlap may differ: they share queries"
-        label += f"\ngrey band: the interval of {baseline}" if baseline in means else ""
+        label += f"\ngrey band: the interval of {BASELINE}" if BASELINE in means else ""
         axes.set(xlabel=label, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
@@ -157,16 +156,14 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
 
 
 @_styled
-def wins_and_losses(
-    values: Mapping[str, Tables], measure: str = PRIMARY, systems: Sequence[str] | None = None, baseline: str = BASELINE
-) -> Figure:
+def wins_and_losses(values: Mapping[str, Tables], measure: str = PRIMARY, systems: Sequence[str] | None = None) -> Figure:
     """Each query's difference to the baseline, sorted, a panel a system, with the shares of queries won, tied and lost."""
-    systems = [system for system in values if system != baseline] if systems is None else list(systems)
+    systems = [system for system in values if system != BASELINE] if systems is None else list(systems)
     columns = min(3, len(systems))
     rows = math.ceil(len(systems) / columns)
     figure = Chart(figsize=(0.8 + 3.3 * columns, 0.7 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    reference = by_seed(values[baseline], measure).mean(axis=1)
+    reference = by_seed(values[BASELINE], measure).mean(axis=1)
     for place, (axes, system) in enumerate(zip(panels, systems, strict=False)):
         differences = np.sort(by_seed(values[system], measure).mean(axis=1) - reference)[::-1]
         edges, color = np.linspace(0, 1, len(differences) + 1), look(system).color
@@ -185,7 +182,7 @@ def wins_and_losses(
         axes.remove()
     figure.get_layout_engine().set(w_pad=0.12)
     figure.supxlabel("queries, sorted by their difference", fontsize=12)
-    figure.supylabel(f"{measure} minus {baseline}'s", fontsize=12)
+    figure.supylabel(f"{measure} minus {BASELINE}'s", fontsize=12)
     return figure
 
 
@@ -253,7 +250,7 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
 
 
 @_styled
-def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY, baseline: str = BASELINE) -> Figure:
+def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     """Each system's difference to the baseline by the words of the relevant document: a line a system.
 
     table: `tables.by_words`. Below each group of queries stands the baseline's own mean.
@@ -261,15 +258,15 @@ def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY, baseline: 
     groups = table.drop_duplicates("words")
     half = (table["high"] - table["low"]).median() / 2
     figure, axes = _figure(
-        "words of the relevant document", f"{measure} - {baseline}\n(typical 95% interval: ±{half:.2f})", height=4.4
+        "words of the relevant document", f"{measure} - {BASELINE}\n(typical 95% interval: ±{half:.2f})", height=4.4
     )
-    axes.axhline(0, color=look(baseline).color, linestyle=look(baseline).line)
+    axes.axhline(0, color=look(BASELINE).color, linestyle=look(BASELINE).line)
     ends = {}
     for system, part in table.groupby("system", sort=False):
         axes.plot(range(len(groups)), part["difference"], **_marker(system) | {"linestyle": look(system).line})
         ends[system] = part["difference"].iloc[-1]
     ticks = [
-        f"{words}\n{queries:,} queries\n{baseline} {own:.2f}"
+        f"{words}\n{queries:,} queries\n{BASELINE} {own:.2f}"
         for words, queries, own in groups[["words", "queries", "of the baseline"]].itertuples(index=False, name=None)
     ]
     axes.set_xticks(range(len(groups)), ticks)

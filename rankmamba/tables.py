@@ -63,7 +63,7 @@ def tidy(records: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["system", "seed", "collection", "measure", "value"])
 
 
-def seed_by_seed(records: list[dict], measure: str = PRIMARY, baseline: str = BASELINE) -> pd.DataFrame:
+def seed_by_seed(records: list[dict], measure: str = PRIMARY) -> pd.DataFrame:
     """Compare with the baseline once for each seed alone: collection, seed, and the columns of `evaluate.compare`.
 
     p_holm is corrected within a seed. A baseline without a record of that seed is taken from the first seed that has one.
@@ -72,11 +72,11 @@ def seed_by_seed(records: list[dict], measure: str = PRIMARY, baseline: str = BA
     evaluated = [record for record in records if record["kind"] == "evaluate"]
     for collection in sorted({record["collection"] for record in evaluated}):
         here = [record for record in evaluated if record["collection"] == collection]
-        reference, shared = per_query_values(here).get(baseline), shared_documents(records, collection)
+        reference, shared = per_query_values(here).get(BASELINE), shared_documents(records, collection)
         for seed in sorted({record["seed"] for record in here}):
             values = per_query_values([record for record in here if record["seed"] == seed])
-            if reference is not None and set(values) != {baseline}:
-                found = compare({baseline: reference[0]} | values, baseline, measure, shared=shared)
+            if reference is not None and set(values) != {BASELINE}:
+                found = compare({BASELINE: reference[0]} | values, BASELINE, measure, shared=shared)
                 parts.append(found.assign(collection=collection, seed=seed))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["collection", "seed", "system", "p_holm"])
 
@@ -98,7 +98,6 @@ def by_words(
     values: dict[str, Tables],
     words: dict[str, int],
     measure: str = PRIMARY,
-    baseline: str = BASELINE,
     parts: int = 4,
     shared: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
@@ -113,8 +112,8 @@ def by_words(
     for _, part in counts.groupby(np.searchsorted(bounds, counts)):
         here = {system: [table[table.index.isin(part.index)] for table in given] for system, given in values.items()}
         title = f"{part.min()} to {part.max()}"
-        own = by_seed(here[baseline], measure).mean()
-        found = compare(here, baseline, measure, shared=shared)
+        own = by_seed(here[BASELINE], measure).mean()
+        found = compare(here, BASELINE, measure, shared=shared)
         compared.append(found.assign(words=title, queries=len(part), **{"of the baseline": own}))
     return pd.concat(compared, ignore_index=True)
 

@@ -32,7 +32,6 @@ def transfer(
     max_passages: int = 1,
     n_queries: int | None = None,
     top_k: int = 20,
-    show_progress: bool = True,
 ) -> dict:
     """Rerank the candidates of another collection with a system of the study, as trained, and measure it; returns the record.
 
@@ -54,7 +53,7 @@ def transfer(
             f"expected a collection that comes with candidates, got none in {collection}; add a candidates.run to it"
         )
     reranker = Reranker.from_pretrained(experiment.model_path(system), max_length=max_length)
-    run = reranker.rerank(candidates, test, top_k, show_progress_bar=show_progress, max_passages=max_passages)
+    run = reranker.rerank(candidates, test, top_k, show_progress_bar=True, max_passages=max_passages)
     result = measured(per_query(interpolate(run, candidates, 1.0), test.qrels))
     result["first_stage"] = measured(per_query(candidates, test.qrels))
     timing = {"seconds": reranker.cost.seconds, "pairs_per_s": reranker.cost.pairs / reranker.cost.seconds}

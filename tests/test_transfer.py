@@ -22,7 +22,7 @@ def experiment(tmp_path_factory):
 
 
 def test_a_transfer_is_the_trained_model_at_another_length_on_another_collection(experiment):
-    record = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/dev", 96, top_k=5, show_progress=False)
+    record = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/dev", 96, top_k=5)
     dev, reranker = load("rankmamba/tiny/dev"), Reranker.from_pretrained(experiment.model_path("tiny-mamba"), max_length=96)
     run = interpolate(reranker.rerank(dev.candidates, dev, 5), dev.candidates, 1.0)
     assert record["result"]["per_query"]["RR@100"] == per_query(run, dev.qrels)["RR@100"].to_dict()
@@ -31,12 +31,12 @@ def test_a_transfer_is_the_trained_model_at_another_length_on_another_collection
 
 
 def test_a_transfer_is_done_once_and_other_readings_stand_beside_it(experiment, monkeypatch):
-    first = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, 3, top_k=5, show_progress=False)
+    first = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, 3, top_k=5)
     assert first["system"] == "tiny-mamba, MaxP, 3 x 48 tokens"
-    other = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, top_k=5, show_progress=False)
+    other = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, top_k=5)
     assert other["system"] == "tiny-mamba, 48 tokens"
     monkeypatch.setattr(Reranker, "rerank", lambda *args, **kwargs: pytest.fail("reranked again"))
-    again = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, 3, top_k=5, show_progress=False)
+    again = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/test", 48, 3, top_k=5)
     assert again["result"] == first["result"]
     with pytest.raises(InputError, match="tiny-bert"):
         transfer.transfer(experiment, "tiny-bert", "rankmamba/tiny/test", 48)

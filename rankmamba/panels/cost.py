@@ -21,17 +21,17 @@ CSS = """<style>
 class ProfilePanel(Panel):
     """Measure systems one after another; every measurement joins the table.
 
-    measure(system, length, batch, stop=, modes=) returns what `profiling.measure` does. length, batch: to begin with.
+    measure(system, length, batch, stop=, modes=) returns what `profiling.measure` does. length: to begin with.
     """
 
-    def __init__(self, measure: Callable[..., dict], systems: Sequence[str], length: int = 512, batch: int = 8):
+    def __init__(self, measure: Callable[..., dict], systems: Sequence[str], length: int = 512):
         self._measure, self._rows = measure, []
         wide = {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="420px")}
         self.system = choice(systems, "model")
         self.length = widgets.SelectionSlider(
             options=sorted({length, *LENGTHS}), value=length, description="length, tokens", **wide
         )
-        self.batch = widgets.SelectionSlider(options=sorted({batch, *BATCHES}), value=batch, description="batch, pairs", **wide)
+        self.batch = widgets.SelectionSlider(options=BATCHES, value=8, description="batch, pairs", **wide)
         self.controls = Controls("Measure", self._work, self._draw, unit="mode")
         self.table = widgets.HTML()
         sizes = in_row([self.length, self.batch])

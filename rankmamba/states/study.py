@@ -35,7 +35,6 @@ def trial(
     dtypes: Sequence[str],
     lengths: Sequence[int],
     measure: str = "nDCG@10",
-    show_progress: bool = True,
 ) -> dict:
     """Store the states of `n_queries` test queries' candidates in every format and rank from them; leaves and returns the record.
 
@@ -60,11 +59,11 @@ def trial(
     texts = test.documents.get_many(sorted(set(candidates["doc_id"])))
 
     # A first pass warms up, and checks the bytes of every state that it reads.
-    full, full_seconds = _passes(reranker, lambda: reranker.rerank(candidates, test, top_k, show_progress_bar=show_progress))
+    full, full_seconds = _passes(reranker, lambda: reranker.rerank(candidates, test, top_k, show_progress_bar=True))
     cost = reranker.cost
     with tempfile.TemporaryDirectory(dir=experiment.folder, prefix="states-") as place:
         started = time.perf_counter()
-        exact = DocumentStates.build(reranker, texts, Path(place) / "exact", show_progress_bar=show_progress)
+        exact = DocumentStates.build(reranker, texts, Path(place) / "exact", show_progress_bar=True)
         build_seconds = time.perf_counter() - started
         formats, seconds = {}, {}
         for name, dtype, layers in _formats(reranker, dtypes):
