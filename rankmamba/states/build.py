@@ -1,6 +1,7 @@
 """Computing the states of documents, block by block, and what a store says it is of."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 
@@ -46,18 +47,8 @@ def blocks(
     reranker: Reranker, documents: Documents, writer: Writer, count: Callable[[int], None]
 ) -> Iterator[list[tuple[str, Pair, str]]]:
     """Yield what is to be stored between two commits: [(doc_id, document half, digest of all documents so far)]."""
-    waiting: list[tuple[str, str, str]] = []
-    block: list[tuple[str, Pair, str]] = []
-    inputs, tokens = reranker.inputs, 0
-    last = object()
-    for place, item in enumerate(_then(documents.pairs(), last)):
-        if item is not last:
-            if writer.has(*item, place):
-                count(1)
-                continue
-            waiting.append((*item, writer.digest.hexdigest()))
-        if len(waiting) < 64 and item is not last:
-            continue
+    block, tokens, inputs, lacking = [], 0, reranker.inputs, _lacking(documents, writer, count)
+    while waiting := list(itertools.islice(lacking, 64)):
         halves = inputs.documents([text for _, text, _ in waiting])
         for (doc_id, _, digest), half in zip(waiting, halves, strict=True):
             ids = np.concatenate([inputs.before, half]).astype(np.int32)
@@ -66,14 +57,17 @@ def blocks(
             if len(block) == BLOCK[0] or tokens >= BLOCK[1]:
                 yield block
                 block, tokens = [], 0
-        waiting = []
     if block:
         yield block
 
 
-def _then(items: Iterator, last) -> Iterator:
-    yield from items
-    yield last
+def _lacking(documents: Documents, writer: Writer, count: Callable[[int], None]) -> Iterator[tuple[str, str, str]]:
+    """Yield the documents that are not stored yet: doc_id, text, digest of all documents up to this one."""
+    for place, pair in enumerate(documents.pairs()):
+        if writer.has(*pair, place):
+            count(1)
+        else:
+            yield *pair, writer.digest.hexdigest()
 
 
 @torch.no_grad()
