@@ -136,15 +136,6 @@ class TokenStore(Mapping[str, np.ndarray]):
         """The ids in the collection's order, read from the map one by one."""
         return _Ids(self)
 
-    def verify(self) -> None:
-        """Check every file now.
-
-        Raises:
-            InputError: one was altered.
-        """
-        for shard in range(len(self._shards)):
-            self._shard(shard)
-
     def _row(self, doc_id: str) -> int | None:
         return lookup.find(self._lookup, doc_id, self.doc_ids.__getitem__)
 

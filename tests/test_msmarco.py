@@ -130,7 +130,6 @@ def test_a_store_gives_every_document_by_id_in_any_order_and_keeps_the_collectio
     assert "D0" not in store and "" not in store
     with pytest.raises(KeyError):
         store["D0"]
-    store.verify()
 
 
 def test_a_build_that_was_killed_goes_on_behind_its_last_shard(msmarco, reranker, tmp_path, monkeypatch):
