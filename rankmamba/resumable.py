@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -89,18 +88,15 @@ def rerank(
     digest = hashlib.sha256(pd.util.hash_pandas_object(head, index=False).to_numpy().tobytes()).hexdigest()
     of = of | {"top_k": top_k, "max_passages": max_passages, "pairs": PAIRS, "candidates": digest}
     journal = Journal(path, of | {"precision": reranker.precision, "device": reranker.device.type})
-    pieces = _pieces(list(dict.fromkeys(head["query_id"])), max(1, PAIRS // max(1, top_k)))
+    query_ids, size = head["query_id"].unique(), max(1, PAIRS // max(1, top_k))
     with tqdm(total=len(head), unit="pair", desc="reranking", mininterval=1, disable=not show_progress_bar) as bar:
-        for place, query_ids in enumerate(pieces):
+        for place, start in enumerate(range(0, len(query_ids), size)):
             if place >= len(journal.pieces):
-                run = reranker.rerank(head[head["query_id"].isin(query_ids)], collection, top_k, max_passages=max_passages)
+                piece = head[head["query_id"].isin(query_ids[start : start + size])]
+                run = reranker.rerank(piece, collection, top_k, max_passages=max_passages)
                 columns = run[["query_id", "doc_id", "score"]].to_dict("list")
                 journal.add({"run": columns, "cost": astuple(reranker.cost)})
             bar.update(len(journal.pieces[place]["run"]["score"]))
     runs = [pd.DataFrame(piece["run"]) for piece in journal.pieces]
     cost = sum((Cost(*piece["cost"]) for piece in journal.pieces), Cost())
     return sort_run(pd.concat(runs) if runs else head), cost
-
-
-def _pieces(query_ids: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [query_ids[start : start + size] for start in range(0, len(query_ids), size)]

@@ -16,7 +16,7 @@ from rankmamba.profiling import MODES, Subject, build, measure
 from rankmamba.profiling import study as profile_study
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.profiling.flops import forward_flops
-from rankmamba.profiling.parts import TextPass, breakdown, fixed_batches, padded_tokens
+from rankmamba.profiling.parts import TextPass, breakdown, padded_tokens
 from rankmamba.results import fingerprint, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def test_batches_by_length_pad_no_more_than_as_many_shuffled_pairs_at_a_time(siz
         assert (
             lengths.sum()
             <= padded_tokens(lengths, token_batches(lengths, budget, 64))
-            <= padded_tokens(lengths, fixed_batches(lengths, size))
+            <= padded_tokens(lengths, np.split(np.arange(320), range(size, 320, size)))
         )
 
 

@@ -1,7 +1,7 @@
 """Where the time goes when a system reads texts: torch's profiler, its events claimed by the parts of a reranker."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -34,11 +34,6 @@ PARTS = {
     "optimizer": ("Optimizer.",),
 }
 OTHER = "norms and other"
-
-
-def fixed_batches(lengths: Sequence[int], size: int) -> Iterator[np.ndarray]:
-    """Yield arrays of indices, `size` at a time in the given order: the usual way to batch, to compare with."""
-    yield from (np.arange(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size))
 
 
 def padded_tokens(lengths: Sequence[int], batches: Iterable[np.ndarray]) -> int:
@@ -77,9 +72,9 @@ class TextPass:
     def padded_tokens(self) -> int:
         return padded_tokens(self.lengths, self._indices())
 
-    def _indices(self):
+    def _indices(self) -> list[np.ndarray]:
         if self.fixed:
-            return fixed_batches(self.lengths, self.fixed)
+            return np.split(np.arange(len(self.lengths)), range(self.fixed, len(self.lengths), self.fixed))
         return token_batches(self.lengths, self.batch_tokens, batch_cost(self.reranker.device))
 
     def _batches(self):
@@ -87,7 +82,7 @@ class TextPass:
         texts = inputs.queries([query for query, _ in self.pairs]), inputs.documents([document for _, document in self.pairs])
         joined = [inputs.join(query, document) for query, document in zip(*texts, strict=True)]
         self.lengths = [len(pair) for pair in joined]
-        batches = list(self._indices())
+        batches = self._indices()
         order = torch.from_numpy(np.argsort(np.concatenate(batches)))
         features = [inputs.collate([joined[i] for i in batch]) for batch in batches]
         return order, [{name: t.to(self.reranker.device) for name, t in batch.items()} for batch in features]

@@ -28,7 +28,7 @@ from .build import BLOCK, SAMPLE, blocks, identity, store_block
 from .formats import FLOATS, Parts, check_format, decode, encode, encode_ids, record_bytes
 from .kinds import kind_of
 from .reader import Reader, compare_headers
-from .store import Writer, building, check_folder, check_new
+from .store import Writer, building, check_folder
 
 
 class DocumentStates:
@@ -172,7 +172,9 @@ class DocumentStates:
             InputError: these states are not float32 of all layers, there is no such format, or the folder holds something.
         """
         check_format(dtype)
-        check_new(Path(folder))
+        folder = Path(folder)
+        if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"expected a new or empty folder, got {folder}, which holds something; choose another folder")
         manifest, table = self._reader.manifest, self._reader.names.table
         if self.dtype != "float32" or manifest["header"]["layers"] is not None:
             raise InputError(f"expected float32 states of all layers to convert, got {self.dtype} in {self._reader.folder}")

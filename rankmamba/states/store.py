@@ -62,16 +62,6 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"expected a new folder, or one of states, got {folder} ({found}); choose another folder")
 
 
-def check_new(folder: Path) -> None:
-    """Check that `folder` is absent or empty.
-
-    Raises:
-        InputError: it is a file, or holds something.
-    """
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"expected a new or empty folder, got {folder}, which holds something; choose another folder")
-
-
 class Writer:
     """Appends blocks of documents; what was committed survives a kill, what was not is cut off at the next start.
 
