@@ -35,19 +35,16 @@ def native_attention(
     query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size). attention_mask: None, or
     (B, K), false where a key is hidden, or as SDPA takes it. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
     """
-    if attention_mask is not None and attention_mask.dim() != 2:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **kwargs
-        )
     causal = module.is_causal if is_causal is None else is_causal
-    served = query.device.type == "cpu" and all(tensor.dtype in PRECISIONS for tensor in (query, key, value))
+    of_pairs = attention_mask is not None and attention_mask.dim() != 2
+    served = not of_pairs and query.device.type == "cpu" and all(tensor.dtype in PRECISIONS for tensor in (query, key, value))
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
     served = served and (attention_mask is None or attention_mask.shape == (batch, keys)) and (keys >= queries or not causal)
     served = served and not scan.traced() and not kwargs.get("dropout")
     served = served and not (torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad)
     if not served:
-        mask = sdpa_mask(attention_mask, causal, query, key)
+        mask = attention_mask if of_pairs else sdpa_mask(attention_mask, causal, query, key)
         return sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, is_causal=causal, position_bias=position_bias, **kwargs
         )
