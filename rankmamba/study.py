@@ -12,6 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+from tqdm.std import tqdm
+
 from . import plan
 from .errors import InputError
 from .files import alone, refusals, write_text
@@ -19,6 +21,7 @@ from .parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parameters, 
 from .sources import say
 
 REPORT = "07_report"
+clock = tqdm.format_interval  # mm:ss, or h:mm:ss
 # The final table has eleven columns, which have to fit the window and the page; on paper nothing scrolls.
 REPORT_STYLE = """
 #notebook-container { width: auto; max-width: 1300px }
@@ -143,11 +146,6 @@ def remaining(elapsed: float, done: list[float], left: list[float]) -> float:
     """Estimate the seconds that are left: as planned, or slower where this machine was slower so far; what an earlier run had done
     takes no time and makes no machine faster."""
     return sum(left) * (max(1.0, elapsed / sum(done)) if sum(done) else 1.0)
-
-
-def clock(seconds: float) -> str:
-    """Write seconds as m:ss."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def show(folder: Path) -> None:
