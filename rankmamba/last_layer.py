@@ -17,29 +17,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .native_attention import NATIVE, sdpa_mask
 
-# For each type of backbone: its list of layers, and what in a layer works token by token, with an output at other tokens that nobody
-# reads: a module, or from one (its inputs are cut) to another (its output is filled up), "" being the layer. Neither end of such
-# a span is a linear map: an adapter would wrap it and see only half of this.
-BERT = ("encoder.layer", ("attention.self.query", ("attention.output", "")))
+# For each type of backbone: its list of layers, its attention, and what in a layer works token by token, with an output at other tokens
+# that nobody reads: a module, or from one (its inputs are cut) to another (its output is filled up), "" being the layer. Neither end
+# of such a span is a linear map: an adapter would wrap it and see only half of this.
+BERT = ("encoder.layer", "attention.self", ("attention.self.query", ("attention.output", "")))
+MAMBA = ("layers", None, ())  # its mixers compute one token's output themselves
 TOKENWISE = {
     "bert": BERT,
     "roberta": BERT,
     "electra": BERT,
-    "gpt_neox": ("layers", ("attention.dense", "mlp")),
+    "gpt_neox": ("layers", "attention", ("attention.dense", "mlp")),
     # OPT's keys and values, unlike its queries, are read from every token
-    "opt": ("decoder.layers", ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")),
-    # their mixers compute one token's output themselves
-    "mamba": ("layers", ()),
-    "mamba2": ("layers", ()),
-    "falcon_mamba": ("layers", ()),
-    "nemotron_h": ("layers", ()),
-}
-ATTENTION = {
-    "bert": "attention.self",
-    "roberta": "attention.self",
-    "electra": "attention.self",
-    "gpt_neox": "attention",
-    "opt": "self_attn",
+    "opt": ("decoder.layers", "self_attn", ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")),
+    "mamba": MAMBA,
+    "mamba2": MAMBA,
+    "falcon_mamba": MAMBA,
+    "nemotron_h": MAMBA,
 }
 POOLED = "rankmamba_pooled_sdpa"  # Hugging Face finds an implementation of attention by its name
 
@@ -57,7 +50,7 @@ class LastLayer:
         self._batch, self._layer, self._attention = _Batch(), None, None
         if backbone.config.model_type not in TOKENWISE:
             return
-        layers, parts = TOKENWISE[backbone.config.model_type]
+        layers, attention, parts = TOKENWISE[backbone.config.model_type]
         self._layer = backbone.get_submodule(layers)[-1]
         modules = dict(self._layer.named_modules())
         for part in parts:
@@ -67,7 +60,7 @@ class LastLayer:
                 modules[last].register_forward_hook(self._put_back)
         if "mixer" in modules:
             modules["mixer"].pooled_batch = self._batch
-        self._attention = modules.get(ATTENTION.get(backbone.config.model_type))
+        self._attention = modules.get(attention)
         if self._attention is not None:
             self._config, self._pooled_config = self._attention.config, copy.copy(self._attention.config)
             self._pooled_config._attn_implementation = POOLED

@@ -321,7 +321,7 @@ def test_the_last_layer_skips_in_every_family_that_it_knows(reranker):
     assert (kept is None) == (family not in TOKENWISE)
     if kept is not None:
         hooked = {name for name, module in kept.named_modules() if module._forward_pre_hooks}
-        assert hooked == {part if isinstance(part, str) else part[0] for part in TOKENWISE[family][1]}
+        assert hooked == {part if isinstance(part, str) else part[0] for part in TOKENWISE[family][2]}
 
 
 def test_the_table_has_a_line_for_each_checkpoint_and_every_family_is_proven():
