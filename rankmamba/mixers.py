@@ -141,13 +141,18 @@ class _ScanMixer:
         state = cache_params
         if state is not None and not isinstance(state, MambaState):
             state = _HuggingFaceCache(state, self.conv_kernel_size)
-        positions = None if self.pooled_batch is None else self.pooled_batch.positions
-        if positions is None or (state is not None and state.record):
-            mixed = self._mix(hidden_states, state, padding)
-            return self.out_proj(mixed if padding is None else padding.put_back(mixed))
-        places = positions[:, None]
-        pooled = self.out_proj(self._mix(hidden_states, state, padding, places if padding is None else padding.in_front(places)))
-        return pooled.new_zeros(hidden_states.shape).scatter(1, places[..., None].expand_as(pooled), pooled)
+        past = (None, None) if state is None else state._read(self.layer_idx)
+        record = state is not None and state.record
+        positions = None if self.pooled_batch is None or record else self.pooled_batch.positions
+        if positions is not None:
+            places = positions[:, None]
+            at = places if padding is None else padding.in_front(places)
+            pooled = self.out_proj(self._mix(hidden_states, *past, padding, record, at)[0])
+            return pooled.new_zeros(hidden_states.shape).scatter(1, places[..., None].expand_as(pooled), pooled)
+        mixed, last_inputs, last_state = self._mix(hidden_states, *past, padding, record)
+        if record:
+            state._write(self.layer_idx, last_inputs, last_state)
+        return self.out_proj(mixed if padding is None else padding.put_back(mixed))
 
     def _split(self, hidden_states, at, gate, rest):
         """in_proj's outputs: `gate`, of the tokens at `at` alone, and `rest`. gate, rest: slices of its rows."""
@@ -192,9 +197,9 @@ def _by_channel(linear, x, bias=True):
 class ScanMamba(_ScanMixer):
     """Mamba's mixer (arXiv 2312.00752, figure 3), computed by `rankmamba.scan`."""
 
-    def _mix(self, hidden_states, state, padding, at=None):
-        past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
-        record = state is not None and state.record
+    def _mix(self, hidden_states, past_conv, past_ssm, padding, record, at=None):
+        """(B, L, D) -> (B, L, E), or of the tokens at `at` (B, 1) alone; and if they are to be recorded the last inputs of the
+        convolution and the last state."""
         if at is None:
             x, z = _by_channel(self.in_proj, hidden_states).chunk(2, dim=-1)
         else:
@@ -219,10 +224,8 @@ class ScanMamba(_ScanMixer):
             initial_state=past_ssm,
             return_final_state=record,
         )
-        if record:
-            y, last_state = y
-            state._write(self.layer_idx, last_inputs, last_state)
-        return y if at is None else _take(y, at) * F.silu(gate)
+        y, last_state = y if record else (y, None)
+        return (y if at is None else _take(y, at) * F.silu(gate)), last_inputs, last_state
 
     def _select(self, u):
         """(B, L, E) -> what depends on the token: delta before its projection (B, L, R), B and C (B, L, N)."""
@@ -249,10 +252,8 @@ class ScanFalconMamba(ScanMamba):
 class ScanMamba2(_ScanMixer):
     """Mamba-2's mixer (arXiv 2405.21060, figure 6), computed by `rankmamba.scan`."""
 
-    def _mix(self, hidden_states, state, padding, at=None):
-        past_conv, past_ssm = (None, None) if state is None else state._read(self.layer_idx)
-        record = state is not None and state.record
-        inner, length = self.intermediate_size, hidden_states.shape[1]
+    def _mix(self, hidden_states, past_conv, past_ssm, padding, record, at=None):
+        inner = self.intermediate_size
         shared = self.n_groups * self.ssm_state_size
         if at is None:
             z, xBC, delta = self.in_proj(hidden_states).split([inner, self.conv_dim, self.num_heads], dim=-1)
@@ -263,7 +264,7 @@ class ScanMamba2(_ScanMixer):
         x, B, C = xBC.split([inner, shared, shared], dim=-1)
         step = F.softplus(delta.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
         if record and padding is not None:
-            step = step.masked_fill(padding.beyond(length)[..., None], 0.0)
+            step = step.masked_fill(padding.beyond(step.shape[1])[..., None], 0.0)
         inputs = (
             x.unflatten(-1, (self.num_heads, self.head_dim)),
             step,
@@ -274,10 +275,9 @@ class ScanMamba2(_ScanMixer):
             past_ssm,
         )
         y = ssd_scan(*inputs, return_final_state=record) if at is None else ssd_token(*inputs, at)
-        if record:
-            y, last_state = y
-            state._write(self.layer_idx, last_inputs, last_state)
-        return rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups)
+        y, last_state = y if record else (y, None)
+        normed = rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups)
+        return normed, last_inputs, last_state
 
 
 class ScanRMSNorm:
