@@ -143,9 +143,7 @@ def measure_together(
         # scoring converts the weights once for all its batches (Reranker._score), a step of training has to do it again
         with autocast(first.device, first.dtype) if mode == "inference" else contextlib.nullcontext():
             runs = {s: [_pass(mode, reranker, length, batch, group_size) for reranker in s.rerankers] for s in subjects}
-            memory, times, failed = _first_passes(
-                mode, runs, lambda s, mode=mode: _pass(mode, s.first, 8, group_size, group_size), seconds, stop
-            )
+            memory, times, failed = _first_passes(mode, runs, group_size, seconds, stop)
             _take_turns(runs, times, repeats, seconds, stop)
         for subject in failed:
             found[subject.system]["out_of_memory"].append(mode)
@@ -156,12 +154,11 @@ def measure_together(
 
 
 def _first_passes(
-    mode: str, runs: dict[Subject, list[Callable]], small: Callable[[Subject], Callable], seconds: float, stop: threading.Event
+    mode: str, runs: dict[Subject, list[Callable]], group_size: int, seconds: float, stop: threading.Event
 ) -> tuple[dict[Subject, float | None], dict[Subject, list[float]], list[Subject]]:
     """Run each system once; return the memory in MiB of those that ran, their seconds if that counts, and who ran out of memory.
 
-    runs: the passes of each system's networks; those of a system that did not run are dropped. small: makes a system's pass of the
-    same kind over a few tokens.
+    runs: the passes of each system's networks; those of a system that did not run are dropped.
     """
     memory, times, failed = {}, {}, []
     for subject in list(runs):
@@ -169,7 +166,7 @@ def _first_passes(
             if not stop.is_set():
                 # what is allocated once is no part of a pass; converted weights are, so they are not kept here
                 with torch.autocast(subject.first.device.type, enabled=False, cache_enabled=False):
-                    small(subject)()
+                    _pass(mode, subject.first, 8, group_size, group_size)()
                 first, memory[subject] = _first(subject, runs[subject])
                 # a GPU's first pass builds its kernels
                 counts = mode == "inference" and subject.depths is None
