@@ -55,8 +55,6 @@ from . import nq, squad, wiki
 from .nq import SPLITS
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
-NQ_VERSION = "1"  # of what `nq.prepare` makes: another number, another folder
-WIKI_VERSION, SQUAD_VERSION = "1", "1"
 
 
 def home() -> Path:
@@ -70,9 +68,9 @@ def prepared(name: str) -> Path:
     Raises:
         InputError: the source is missing or cannot be fetched, or the disk is too small.
     """
-    version, make, _ = _SETS[name]
+    make, _, version = _SETS[name]
     slug = name.replace("/", "-")
-    folder = home() / f"{slug}-{version()}"
+    folder = home() / f"{slug}-{version or _tiny_version()}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with alone(folder.parent / f".{slug}.lock", f"another process is preparing rankmamba/{name}; waiting for it"):
@@ -155,20 +153,20 @@ _GRADES = {
 
 
 class _Set(NamedTuple):
-    """How a set is made; another version, another folder. "all" among the parts is the set's own id."""
+    """How a set is made; another version, another folder (None: by its source). "all" among the parts is the set's own id."""
 
-    version: Callable[[], str]
     make: Callable[[Path], None]
     parts: tuple[str, ...] = SPLITS
+    version: str | None = "1"
 
 
 _SETS = {
-    "tiny": _Set(_tiny_version, _make_tiny, ("all", *SPLITS)),
-    "nq": _Set(lambda: NQ_VERSION, partial(_make_splits, module=nq, read=nq.read_examples)),
-    "wiki": _Set(lambda: WIKI_VERSION, partial(_make_splits, module=wiki, read=wiki.read_articles)),
-    "squad": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=None), ("test",)),
-    "squad-long/600": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=600), ("test",)),
-    "squad-long/1500": _Set(lambda: SQUAD_VERSION, partial(_make_squad, words=1500), ("test",)),
+    "tiny": _Set(_make_tiny, ("all", *SPLITS), version=None),
+    "nq": _Set(partial(_make_splits, module=nq, read=nq.read_examples)),
+    "wiki": _Set(partial(_make_splits, module=wiki, read=wiki.read_articles)),
+    "squad": _Set(partial(_make_squad, words=None), ("test",)),
+    "squad-long/600": _Set(partial(_make_squad, words=600), ("test",)),
+    "squad-long/1500": _Set(partial(_make_squad, words=1500), ("test",)),
 }
 
 
