@@ -115,16 +115,10 @@ def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = 
 
     starts: {query_id: words of the document before it} (`embedded.answer_starts`).
     """
-    edges = [*STARTS, np.inf]
-    names = [f"{low} to {high - 1:.0f}" for low, high in zip(STARTS, STARTS[1:], strict=False)] + [f"{STARTS[-1]} and more"]
-
-    def group(query_id: str) -> str:
-        return names[int(np.searchsorted(edges, starts[query_id], side="right")) - 1]
-
-    table = _by(values(records, measure), group, "words before the answer")
-    return table.sort_values(
-        "words before the answer", key=lambda column: column.map(names.index), kind="stable", ignore_index=True
-    )
+    names = [f"{low} to {high - 1}" for low, high in zip(STARTS, STARTS[1:], strict=False)] + [f"{STARTS[-1]} and more"]
+    title = "words before the answer"
+    table = _by(values(records, measure), lambda query_id: np.searchsorted(STARTS, starts[query_id], side="right") - 1, title)
+    return table.assign(**{title: table[title].map(names.__getitem__)})
 
 
 def by_reading(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
