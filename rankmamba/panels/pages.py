@@ -30,6 +30,7 @@ CSS = """<style>
 .rm-document sup { font-size: 10px; font-variant-numeric: tabular-nums; padding: 0 3px; font-weight: 600; }
 .rm-document .rm-unread { opacity: .45; }
 </style>"""
+SHOWN = 10  # places of each list
 SPEAKS_FOR, SPEAKS_AGAINST = "0, 114, 178", "213, 94, 0"  # blue and orange, told apart by the colour-blind
 
 
@@ -44,7 +45,6 @@ def lists_html(
     texts: Mapping[str, str],
     judged: Mapping[str, int],
     words: Collection[str],
-    shown: int = 10,
     read: str | None = None,
 ) -> str:
     """The lists of several systems side by side, BM25's first: score, judgement, movement, and the beginning of each text.
@@ -53,7 +53,7 @@ def lists_html(
     """
     before = {doc_id: place for place, doc_id in enumerate(lists[FIRST_STAGE].doc_ids, 1)}
     names = {doc_id: f"rm-d{place}" for doc_id, place in before.items()}
-    columns = [_column(system, ranking, texts, judged, words, shown, read, before, names) for system, ranking in lists.items()]
+    columns = [_column(system, ranking, texts, judged, words, read, before, names) for system, ranking in lists.items()]
     together = "".join(
         f".rm-lists:has(.{name}:hover) .{name}{{background:var(--jp-layout-color2,#eee)}}" for name in names.values()
     )
@@ -61,14 +61,14 @@ def lists_html(
     return f'{CSS}<style>{together}</style><div class="rm-lists" style="grid-template-columns:{width}">{"".join(columns)}</div>'
 
 
-def _column(system, ranking, texts, judged, words, shown, read, before, names) -> str:
+def _column(system, ranking, texts, judged, words, read, before, names) -> str:
     places = [place for place, doc_id in enumerate(ranking.doc_ids, 1) if judged.get(doc_id, 0) > 0]
     said = f"{len(ranking.doc_ids)} documents, {1000 * ranking.seconds:,.0f} ms" + " from states" * ranking.from_states
     if judged:
         said += f"<br>first relevant: {places[0]}" if places else "<br>no relevant document"
-    digits = _digits(np.ptp(ranking.scores[:shown]) if ranking.scores else 1)
+    digits = _digits(np.ptp(ranking.scores[:SHOWN]) if ranking.scores else 1)
     rows = []
-    for place, (doc_id, score) in enumerate(zip(ranking.doc_ids[:shown], ranking.scores, strict=False), 1):
+    for place, (doc_id, score) in enumerate(zip(ranking.doc_ids[:SHOWN], ranking.scores, strict=False), 1):
         relevant = judged.get(doc_id, 0) > 0
         classes = [names[doc_id], *(["rm-relevant"] if relevant else []), *(["rm-read"] if doc_id == read else [])]
         head = [f"<b>{place}</b>"]

@@ -9,9 +9,7 @@ from ..errors import InputError
 from ..search import FIRST_STAGE, Ranking, Search, query_words
 from .controls import Controls, Panel, choice, in_row
 from .job import Job
-from .pages import document_html, lists_html
-
-SHOWN = 10  # places of each list
+from .pages import SHOWN, document_html, lists_html
 
 
 @dataclass
@@ -177,7 +175,7 @@ class RankingPanel(Panel):
     def _show_lists(self) -> None:
         answer = self._answer
         lists = dict(answer.lists)  # the job may be adding to it
-        self.lists.value = lists_html(lists, answer.texts, answer.judged, answer.words, SHOWN, self.document.value)
+        self.lists.value = lists_html(lists, answer.texts, answer.judged, answer.words, self.document.value)
 
     def _offer(self, answer: Answer) -> None:
         """Offer the documents that the lists show, and open the one that was open, or the first of the last list."""
