@@ -34,6 +34,7 @@ from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.inputs import KINDS
 from rankmamba.last_layer import TOKENWISE
+from rankmamba.mixers import has_scan
 from rankmamba.nano import NANO
 from rankmamba.reranker import Reranker
 from rankmamba.systems import FAMILIES, SYSTEMS
@@ -322,6 +323,14 @@ def test_the_last_layer_skips_in_every_family_that_it_knows(reranker):
     if kept is not None:
         hooked = {name for name, module in kept.named_modules() if module._forward_pre_hooks}
         assert hooked == {part if isinstance(part, str) else part[0] for part in TOKENWISE[family][2]}
+    if kept is not None and has_scan(kept):
+        hidden, positions = torch.randn(2, 6, kept.mixer.hidden_size), torch.tensor([5, 2])
+        with torch.no_grad():
+            whole = kept.mixer(hidden)
+            with reranker.model.last_layer.only(positions):
+                alone = kept.mixer(hidden)
+        assert alone.any(-1).nonzero().tolist() == [[0, 5], [1, 2]]
+        torch.testing.assert_close(alone[[0, 1], positions], whole[[0, 1], positions], rtol=1e-4, atol=1e-6)
 
 
 def test_the_table_has_a_line_for_each_checkpoint_and_every_family_is_proven():
