@@ -1,6 +1,7 @@
 """Work in a fork of the test's own process, which has everything imported; a fork may be killed at any moment."""
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -23,7 +24,8 @@ def fork(work: Callable[[], object], on_operation: Callable[[str, tuple], None] 
         return process
     status = 1
     try:
-        torch.set_num_threads(1)  # no thread of the parent lives in a fork
+        gc.freeze()  # what the parent left to be collected may wait for a thread to end, and no thread of the parent lives in a fork
+        torch.set_num_threads(1)
         tqdm.set_lock(threading.RLock())  # its own is shared by forks, and one that is killed would keep it for all
         signal.alarm(120)  # a fork that waits for ever fails, and says before where it waits
         faulthandler.dump_traceback_later(110, file=sys.__stderr__)
