@@ -156,11 +156,11 @@ class _ScanMixer:
 
     def _split(self, hidden_states, at, gate, rest):
         """in_proj's outputs: `gate`, of the tokens at `at` alone, and `rest`. gate, rest: slices of its rows."""
-        pooled = self.in_proj(_take(hidden_states, at))[..., gate]
         if type(self.in_proj) is not nn.Linear:  # an adapter cannot be cut
-            return pooled, self.in_proj(hidden_states)[..., rest]
+            projected = self.in_proj(hidden_states)
+            return _take(projected, at)[..., gate], projected[..., rest]
         bias = None if self.in_proj.bias is None else self.in_proj.bias[rest]
-        return pooled, F.linear(hidden_states, self.in_proj.weight[rest], bias)
+        return self.in_proj(_take(hidden_states, at))[..., gate], F.linear(hidden_states, self.in_proj.weight[rest], bias)
 
     def _convolve(self, x, past, padding, record):
         """x: (B, L, W) -> act(conv(x)), and the last K-1 real inputs if they are to be recorded."""

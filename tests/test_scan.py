@@ -589,3 +589,6 @@ def test_one_token_of_mamba2s_scan_is_that_of_the_whole_scan(data):
     torch.testing.assert_close(
         scan.ssd_token(x, step, A, B, C, D, state, at), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
     )
+    doubles = [None if t is None else t.double() for t in (x, step, A, B, C, D, state)]
+    whole = scan.ssd_scan(*doubles).gather(1, at[..., None, None].expand(-1, 1, heads, width))
+    torch.testing.assert_close(scan.ssd_token(*doubles, at), whole, rtol=1e-9, atol=1e-11 * whole.abs().max().item())

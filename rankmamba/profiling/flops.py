@@ -12,8 +12,8 @@ One operation is an addition, a multiplication, a division, an exponential or a 
   and D u; its gated norm: 9 a value.
 
 Not counted: norms, activations, embeddings, softmax, and what a last layer of Mamba-2 does in place of its scan (`scan.ssd_token`);
-they are linear in tokens and small beside the products. Training counts
-three times the forward pass (arXiv 2204.02311, appendix B): what a kernel computes again in the backward pass is its own affair.
+they are linear in tokens and small beside the products. Training counts three times the forward pass (arXiv 2204.02311, appendix B):
+what a kernel computes again in the backward pass is its own affair.
 """
 
 import torch

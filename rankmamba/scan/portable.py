@@ -195,11 +195,11 @@ def ssd_token(x, delta, A, B, C, D, initial_state, at):
     shared = x.shape[2] // B.shape[2]  # heads that use the same B and C
 
     def there(tensor):
-        return tensor.gather(1, at.view(-1, 1, *(1,) * (tensor.dim() - 2)).expand(-1, 1, *tensor.shape[2:])).float()
+        return _wide(tensor.gather(1, at.view(-1, 1, *(1,) * (tensor.dim() - 2)).expand(-1, 1, *tensor.shape[2:])))
 
     behind = torch.arange(x.shape[1], device=x.device) > at
-    step = delta.float().masked_fill(behind[..., None], 0.0)
-    decay = step * A.float()
+    step = _wide(delta).masked_fill(behind[..., None], 0.0)
+    decay = step * _wide(A)
     later = F.pad(decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # of the tokens behind j
     reads = there(C)
     scores = (reads * B).sum(-1).repeat_interleave(shared, dim=2)  # (B, L, H)
@@ -207,7 +207,7 @@ def ssd_token(x, delta, A, B, C, D, initial_state, at):
     if initial_state is not None:
         reads = reads.repeat_interleave(shared, dim=2)[:, 0, :, None]  # (B, H, 1, N)
         y = y + (decay.sum(1).exp()[..., None] * (initial_state * reads).sum(-1))[:, None]
-    return (y + D.float()[:, None] * there(x)).to(x.dtype)
+    return (y + _wide(D)[:, None] * there(x)).to(x.dtype)
 
 
 def rms_norm(y, weight, z, epsilon, groups, dtype):

@@ -52,7 +52,8 @@ struct SsdForward {
     const float *A2, *D;                                    // (H): A log2(e); (H) or null
     const float *initial;                                   // (B, H, P, N) or null
     float *final;                                           // (B, H, P, N) or null
-    void *before;                                           // the state before each chunk that reads one, (chunks, B, H, N, P) in the format of x; or null
+    // the state before each chunk that reads one, (chunks, B, H, N, P) in the format of x; or null
+    void *before;
 };
 struct SsdBackward {
     int64_t batch, length, heads, width, groups, n, chunk, parts;
