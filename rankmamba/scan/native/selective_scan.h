@@ -77,7 +77,7 @@ inline Decay choose_decay(const Scan &s, const Block &block, vf largest_delta) {
 }
 
 template <Decay HOW, int DEGREE>
-inline void decays(const float *delta, const vf *A2, vf *a) {
+ALWAYS_INLINE void decays(const float *delta, const vf *A2, vf *a) {
     for (int c = 0; c < VECTORS; c++) a[c] = load(delta + c * W);
     if (HOW == Decay::clamped) {
         for (int c = 0; c < VECTORS; c++) a[c] *= A2[c];
