@@ -70,6 +70,7 @@ def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
     table = one_batch(table)
     sizes, modes = list(dict.fromkeys(table["size"])), list(dict.fromkeys(table["mode"]))
     figure = Chart(figsize=(0.6 + 5.2 * len(modes), 0.6 + 3.4 * len(sizes)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # a title stands below the axis above it
     for row, panels in zip(sizes, figure.subplots(len(sizes), len(modes), squeeze=False), strict=True):
         for mode, axes in zip(modes, panels, strict=True):
             part = table[(table["size"] == row) & (table["mode"] == mode)]
