@@ -329,6 +329,11 @@ def test_wrong_shapes_are_named():
         scan.selective_scan(**(tensors | {"B": tensors["B"][:, :4]}))
     with pytest.raises(InputError, match="activation"):
         scan.causal_conv1d(tensors["u"], torch.ones(4, 4), activation="relu")
+    heads = mamba2(2, 5, 4, 3, 1, 2, state=False)
+    with pytest.raises(InputError, match=r"expected D \(4,\) beside x \(2, 5, 4, 3\), got \(3,\)"):
+        scan.ssd_scan(**(heads | {"D": torch.ones(3)}))
+    with pytest.raises(InputError, match=r"expected at \(2, 1\) beside x \(2, 5, 4, 3\), got \(2,\)"):
+        scan.ssd_token(**heads, at=torch.tensor([4, 4]))
 
 
 def test_torch_compile_works_around_the_kernels():

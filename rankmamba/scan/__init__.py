@@ -110,30 +110,32 @@ def ssd_scan(
         InputError: shapes that do not fit.
     Source: arXiv 2405.21060, sections 3.2 and 6.
     """
-    batch, length, heads, width = _shape("x", x, 4)
-    groups, n = _shape("B", B, 4)[2:]
-    expected = {
-        "delta": (delta, (batch, length, heads)),
-        "A": (A, (heads,)),
-        "B": (B, (batch, length, groups, n)),
-        "C": (C, (batch, length, groups, n)),
-        "D": (D, (heads,)),
-        "initial_state": (initial_state, (batch, heads, width, n)),
-    }
-    _check("x", x, expected)
-    if groups == 0 or heads % groups:
-        raise InputError(f"expected heads in G equal groups, got {heads} heads and G = {groups}")
+    _check_ssd(x, delta, A, B, C, D, initial_state)
     with record_function("rankmamba::scan"):
         return implementation(x).ssd_scan(x, delta, A, B, C, D, initial_state, return_final_state)
 
 
 @without_autocast
-def ssd_token(x, delta, A, B, C, D, initial_state, at) -> torch.Tensor:
+def ssd_token(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    at: torch.Tensor,
+) -> torch.Tensor:
     """Return `ssd_scan`'s y at one token of each sequence, (B, 1, H, P), for far less than the whole scan; arguments as there.
 
     at: int64 (B, 1). Without a state, as attention would: y_t = sum_(j <= t) exp((delta_(j+1) + ... + delta_t) A) delta_j (C_t . B_j) x_j
     + D x_t (arXiv 2405.21060, equation 7), in torch's operations, on any device.
+
+    Raises:
+        InputError: shapes that do not fit.
     """
+    _check_ssd(x, delta, A, B, C, D, initial_state)
+    _check("x", x, {"at": (at, (x.shape[0], 1))})
     with record_function("rankmamba::scan"):
         return portable.ssd_token(x, delta, A, B, C, D, initial_state, at)
 
@@ -160,6 +162,22 @@ def rms_norm(
     if groups < 1 or inner % groups:
         raise InputError(f"expected channels in equal groups, got {inner} channels and {groups} groups")
     return implementation(y).rms_norm(y, weight, z, epsilon, groups, dtype or y.dtype)
+
+
+def _check_ssd(x, delta, A, B, C, D, initial_state):
+    batch, length, heads, width = _shape("x", x, 4)
+    groups, n = _shape("B", B, 4)[2:]
+    expected = {
+        "delta": (delta, (batch, length, heads)),
+        "A": (A, (heads,)),
+        "B": (B, (batch, length, groups, n)),
+        "C": (C, (batch, length, groups, n)),
+        "D": (D, (heads,)),
+        "initial_state": (initial_state, (batch, heads, width, n)),
+    }
+    _check("x", x, expected)
+    if groups == 0 or heads % groups:
+        raise InputError(f"expected heads in G equal groups, got {heads} heads and G = {groups}")
 
 
 def _shape(name, tensor, dims):
