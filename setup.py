@@ -21,9 +21,9 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
-    "-fno-predictive-commoning",  # spills registers around every inner loop
     "-fvisibility=hidden",
 ]
+GCC_FLAGS = ["-fno-predictive-commoning"]  # it spills registers around every inner loop; clang has none, and refuses the flag
 # name: (lanes of float32, flags)
 BUILDS = {"base": (4, [])}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -42,13 +42,26 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, extension):
         return []
 
+    def flags(self):
+        """FLAGS, and GCC_FLAGS where the compiler knows them."""
+        nothing = Path(self.build_temp, "nothing.cpp")
+        nothing.parent.mkdir(parents=True, exist_ok=True)
+        nothing.touch()
+        try:
+            self.compiler.compile([str(nothing)], extra_postargs=GCC_FLAGS)
+        except CompileError:
+            return FLAGS
+        return FLAGS + GCC_FLAGS
+
     def build_extension(self, extension):
+        common = self.flags()
+
         def compile_kernels(build):
             lanes, flags = BUILDS[build]
             folder = os.path.join(self.build_temp, build)
             macros = [("ISA", build), ("WIDTH", str(lanes))]
             try:
-                return self.compiler.compile([str(FOLDER / "kernels.cpp")], folder, macros, extra_postargs=FLAGS + flags)
+                return self.compiler.compile([str(FOLDER / "kernels.cpp")], folder, macros, extra_postargs=common + flags)
             except CompileError:
                 if build == "base":
                     raise
@@ -57,7 +70,7 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor() as pool:
             built = dict(zip(BUILDS, pool.map(compile_kernels, BUILDS), strict=True))
         macros = [(f"HAVE_{build.upper()}", "1") for build, objects in built.items() if objects]
-        objects = self.compiler.compile([str(FOLDER / "dispatch.cpp")], self.build_temp, macros, extra_postargs=FLAGS)
+        objects = self.compiler.compile([str(FOLDER / "dispatch.cpp")], self.build_temp, macros, extra_postargs=common)
         target = self.get_ext_fullpath(extension.name)
         objects += sum(built.values(), [])
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -167,3 +168,14 @@ def test_the_citation_names_this_version_and_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == rankmamba.__version__ and citation["license"] == PROJECT["license"]
     assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2403.18276"
+
+
+def test_the_kernels_build_with_a_compiler_that_refuses_gccs_own_flags(tmp_path):
+    compiler = tmp_path / "clang++"
+    compiler.write_text(
+        'case " $* " in *" -fno-predictive-commoning "*) echo "clang: error: unknown argument" >&2; exit 1;; esac\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
+    subprocess.run(build, cwd=ROOT, env=os.environ | dict.fromkeys(("CC", "CXX"), f"sh {compiler}"), check=True)
+    assert list((tmp_path / "lib").rglob("_kernels.so"))
