@@ -19,5 +19,10 @@ def out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Drop dead objects and return cached device memory; call it outside the `except` block, which keeps tensors alive."""
     clear_device_cache(garbage_collection=True)
-    with suppress(OSError, AttributeError):  # glibc keeps freed memory, where oneDNN cannot have it
+    return_freed()
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system: glibc keeps it, where oneDNN cannot have it and a measurement does not see it used again."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library; Windows, where the process has no handle by None
         ctypes.CDLL(None).malloc_trim(0)

@@ -60,6 +60,14 @@ def test_an_allocation_of_100_mb_is_seen_every_time_and_one_that_was_freed_befor
     assert profiling.added_mib(lambda: None, torch.device("cpu")) < 4
 
 
+def test_memory_is_measured_without_glibc(monkeypatch):
+    def no_library(name):
+        raise TypeError(f"argument of type {type(name).__name__} is not iterable")  # as on Windows
+
+    monkeypatch.setattr("ctypes.CDLL", no_library)
+    assert (profiling.added_mib(lambda: None, torch.device("cpu")) or 0) < 4
+
+
 def test_depth_is_worked_out_from_two_depths():
     subject = Subject.__new__(Subject)
     subject.layers, subject.depths = 24, (2, 4)

@@ -5,7 +5,6 @@ on the weights, so published backbones are run by their shapes (`shapes`) and no
 """
 
 import contextlib
-import ctypes
 import gc
 import re
 import threading
@@ -19,7 +18,7 @@ import torch
 
 from .. import backbones
 from ..errors import InputError
-from ..memory import free_memory, out_of_memory
+from ..memory import free_memory, out_of_memory, return_freed
 from ..precision import autocast
 from ..reranker import Reranker
 from ..systems import MINILM, SCRATCH, SYSTEMS
@@ -290,8 +289,7 @@ def added_mib(run: Callable[[], object], device: torch.device) -> float | None:
         run()
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and new tensors in it would go unseen
+    return_freed()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
