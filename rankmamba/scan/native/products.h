@@ -20,15 +20,15 @@ template <bool ADD, int R, int V>
 inline void product_tile(int depth, const float *__restrict left, int64_t left_stride, const float *__restrict right,
                          int64_t right_stride, float *__restrict out, int64_t out_stride) {
     vf sums[R][V];  // `= {}` would clear them in memory first
-    for (int i = 0; i < R; i++)
-        for (int c = 0; c < V; c++) sums[i][c] = vf{};
+    EACH(i, R)
+        EACH(c, V) sums[i][c] = vf{};
     for (int64_t k = 0; k < depth; k++, right += right_stride)
-        for (int i = 0; i < R; i++) {
+        EACH(i, R) {
             const vf l = broadcast(left[i * left_stride + k]);
-            for (int c = 0; c < V; c++) sums[i][c] = fma(l, load(right + c * W), sums[i][c]);
+            EACH(c, V) sums[i][c] = fma(l, load(right + c * W), sums[i][c]);
         }
-    for (int i = 0; i < R; i++)
-        for (int c = 0; c < V; c++) {
+    EACH(i, R)
+        EACH(c, V) {
             float *to = out + i * out_stride + c * W;
             store(to, ADD ? load(to) + sums[i][c] : sums[i][c]);
         }
@@ -121,20 +121,20 @@ struct Pairs {
                                int64_t out_stride) {
         constexpr int V = UNIT / W;
         vf sums[ROWS][V];
-        for (int i = 0; i < ROWS; i++)
-            for (int c = 0; c < V; c++) sums[i][c] = vf{};
+        EACH(i, ROWS)
+            EACH(c, V) sums[i][c] = vf{};
         for (int k = 0; k < depth; k += 2, left += 2, right += 2 * right_stride)
-            for (int i = 0; i < ROWS; i++) {
+            EACH(i, ROWS) {
                 int pair;
                 memcpy(&pair, left + i * left_stride, sizeof pair);
-                for (int c = 0; c < V; c++) {
+                EACH(c, V) {
                     __m512i pairs;
                     memcpy(&pairs, right + c * 2 * W, sizeof pairs);
                     sums[i][c] = (vf)_mm512_dpbf16_ps((__m512)sums[i][c], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)pairs);
                 }
             }
-        for (int i = 0; i < ROWS; i++)
-            for (int c = 0; c < V; c++) {
+        EACH(i, ROWS)
+            EACH(c, V) {
                 float *to = out + i * out_stride + c * W;
                 store(to, ADD ? load(to) + sums[i][c] : sums[i][c]);
             }

@@ -9,7 +9,7 @@
 namespace {
 
 // Tokens. With AVX-512 a block is twice as wide, and the buffers of 32 tokens leave the first-level cache in the backward pass.
-constexpr int TILE = W == 16 ? 24 : 32;
+constexpr int TILE = 24;
 // The forward takes fewer tokens at a time: a row of each is a stream, and a processor follows only so many.
 constexpr int STEP = 8;
 static_assert(TILE % STEP == 0);
@@ -204,8 +204,8 @@ void backward_state(int tokens, int64_t stride, const float *A2, const Tile &til
     const float *__restrict delta = tile.delta, *__restrict du = tile.du, *__restrict dy = tile.dy;
     float *__restrict y = tile.y, *__restrict ddelta = tile.ddelta, *__restrict ddu = tile.ddu;
     vf state[S][VECTORS], a2[S][VECTORS];
-    for (int s = 0; s < S; s++)
-        for (int c = 0; c < VECTORS; c++) {
+    EACH(s, S)
+        EACH(c, VECTORS) {
             state[s][c] = load(before + s * BLOCK + c * W), a2[s][c] = load(A2 + s * BLOCK + c * W);
             store(h + s * SCRATCH + c * W, state[s][c]);
         }
@@ -213,35 +213,35 @@ void backward_state(int tokens, int64_t stride, const float *A2, const Tile &til
         const int at = t * BLOCK;
         vf out[VECTORS];
         if (GATED)
-            for (int c = 0; c < VECTORS; c++) out[c] = load(y + at + c * W);
-        for (int s = 0; s < S; s++) {
+            EACH(c, VECTORS) out[c] = load(y + at + c * W);
+        EACH(s, S) {
             vf decay[VECTORS];
             decays<HOW, 6>(delta + at, a2[s], decay);  // sums of gradients over all tokens notice the sixth
             const vf b = broadcast(B[t * stride + s]), weight = broadcast(C[t * stride + s]);
-            for (int c = 0; c < VECTORS; c++) store(a + s * SCRATCH + at + c * W, decay[c]);
-            for (int c = 0; c < VECTORS; c++) state[s][c] = decay[c] * state[s][c] + load(du + at + c * W) * b;
-            for (int c = 0; c < VECTORS; c++) store(h + s * SCRATCH + at + BLOCK + c * W, state[s][c]);
+            EACH(c, VECTORS) store(a + s * SCRATCH + at + c * W, decay[c]);
+            EACH(c, VECTORS) state[s][c] = decay[c] * state[s][c] + load(du + at + c * W) * b;
+            EACH(c, VECTORS) store(h + s * SCRATCH + at + BLOCK + c * W, state[s][c]);
             if (GATED)
-                for (int c = 0; c < VECTORS; c++) out[c] += state[s][c] * weight;
+                EACH(c, VECTORS) out[c] += state[s][c] * weight;
         }
         if (GATED)
-            for (int c = 0; c < VECTORS; c++) store(y + at + c * W, out[c]);
+            EACH(c, VECTORS) store(y + at + c * W, out[c]);
     }
     vf g[S][VECTORS], da[S][VECTORS] = {};  // a sum per tile first: it is more exact than one long sum
-    for (int s = 0; s < S; s++)
-        for (int c = 0; c < VECTORS; c++) g[s][c] = load(carry + s * BLOCK + c * W);
+    EACH(s, S)
+        EACH(c, VECTORS) g[s][c] = load(carry + s * BLOCK + c * W);
     for (int t = tokens - 1; t >= 0; t--) {
         const int at = t * BLOCK;
         vf db[S], dc[S], b[S], weight[S];
-        for (int s = 0; s < S; s++) {
+        EACH(s, S) {
             b[s] = broadcast(B[t * stride + s]), weight[s] = broadcast(C[t * stride + s]);
             db[s] = load(dB + (s * TILE + t) * W), dc[s] = load(dC + (s * TILE + t) * W);
         }
-        for (int c = 0; c < VECTORS; c++) {
+        EACH(c, VECTORS) {
             const int i = at + c * W;
             const vf dy_c = load(dy + i), du_c = load(du + i), delta_c = load(delta + i);
             vf ddu_c = load(ddu + i), ddelta_c = load(ddelta + i);
-            for (int s = 0; s < S; s++) {
+            EACH(s, S) {
                 g[s][c] += dy_c * weight[s];  // the gradient of h_t
                 dc[s] += dy_c * load(h + s * SCRATCH + i + BLOCK);
                 db[s] += g[s][c] * du_c;
@@ -254,13 +254,13 @@ void backward_state(int tokens, int64_t stride, const float *A2, const Tile &til
             store(ddu + i, ddu_c);
             store(ddelta + i, ddelta_c);
         }
-        for (int s = 0; s < S; s++) {
+        EACH(s, S) {
             store(dB + (s * TILE + t) * W, db[s]);
             store(dC + (s * TILE + t) * W, dc[s]);
         }
     }
-    for (int s = 0; s < S; s++)
-        for (int c = 0; c < VECTORS; c++) {
+    EACH(s, S)
+        EACH(c, VECTORS) {
             float *sum = dA + s * BLOCK + c * W;
             store(carry + s * BLOCK + c * W, g[s][c]);
             store(sum, load(sum) + da[s][c]);

@@ -16,6 +16,8 @@
 
 // The compiler's own limit is one for the whole file: what else stands there would decide whether a loop calls functions.
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+// A short loop, unrolled before the compiler decides what stays in registers: GCC leaves the array that it walks in memory otherwise.
+#define EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
 
 namespace {
 
