@@ -65,24 +65,32 @@ inline float sum(vf v) {
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
-// Row i, lane j becomes row j, lane i: one bit of both after the other.
+#if defined(__AVX512F__) && WIDTH == 16
+// Rows that differ in one bit of their numbers: lanes with that bit of the first and lanes without it of the second change places. Each with the
+// cheapest instruction there is for it.
+template <int BIT>
+ALWAYS_INLINE void exchange(vf &first, vf &second) {
+    const __m512 a = (__m512)first, b = (__m512)second;
+    if constexpr (BIT == 1) {
+        first = (vf)_mm512_mask_moveldup_ps(a, 0xaaaa, b), second = (vf)_mm512_mask_movehdup_ps(b, 0x5555, a);
+    } else if constexpr (BIT == 2) {
+        first = (vf)_mm512_unpacklo_pd((__m512d)a, (__m512d)b), second = (vf)_mm512_unpackhi_pd((__m512d)a, (__m512d)b);
+    } else if constexpr (BIT == 4) {
+        first = (vf)_mm512_mask_shuffle_f32x4(a, 0xf0f0, b, b, 0xa0), second = (vf)_mm512_mask_shuffle_f32x4(b, 0x0f0f, a, a, 0xf5);
+    } else {
+        first = (vf)_mm512_shuffle_f32x4(a, b, 0x44), second = (vf)_mm512_shuffle_f32x4(a, b, 0xee);
+    }
+}
+template <int BIT>
+ALWAYS_INLINE void exchange_all(vf *rows) {
+    EACH(i, W) if (!(i & BIT)) exchange<BIT>(rows[i], rows[i + BIT]);
+}
+#endif
+
+// Row i, lane j becomes row j, lane i.
 inline void transpose(vf *rows) {
 #if defined(__AVX512F__) && WIDTH == 16
-#pragma GCC unroll 4
-    for (int bit = 1; bit < W; bit *= 2) {
-        vi low, high;
-        for (int lane = 0; lane < W; lane++) {
-            low[lane] = lane & bit ? W + lane - bit : lane;
-            high[lane] = lane & bit ? W + lane : lane + bit;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) {
-            if (i & bit) continue;
-            const __m512 a = (__m512)rows[i], b = (__m512)rows[i + bit];
-            rows[i] = (vf)_mm512_permutex2var_ps(a, (__m512i)low, b);
-            rows[i + bit] = (vf)_mm512_permutex2var_ps(a, (__m512i)high, b);
-        }
-    }
+    exchange_all<1>(rows), exchange_all<2>(rows), exchange_all<4>(rows), exchange_all<8>(rows);
 #else
     for (int i = 0; i < W; i++)
         for (int j = 0; j < i; j++) {
