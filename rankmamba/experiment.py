@@ -273,6 +273,7 @@ class Experiment:
         """
         runs = {system: self.run(system, "test") for system in [BASELINE, *systems]}
         ranks = _first_relevant(runs, self.split("test").qrels).dropna(subset=BASELINE)
+        ranks = ranks.apply(lambda places: places.fillna(ranks[BASELINE]))  # what was not reranked keeps its place
         moved = ranks.rsub(ranks[BASELINE], axis=0)
         counts = {"moved up": moved > 0, "kept": moved == 0, "moved down": moved < 0, "at rank 1": ranks == 1}
         return pd.DataFrame({name: found.sum() for name, found in counts.items()})

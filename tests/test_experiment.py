@@ -12,8 +12,12 @@ from rankmamba.experiment import Experiment
 from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 
 
-@pytest.mark.parametrize("places, counted", [((1, 3, 2, None), (1, 1, 1, 1)), ((2, 2, 2, None), (0, 3, 0, 0))])
-def test_a_query_has_moved_as_its_first_relevant_document_has(places, counted, tmp_path):
+@pytest.mark.parametrize(
+    "places, counted", [((1, 3, 2, None), (1, 1, 1, 1)), ((2, 2, 2, None), (0, 3, 0, 0)), ((1, None, 2, None), (1, 2, 0, 1))]
+)
+def test_a_query_has_moved_as_its_first_relevant_document_has_and_keeps_its_place_behind_those_reranked(
+    places, counted, tmp_path
+):
     experiment = Experiment(tmp_path, "rankmamba/tiny", "tiny", 0, 4, 12)
     test = experiment.split("test")
     relevant = test.qrels[test.qrels["relevance"] > 0].groupby("query_id")["doc_id"].first()
