@@ -136,6 +136,17 @@ def test_a_panel_trains_beside_the_study_and_marks_what_was_stopped_as_partial(e
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_new_training_panel_has_the_run_that_it_ended(experiment):
+    configs = {"tiny-bert": TINY}
+    before = TrainingPanel(configs, experiment.trial, experiment.runs)
+    before.steps.value, before.seed.value = 2_000, 5
+    before.controls.begin()
+    wait_for(lambda: before.controls.job.done >= 3)
+    table = TrainingPanel(configs, experiment.trial, experiment.runs).table.value
+    panels.close()
+    assert table == runs_table(experiment.runs()) and table.count("<td>5</td>") == 1
+
+
 def test_settings_that_were_trained_before_are_found_and_not_trained_again(experiment):
     before = [record["created"] for record in experiment.runs()]
     assert experiment.trial(TINY)["created"] == before[0]

@@ -30,7 +30,7 @@ class TrainingPanel(Panel):
         runs: Callable[[], list[dict]],
     ):
         self._configs, self._train, self._runs = dict(configs), train, runs
-        self._past, self._curve, self._config = runs(), [], None
+        self._past, self._curve, self._config = [], [], None
         first = next(iter(self._configs.values()))
         wide = {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="420px")}
         self.system = choice(self._configs, "backbone")
@@ -65,6 +65,7 @@ class TrainingPanel(Panel):
             self.table,
         ]
         super().__init__(body, [self.controls])
+        self._past = runs()  # only now: the panel before this one has just kept what it was training
         self._show_runs()
 
     def _start_from(self, system: str) -> None:
