@@ -17,6 +17,7 @@ import pandas as pd
 
 from .candidates import BM25, words
 from .collection import Collection
+from .errors import InputError
 from .files import sha256
 from .inputs import TOKENISING
 from .reranker import Reranker
@@ -102,7 +103,7 @@ class Search:
         """A system's reranker, loaded once."""
         with self._lock:
             if system not in self._rerankers:
-                self._rerankers[system] = Reranker.from_pretrained(self.models[system])
+                self._rerankers[system] = Reranker.from_pretrained(self._model(system))
             return self._rerankers[system]
 
     def store(self, system: str, on_stored: Callable[[int], None], stop: threading.Event) -> None:
@@ -144,9 +145,20 @@ class Search:
     def _store(self, system: str) -> Path:
         """The folder of a system's states, another one for other weights."""
         if system not in self._stores:
-            weights = sha256(Path(self.models[system]) / WEIGHTS)
+            weights = sha256(self._model(system) / WEIGHTS)
             self._stores[system] = self.stores / f"{system}-{weights[:12]}"
         return self._stores[system]
+
+    def _model(self, system: str) -> Path:
+        """The folder of a system's trained reranker.
+
+        Raises:
+            InputError: there is none, or none any more.
+        """
+        folder = Path(self.models[system])
+        if not (folder / WEIGHTS).is_file():
+            raise InputError(f"expected the trained model {folder}, found none; run 02_train with {system!r} among its systems")
+        return folder
 
     def texts(self, doc_ids: Sequence[str]) -> dict[str, str]:
         """The texts of documents, {doc_id: text}."""

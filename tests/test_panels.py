@@ -261,6 +261,13 @@ def test_the_ranking_panel_answers_a_typed_query_from_every_system(experiment):
     panels.close()
 
 
+def test_a_search_whose_model_was_deleted_names_the_notebook_that_trains_it(experiment, tmp_path):
+    search = Search(experiment.split("test"), {"tiny-mamba": tmp_path / "gone"}, tmp_path / "states")
+    for use in (search.storable, lambda: search.reranker("tiny-mamba")):
+        with pytest.raises(InputError, match="gone, found none; run 02_train with 'tiny-mamba' among its systems"):
+            use()
+
+
 def test_stored_states_answer_a_query_with_the_scores_of_reading_and_are_made_anew_for_other_weights(experiment, tmp_path):
     experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
     models = {name: experiment.model_path(name) for name in ("tiny-bert", "tiny-mamba")}
