@@ -261,6 +261,21 @@ def test_the_ranking_panel_answers_a_typed_query_from_every_system(experiment):
     panels.close()
 
 
+def test_below_lists_that_a_system_failed_to_complete_stands_a_document_of_theirs(experiment, tmp_path):
+    models = dict.fromkeys(("tiny-bert", "tiny-neox"), experiment.model_path("tiny-bert"))
+    search = Search(experiment.split("test"), models, tmp_path / "states")
+    panel = panels.RankingPanel(search, [], top_k=3)
+    panel.query.value = "the metal of a planet"
+    wait_for(lambda: panel.text.value)
+    before = panel.text.value
+    search.models["tiny-neox"], search._rerankers = tmp_path / "gone", {}
+    panel.query.value = "the outer bank of a river"
+    wait_for(lambda: panel.ranking.job.state == "failed" and not panel.ranking.start.disabled)
+    wait_for(lambda: panel.text.value != before)
+    assert panel.document.value in panel._answer.texts and "run 02_train" in panel.ranking.error.value
+    panels.close()
+
+
 def test_a_search_whose_model_was_deleted_names_the_notebook_that_trains_it(experiment, tmp_path):
     search = Search(experiment.split("test"), {"tiny-mamba": tmp_path / "gone"}, tmp_path / "states")
     for use in (search.storable, lambda: search.reranker("tiny-mamba")):

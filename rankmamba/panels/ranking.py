@@ -167,7 +167,7 @@ class RankingPanel(Panel):
             nothing = "No document has a word of this query: try another one." if answer.query else "Pick a query, or type one."
             self.lists.value, self.below.layout.display = nothing, "none"
             return
-        if job.ended.is_set() and job.result is answer:
+        if job.ended.is_set():  # even where a system failed: what stands below belongs to these lists, not to those before them
             self._offer(answer)
             self._offer_storing()
         self._show_lists()
