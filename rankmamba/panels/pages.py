@@ -11,17 +11,17 @@ from ..search import FIRST_STAGE, Ranking
 from ..style import look
 
 CSS = """<style>
-.rm-lists { display: grid; gap: 14px; margin: 6px 0 14px; }
+.rm-lists { display: grid; gap: 14px; margin: 6px 0 14px; overflow-x: auto; }
 .rm-lists h4 { margin: 0 0 2px; padding-top: 4px; font-size: 13px; border-top: 3px solid; }
 .rm-lists .rm-note { font-size: 11.5px; min-height: 1.4em; }
 .rm-lists ol { list-style: none; margin: 4px 0 0; padding: 0; }
 .rm-lists li { padding: 4px 6px; border-bottom: 1px solid var(--jp-border-color2, #ddd); font-size: 12px; min-height: 62px; }
 .rm-lists li.rm-relevant { box-shadow: inset 3px 0 0 #009E73; }
 .rm-lists li.rm-read { background: var(--jp-layout-color2, #eee); }
-.rm-lists .rm-head { display: flex; gap: 7px; font-variant-numeric: tabular-nums; }
+.rm-lists .rm-head { display: flex; flex-wrap: wrap; gap: 0 7px; font-variant-numeric: tabular-nums; }
 .rm-lists .rm-head b { min-width: 1.4em; }
 .rm-lists .rm-up { color: #0072B2; } .rm-lists .rm-down { color: #B34700; }
-.rm-lists .rm-tick { color: #00694d; font-weight: 700; }
+.rm-lists .rm-tick { color: #00694d; font-weight: 700; white-space: nowrap; }
 .rm-lists .rm-score { margin-left: auto; opacity: .75; }
 .rm-lists .rm-text { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; line-height: 1.3; }
 .rankmamba mark { background: none; color: inherit; font-weight: 700; text-decoration: underline 2px #E69F00; }
@@ -57,7 +57,7 @@ def lists_html(
     together = "".join(
         f".rm-lists:has(.{name}:hover) .{name}{{background:var(--jp-layout-color2,#eee)}}" for name in names.values()
     )
-    width = f"repeat({len(columns)}, minmax(0, 1fr))"
+    width = f"repeat({len(columns)}, minmax(104px, 1fr))"  # below that the lists scroll: they would run into one another
     return f'{CSS}<style>{together}</style><div class="rm-lists" style="grid-template-columns:{width}">{"".join(columns)}</div>'
 
 
