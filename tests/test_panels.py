@@ -55,6 +55,17 @@ def test_a_job_stops_within_a_second_and_keeps_what_it_has():
     assert time.monotonic() - asked < 1 and job.state == "stopped" and job.result.startswith("stopped at")
 
 
+def test_what_a_resumed_job_finds_done_does_not_shorten_the_time_that_is_left(monkeypatch):
+    job, now = Job(patient, lambda job: None), 0.0
+    monkeypatch.setattr("rankmamba.panels.job.time.monotonic", lambda: now)
+    for done in range(1, 1001):
+        job.report(done, 2000)
+    for second in range(1, 31):
+        now = float(second)
+        job.report(1000 + second, 2000)
+    assert job.remaining == pytest.approx(970)
+
+
 def test_an_error_in_a_thread_is_shown_in_place_and_the_button_works_again(capsys):
     calls = []
 

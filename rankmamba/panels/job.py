@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 
 REFRESH_SECONDS = 0.2
+RATE_SECONDS = 10  # how far back the rate looks: what a resumed run finds done goes by at once, and models differ in speed
 
 
 class Job:
@@ -22,8 +23,8 @@ class Job:
         self.done = self.total = 0
         self.result, self.error, self.traceback = None, None, ""
         self._work, self._watch, self._after = work, watch, after
-        self._begun = self._first = self._last = time.monotonic()
-        self._skipped = 0
+        self._begun = self._last = time.monotonic()
+        self._marks: list[tuple[float, int]] = []  # (when, how much was done); the first is the last from before RATE_SECONDS
         self._watcher = threading.Thread(target=self._observe, name="rankmamba watch", daemon=True)
 
     def start(self) -> "Job":
@@ -34,8 +35,11 @@ class Job:
 
     def report(self, done: int, total: int) -> None:
         """Say how far the work is."""
-        if not self.total:  # what was there before the first report took no time now: a resumed run, or loading
-            self._first, self._skipped = time.monotonic(), done
+        now, marks = time.monotonic(), self._marks
+        if not marks or now - marks[-1][0] > REFRESH_SECONDS:
+            marks = [*marks, (now, done)]
+        recent = next(place for place, (then, _) in enumerate(marks) if now - then < RATE_SECONDS)
+        self._marks = marks[max(0, recent - 1) :]
         self.done, self.total = done, total
 
     def fail(self, error: BaseException) -> None:
@@ -64,11 +68,12 @@ class Job:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that are left at the rate so far; None while nothing can be said."""
-        steps = self.done - self._skipped
+        """Seconds that are left at the rate of late; None while nothing can be said."""
+        then, before = next(iter(self._marks), (0, self.done))
+        steps = self.done - before
         if steps <= 0 or self.ended.is_set():
             return None
-        return (time.monotonic() - self._first) / steps * (self.total - self.done)
+        return (time.monotonic() - then) / steps * (self.total - self.done)
 
     def _run(self) -> None:
         try:
