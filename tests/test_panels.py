@@ -1,6 +1,7 @@
 """The panels without a browser: jobs that stop and never die in silence, what is shown of them, and hostile text."""
 
 import dataclasses
+import re
 import threading
 import time
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from rankmamba import panels
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
-from rankmamba.panels.controls import Controls
+from rankmamba.panels.controls import CSS, Controls, ink
 from rankmamba.panels.curves import Run, learning_curves
 from rankmamba.panels.job import Job
 from rankmamba.panels.pages import document_html, lists_html
@@ -23,7 +24,7 @@ from rankmamba.panels.training import TrainingPanel, runs_table
 from rankmamba.results import read_records
 from rankmamba.search import Ranking, Search, query_words, sentences
 from rankmamba.states import study as state_study
-from rankmamba.style import look
+from rankmamba.style import FAMILIES, look
 from rankmamba.train import TrainConfig
 
 TINY = TrainConfig("tiny-bert", learning_rate=1e-2, batch_size=2, group_size=4, max_steps=4, max_length=96, max_query_length=24)
@@ -240,12 +241,27 @@ def test_the_curves_are_one_well_formed_picture_in_the_colours_of_the_figures():
     runs = [Run("nano-bert", curve, False), Run("nano-mamba", curve[:400], True), Run("a<b>&c", [], False)]
     root = ElementTree.fromstring(learning_curves(runs, 800, 8))
     lines = root.findall(".//polyline")
-    assert {line.get("stroke") for line in lines} == {look("nano-bert").color, look("nano-mamba").color}
+    assert {line.get("stroke") for line in lines} == {ink(look("nano-bert").color), ink(look("nano-mamba").color)}
     points = np.array([[float(number) for number in point.split(",")] for line in lines for point in line.get("points").split()])
     width, height = map(float, root.get("viewBox").split()[2:])
     assert ((points >= 0) & (points <= [width, height])).all() and max(len(line.get("points").split()) for line in lines) <= 240
     assert "guessing: ln 8" in {text.text for text in root.iter("text")}
     assert ElementTree.fromstring(learning_curves([], 45, 8)) is not None
+
+
+def test_every_colour_can_be_read_in_a_dark_theme_and_is_that_of_the_figures_in_a_light_one():
+    def luminance(channels):  # of WCAG 2
+        shares = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return np.dot(shares, [0.2126, 0.7152, 0.0722])
+
+    lighter = int(re.search(r'\[data-jp-theme-light="false"\] \.rankmamba { --rm-lighter: (\d+)%; }', CSS)[1]) / 100
+    shown = lists_html({"bm25": Ranking([], [], 0.1)}, {}, {}, set()) + " ".join(ink(style.color) for style in FAMILIES.values())
+    colors = re.findall(r"color-mix\(in srgb, #(\w{6}), white var\(--rm-lighter, 0%\)\)", shown)
+    assert len(colors) == len(FAMILIES) + 4 and shown.count("color: #") == 0
+    for color in colors:
+        channels = np.array([int(color[at : at + 2], 16) / 255 for at in (0, 2, 4)])
+        mixed = (1 - lighter) * channels + lighter
+        assert (luminance(mixed) + 0.05) / (luminance([17 / 255] * 3) + 0.05) >= 4.5
 
 
 def test_the_table_of_runs_has_their_settings_newest_first(experiment):

@@ -12,6 +12,7 @@ from .job import Job
 
 CSS = """<style>
 .rankmamba { max-width: 1100px; padding: 2px 0 10px; color: var(--jp-ui-font-color1, #222); }
+[data-jp-theme-light="false"] .rankmamba { --rm-lighter: 45%; }
 .rankmamba .rm-status { font-variant-numeric: tabular-nums; }
 .rankmamba .rm-note { color: var(--jp-ui-font-color2, #666); }
 .rankmamba .rm-error { border-left: 3px solid #b3261e; padding: 6px 12px; margin: 6px 0; max-width: 900px; line-height: 1.4; }
@@ -136,6 +137,11 @@ def choice(options: Sequence[str], description: str) -> widgets.ToggleButtons:
     return widgets.ToggleButtons(
         options=list(options), description=description, style={"button_width": "auto", "description_width": "110px"}
     )
+
+
+def ink(color: str) -> str:
+    """A colour of the figures as CSS: itself on a light page, lighter in a dark theme, where it could not be read."""
+    return f"color-mix(in srgb, {color}, white var(--rm-lighter, 0%))"
 
 
 def error_html(error: BaseException, traceback: str) -> str:

@@ -6,7 +6,7 @@ from html import escape
 import ipywidgets as widgets
 
 from ..style import look
-from .controls import Controls, Panel, choice, in_row, table_html
+from .controls import Controls, Panel, choice, in_row, ink, table_html
 from .job import Job
 
 LENGTHS, BATCHES = [2**power for power in range(6, 14)], [1, 8, 16, 32, 64]  # training takes whole groups of 8, or of 1
@@ -74,7 +74,7 @@ def costs_table(rows: Sequence[tuple[str, int, int, str, dict]]) -> str:
             numbers = found[mode]
             width = 55 * numbers["tokens_per_s"] / fastest
             cells += [
-                f'<i style="width:{width:.1f}%;background:{look(system).color}"></i>{numbers["tokens_per_s"]:,.0f} '
+                f'<i style="width:{width:.1f}%;background:{ink(look(system).color)}"></i>{numbers["tokens_per_s"]:,.0f} '
                 f'<span class="rm-note">{numbers["low"]:,.0f} to {numbers["high"]:,.0f}</span>',
                 f"{numbers['latency_ms']:,.0f}" if mode == "inference" else "",
                 "" if numbers["peak_mib"] is None else f"{numbers['peak_mib']:,.0f}",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..style import look
+from .controls import ink
 
 WIDTH, HEIGHT, TOP, BOTTOM, LEFT, GAP, RIGHT = 900, 250, 26, 34, 40, 86, 40
 MOST_POINTS = 240  # of one line; more cannot be seen
@@ -76,7 +77,7 @@ class _Axes:
         return line + words
 
     def line(self, run: Run, name: str) -> str:
-        color, values = look(run.system).color, _smooth(run.curve, name)
+        color, values = ink(look(run.system).color), _smooth(run.curve, name)
         steps = [row["step"] for row in run.curve]
         kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).astype(int))
         parts = []

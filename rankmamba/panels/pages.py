@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..search import FIRST_STAGE, Ranking
 from ..style import look
+from .controls import ink
 
 CSS = """<style>
 .rm-lists { display: grid; gap: 14px; margin: 6px 0 14px; overflow-x: auto; }
@@ -20,8 +21,9 @@ CSS = """<style>
 .rm-lists li.rm-read { background: var(--jp-layout-color2, #eee); }
 .rm-lists .rm-head { display: flex; flex-wrap: wrap; gap: 0 7px; font-variant-numeric: tabular-nums; }
 .rm-lists .rm-head b { min-width: 1.4em; }
-.rm-lists .rm-up { color: #0072B2; } .rm-lists .rm-down { color: #B34700; }
-.rm-lists .rm-tick { color: #00694d; font-weight: 700; white-space: nowrap; }
+.rm-lists .rm-up { color: color-mix(in srgb, #0072B2, white var(--rm-lighter, 0%)); }
+.rm-lists .rm-down { color: color-mix(in srgb, #B34700, white var(--rm-lighter, 0%)); }
+.rm-lists .rm-tick { color: color-mix(in srgb, #00694d, white var(--rm-lighter, 0%)); font-weight: 700; white-space: nowrap; }
 .rm-lists .rm-score { margin-left: auto; opacity: .75; }
 .rm-lists .rm-text { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; line-height: 1.3; }
 .rankmamba mark { background: none; color: inherit; font-weight: 700; text-decoration: underline 2px #E69F00; }
@@ -79,7 +81,7 @@ def _column(system, ranking, texts, judged, words, read, before, names) -> str:
         head.append(f'<span class="rm-score">{score:.{digits}f}</span>')
         text = f'<div class="rm-text">{marked(texts[doc_id][:240], words)}</div>'
         rows.append(f'<li class="{" ".join(classes)}"><div class="rm-head">{"".join(head)}</div>{text}</li>')
-    heading = f'<h4 style="border-color:{look(system).color}">{escape(system)}</h4><div class="rm-note">{said}</div>'
+    heading = f'<h4 style="border-color:{ink(look(system).color)}">{escape(system)}</h4><div class="rm-note">{said}</div>'
     return f"<section>{heading}<ol>{''.join(rows)}</ol></section>"
 
 

@@ -7,7 +7,7 @@ from matplotlib.ticker import EngFormatter
 
 from ..states.study import FULL, HOURS, MACHINES, format_table, outlook
 from ..style import look
-from .controls import Panel
+from .controls import Panel, ink
 
 CSS = """<style>
 .rm-cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 18px 26px; margin: 10px 0 4px; max-width: 900px; }
@@ -62,6 +62,6 @@ def cards_html(records: list[dict], formats, system: str, format: str, documents
         (f"{row['difference']:+.3f}", f"{measure} [{row['low']:+.3f}, {row['high']:+.3f}]"),
         (f"{row['rankings kept']:.0%}", "of the rankings kept"),
     ]
-    color = look(system).color
+    color = ink(look(system).color)
     cards = (f'<div style="border-color:{color}"><b>{number}</b><span>{escape(what)}</span></div>' for number, what in numbers)
     return f'<div class="rm-cards" aria-live="polite">{"".join(cards)}</div>'

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..style import look
 from ..train import TrainConfig
-from .controls import Controls, Panel, choice, in_row, table_html
+from .controls import Controls, Panel, choice, in_row, ink, table_html
 from .curves import Run, learning_curves
 from .job import Job
 
@@ -133,7 +133,7 @@ def runs_table(records: list[dict], now: str | None = None) -> str:
         config, result, timing = record["config"], record["result"], record["timing"]
         last = result["curve"][-max(1, len(result["curve"]) // 10) :]
         cells = [
-            f'<i style="background:{look(record["system"]).color}"></i>{escape(record["system"])}',
+            f'<i style="background:{ink(look(record["system"]).color)}"></i>{escape(record["system"])}',
             f"{config['learning_rate']:.2g}",
             config["group_size"],
             config["max_length"],
