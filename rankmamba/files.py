@@ -145,6 +145,11 @@ def alone(path: str | Path, waiting: str) -> Iterator[None]:
         lock.release()
 
 
+def name_of(system: str) -> str:
+    """Return a system's name as part of a file's name: a system that is a folder would lead out of the one the file goes to."""
+    return re.sub(r"[/\\:]+", "-", system).strip("-")
+
+
 def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits, reading it in blocks."""
     digest = hashlib.sha256()

@@ -3,6 +3,7 @@
 A causal reranker whose states of all documents are stored answers from them; the others read the documents.
 """
 
+import glob
 import re
 import shutil
 import threading
@@ -15,16 +16,16 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from .backbones import find
 from .candidates import BM25, words
 from .collection import Collection
 from .errors import InputError
-from .files import sha256
+from .files import name_of, sha256
 from .inputs import TOKENISING
 from .reranker import Reranker
 from .saved import WEIGHTS
 from .states import DocumentStates
 from .states.reader import MANIFEST
-from .systems import SYSTEMS
 
 FIRST_STAGE = "bm25"
 STEP = 16  # documents that are scored between two looks at whether to stop
@@ -58,6 +59,7 @@ class Search:
         self._rerankers: dict[str, Reranker] = {}
         self._states: dict[str, DocumentStates] = {}
         self._stores: dict[str, Path] = {}
+        self._causal = [system for system in self.models if find(system).has_states]
         self._lock = threading.RLock()
 
     def candidates(self, query: str, top_k: int) -> Ranking:
@@ -121,8 +123,8 @@ class Search:
                 raise Stopped
 
         folder = self._store(system)
-        for other in self.stores.glob(f"{system}-*"):
-            of_this = re.fullmatch(re.escape(system) + "-[0-9a-f]{12}", other.name)  # not of nano-mamba-scratch
+        for other in self.stores.glob(f"{glob.escape(name_of(system))}-*"):
+            of_this = re.fullmatch(re.escape(name_of(system)) + "-[0-9a-f]{12}", other.name)  # not of nano-mamba-scratch
             if of_this and other != folder:  # of a model that has been trained anew since
                 shutil.rmtree(other)
         with suppress(Stopped):
@@ -137,7 +139,7 @@ class Search:
 
     def storable(self) -> list[str]:
         """The systems whose documents can have a state, and have none yet."""
-        return [system for system in self.models if SYSTEMS[system].has_states and not self._stored(system)]
+        return [system for system in self._causal if not self._stored(system)]
 
     def _stored(self, system: str) -> bool:
         return (self._store(system) / MANIFEST).is_file()
@@ -146,7 +148,7 @@ class Search:
         """The folder of a system's states, another one for other weights."""
         if system not in self._stores:
             weights = sha256(self._model(system) / WEIGHTS)
-            self._stores[system] = self.stores / f"{system}-{weights[:12]}"
+            self._stores[system] = self.stores / f"{name_of(system)}-{weights[:12]}"
         return self._stores[system]
 
     def _model(self, system: str) -> Path:

@@ -8,11 +8,14 @@ import time
 import nbformat
 import papermill
 import pytest
+from transformers import AutoTokenizer, MambaConfig, MambaModel
 
 from rankmamba import parameters, study
 from rankmamba.errors import InputError
 from rankmamba.files import alone
+from rankmamba.packages import package_folder
 from rankmamba.results import read_records
+from rankmamba.systems import MINILM
 
 
 @pytest.mark.parametrize(
@@ -159,3 +162,14 @@ def test_what_remains_is_the_plan_on_this_machine_and_what_was_done_before_short
     assert study.remaining(0, [], [60, 120]) == 180
     assert study.remaining(90, [60], [120]) == 180  # half as fast again as planned
     assert study.remaining(1, [60], [120]) == 120  # the first was found finished
+
+
+def test_a_checkpoint_in_a_folder_runs_through_the_study_and_nothing_of_it_lands_outside_the_results(tmp_path):
+    folder, results = tmp_path / "checkpoints" / "mamba", tmp_path / "results"
+    tokenizer = AutoTokenizer.from_pretrained(package_folder(MINILM[0]) / MINILM[1])
+    tokenizer.save_pretrained(folder)
+    MambaModel(MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)).save_pretrained(folder)
+    study.run("tiny", "01,02,03,04,06", {"systems": [str(folder)]}, results)
+    assert [path.name for path in folder.parent.iterdir()] == ["mamba"]
+    assert {record["system"] for record in read_records(results, "states")} == {str(folder)}
+    assert len(list((results / "models").glob("*mamba*"))) == 1 and len(list((results / "runs").glob("*mamba*"))) == 2

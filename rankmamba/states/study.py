@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..backbones import SYSTEMS
+from ..backbones import find
 from ..collection import Collection
 from ..evaluate import mean_interval, per_query
 from ..experiment import Experiment
@@ -23,7 +23,7 @@ MACHINES, HOURS = f"machines of {MEMORY_GB} GB", f"hours to build on {CORES} cor
 
 def causal(systems: Sequence[str]) -> list[str]:
     """The systems whose documents have a state: those that read the document before the query, all layers in one way."""
-    return [system for system in systems if SYSTEMS[system].has_states]
+    return [system for system in systems if find(system).has_states]
 
 
 def trial(
