@@ -49,7 +49,9 @@ def find(name: str) -> ModelSpec:
         ) from error
     family = family_of(config)
     say(f"{name}: of type {config.model_type!r}, so {family.kind}: {KINDS[family.kind]}")
-    return ModelSpec(name, family, name, max_length=positions(config))
+    with torch.device("meta"):  # counted without memory
+        millions = AutoModel.from_config(config).num_parameters() / 1e6
+    return ModelSpec(name, family, name, millions, positions(config))
 
 
 def family_of(config: PreTrainedConfig) -> Family:

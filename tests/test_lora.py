@@ -5,8 +5,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from transformers import set_seed
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, set_seed
 
+from rankmamba.backbones import find
 from rankmamba.collection import load
 from rankmamba.files import sha256
 from rankmamba.reranker import Reranker
@@ -79,3 +80,13 @@ def test_training_with_lora_goes_on_from_its_checkpoint(tmp_path):
     cut = train(config, collection, tmp_path / "cut")
     assert cut.result() == whole.result()
     assert sha256(tmp_path / "cut" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")
+
+
+def test_a_checkpoint_outside_the_table_gets_lora_by_its_own_size(tmp_path):
+    MambaConfig(hidden_size=2048, num_hidden_layers=48).save_pretrained(tmp_path / "large")  # mamba-1.4b's shape
+    large = find(str(tmp_path / "large"))
+    assert large.lora_r == SYSTEMS["mamba-1.4b"].lora_r == 64 and large.millions == pytest.approx(1372, abs=1)
+    small = GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=512))
+    small.save_pretrained(tmp_path / "small")
+    found = find(str(tmp_path / "small"))
+    assert found.lora_r == 0 and found.millions == small.base_model.num_parameters() / 1e6
