@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from .collection import Collection
 from .errors import InputError
 from .formats import Documents, sort_run
 
@@ -126,6 +127,12 @@ def tune_bm25(
         rows.append((k1, b, (1 / hits.min()).sum() / judged, recall))
     table = pd.DataFrame(rows, columns=["k1", "b", f"RR@{top_k}", f"R@{top_k}"])
     return table.sort_values(f"RR@{top_k}", ascending=False, kind="stable", ignore_index=True)
+
+
+def candidates_of(collection: Collection) -> pd.DataFrame:
+    """The candidates that come with a collection, or BM25's."""
+    given = collection.candidates
+    return BM25.build(collection.documents).search(collection.queries) if given is None else given
 
 
 class Group(NamedTuple):

@@ -22,7 +22,7 @@ from tqdm.std import tqdm
 
 from . import resumable
 from .backbones import SYSTEMS, find, load_tokenizer
-from .candidates import BM25
+from .candidates import BM25, candidates_of
 from .collection import Collection, digest_of, load
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, clusters, per_query
@@ -76,8 +76,7 @@ class Experiment:
     @cached_property
     def negatives(self) -> pd.DataFrame:
         """The run that training draws its negatives from: the candidates that come with the train split, or BM25's."""
-        given = self.split("train")
-        return BM25.build(given.documents).search(given.queries) if given.candidates is None else given.candidates
+        return candidates_of(self.split("train"))
 
     def first_stage(self, system: str, k1: float, b: float) -> dict:
         """Rank dev and test with BM25 and keep the runs; returns the record."""

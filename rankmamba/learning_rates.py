@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .backbones import find
+from .candidates import candidates_of
 from .collection import Collection, digest_of
 from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
@@ -50,8 +51,8 @@ def last_quarter(curve: Sequence[dict]) -> float:
 
 
 def measured_on(dev: Collection, reranker: Reranker, top_k: int) -> dict:
-    """Rerank the `top_k` candidates of each query: {"measure", "mean", "per_query"}."""
-    run = reranker.rerank(dev.candidates, dev, top_k, show_progress_bar=True)
+    """Rerank the `top_k` candidates of each query, BM25's where the collection has none: {"measure", "mean", "per_query"}."""
+    run = reranker.rerank(candidates_of(dev), dev, top_k, show_progress_bar=True)
     values = per_query(run, dev.qrels, [PRIMARY])[PRIMARY]
     return {"measure": PRIMARY, "mean": float(values.mean()), "per_query": values.to_dict()}
 

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from rankmamba import learning_rates
+from rankmamba.candidates import BM25
 from rankmamba.collection import load
 from rankmamba.evaluate import PRIMARY, per_query
+from rankmamba.formats import write_documents, write_qrels, write_queries
 from rankmamba.reranker import Reranker
 
 
@@ -50,3 +52,17 @@ def test_a_rate_that_diverges_is_said_and_the_others_are_tried(tmp_path, capsys,
 def test_a_system_that_does_not_exist_is_one_sentence(tmp_path, capsys):
     assert learning_rates.main(["--scale", "tiny", "-p", "systems=[nano-nothing]", "--results", str(tmp_path)]) == 1
     assert "nano-nothing" in capsys.readouterr().err
+
+
+def test_a_collection_of_ones_own_without_candidates_is_searched_on_those_of_bm25(tmp_path, capsys, records):
+    for part in ("train", "dev"):
+        split = load(f"rankmamba/tiny/{part}")
+        write_documents(tmp_path / "own" / part / "documents.jsonl", split.documents.pairs())
+        write_queries(tmp_path / "own" / part / "queries.tsv", split.queries)
+        write_qrels(tmp_path / "own" / part / "qrels.txt", split.qrels)
+    search(tmp_path, capsys, "-p", "systems=[tiny-mamba]", "-p", f"collection={tmp_path / 'own'}", "--rates", "0.01")
+    (found,) = map(json.loads, records().values())
+    dev = load(str(tmp_path / "own" / "dev"))
+    (folder,) = (tmp_path / "learning_rates" / "0.01").glob("models/tiny-mamba-*")
+    run = Reranker.from_pretrained(folder).rerank(BM25.build(dev.documents).search(dev.queries), dev, top_k=10)
+    assert found["result"]["per_query"] == pytest.approx(per_query(run, dev.qrels)[PRIMARY].to_dict())
