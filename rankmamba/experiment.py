@@ -26,7 +26,7 @@ from .candidates import BM25, candidates_of
 from .collection import Collection, digest_of, load
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, clusters, per_query
-from .files import name_of, sha256
+from .files import sha256, slug
 from .formats import read_run, write_run
 from .inputs import PairTokenizer
 from .interpolation import interpolate, interpolate_tuned, weight_values
@@ -296,7 +296,7 @@ class Experiment:
         return run
 
     def run_path(self, system: str, part: str) -> Path:
-        return self.folder / "runs" / f"{name_of(system)}-{part}-seed{self.seed}.run"
+        return self.folder / "runs" / f"{slug(system)}-{part}-seed{self.seed}.run"
 
     def _keep_runs(self, system: str, runs: dict[str, pd.DataFrame]) -> dict[str, int]:
         """Write the run of each part; returns how many rows each has."""
@@ -308,7 +308,7 @@ class Experiment:
         return all(self.run_path(system, part).is_file() for part in PARTS)
 
     def model_path(self, system: str) -> Path:
-        return self.folder / "models" / f"{name_of(system)}-seed{self.seed}"
+        return self.folder / "models" / f"{slug(system)}-seed{self.seed}"
 
     def _config(self, **settings) -> dict:
         return {"n_dev": self._sizes["dev"], "n_test": self._sizes["test"], **settings}

@@ -145,9 +145,9 @@ def alone(path: str | Path, waiting: str) -> Iterator[None]:
         lock.release()
 
 
-def name_of(system: str) -> str:
-    """Return a system's name as part of a file's name: a system that is a folder would lead out of the one the file goes to."""
-    return re.sub(r"[/\\:]+", "-", system).strip("-")
+def slug(name: str) -> str:
+    """Return a name as part of a file's name: a system that is a folder would lead out of the one the file goes to."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-")
 
 
 def sha256(path: str | Path) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 
 from . import __version__
 from .errors import InputError
-from .files import write_text
+from .files import slug, write_text
 
 IDENTITY = ("kind", "system", "collection", "seed")
 FIELDS = {
@@ -136,7 +136,7 @@ def read_records(folder: str | Path, kind: str | None = None) -> list[dict]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"expected a results folder, got {str(folder)!r}, which is none; run the study first, or check the path")
-    pattern = f"{_slug(kind)}-*.json" if kind else "*.json"
+    pattern = f"{slug(kind)}-*.json" if kind else "*.json"
     plain = set((folder / "records").glob(pattern))
     zipped = {path for path in (folder / "records").glob(pattern + ".gz") if path.with_suffix("") not in plain}
     records = [_read(path) for path in sorted(plain | zipped)]
@@ -207,12 +207,8 @@ def _plain(value: object, key: str):
     raise InputError(f"expected numbers, text, lists and objects with text as keys, got {type(value).__name__} as {key!r}")
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
-
-
 def _file_name(record: Mapping) -> str:
-    name = "-".join(_slug(record[key]) for key in IDENTITY[:3])
+    name = "-".join(slug(record[key]) for key in IDENTITY[:3])
     if len(name) > 200:  # a collection may be a long path, and file systems end at 255 bytes
         name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return f"{name}-seed{record['seed']}.json"

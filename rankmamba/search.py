@@ -3,7 +3,6 @@
 A causal reranker whose states of all documents are stored answers from them; the others read the documents.
 """
 
-import glob
 import re
 import shutil
 import threading
@@ -20,7 +19,7 @@ from .backbones import find
 from .candidates import BM25, words
 from .collection import Collection
 from .errors import InputError
-from .files import name_of, sha256
+from .files import sha256, slug
 from .inputs import TOKENISING
 from .reranker import Reranker
 from .saved import WEIGHTS
@@ -123,8 +122,8 @@ class Search:
                 raise Stopped
 
         folder = self._store(system)
-        for other in self.stores.glob(f"{glob.escape(name_of(system))}-*"):
-            of_this = re.fullmatch(re.escape(name_of(system)) + "-[0-9a-f]{12}", other.name)  # not of nano-mamba-scratch
+        for other in self.stores.glob(f"{slug(system)}-*"):
+            of_this = re.fullmatch(re.escape(slug(system)) + "-[0-9a-f]{12}", other.name)  # not of nano-mamba-scratch
             if of_this and other != folder:  # of a model that has been trained anew since
                 shutil.rmtree(other)
         with suppress(Stopped):
@@ -148,7 +147,7 @@ class Search:
         """The folder of a system's states, another one for other weights."""
         if system not in self._stores:
             weights = sha256(self._model(system) / WEIGHTS)
-            self._stores[system] = self.stores / f"{name_of(system)}-{weights[:12]}"
+            self._stores[system] = self.stores / f"{slug(system)}-{weights[:12]}"
         return self._stores[system]
 
     def _model(self, system: str) -> Path:

@@ -9,7 +9,7 @@
 namespace {
 
 // Tokens. With AVX-512 a block is twice as wide, and the buffers of 32 tokens leave the first-level cache in the backward pass.
-constexpr int TILE = 24;
+constexpr int TILE = W == 16 ? 24 : 32;
 // The forward takes fewer tokens at a time: a row of each is a stream, and a processor follows only so many.
 constexpr int STEP = 8;
 static_assert(TILE % STEP == 0);
