@@ -29,7 +29,8 @@ _READ_PADDING = ("fnet", "bert-generation", "mobilebert", "convbert", "xlnet")
 
 
 def find(name: str) -> ModelSpec:
-    """Return the system called `name` or made from it, or one inferred from the checkpoint `name` (a Hub id or a folder).
+    """Return the system called `name` or made from it, or one inferred from `name`: a checkpoint (a Hub id or a folder), or a saved
+    reranker, which is trained further.
 
     Raises:
         InputError: there is no such system or checkpoint, or it is no language model.
@@ -47,11 +48,14 @@ def find(name: str) -> ModelSpec:
             f"expected a system, a saved folder or a Hub id, got {name!r}: {reason}"
             f"{'; did you mean ' + ' or '.join(like) + '?' if like else ''}; the systems are {', '.join(SYSTEMS)}"
         ) from error
+    source = name
+    if isinstance(config, RerankerConfig):
+        config, source = config.backbone_config, Path(name)
     family = family_of(config)
     say(f"{name}: of type {config.model_type!r}, so {family.kind}: {KINDS[family.kind]}")
     with torch.device("meta"):  # counted without memory
         millions = AutoModel.from_config(config).num_parameters() / 1e6
-    return ModelSpec(name, family, name, millions, positions(config))
+    return ModelSpec(name, family, source, millions, positions(config))
 
 
 def family_of(config: PreTrainedConfig) -> Family:

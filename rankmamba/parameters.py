@@ -14,7 +14,7 @@ from .errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-COLLECTIONS = ("collection", "transfer_collections")
+PLACES = ("collection", "transfer_collections", "systems", "profile_systems", "learning_rates", "max_steps", "gpu_results")
 AT_LEAST_ONE = ("n_dev", "n_test", "n_transfer", "n_state_queries", "top_k", "max_passages")
 BATCH = ("scale", "results", "interactive")  # what a batch run sets itself
 TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
@@ -198,24 +198,27 @@ def settle(scale: str, only: str | None = None, overrides: dict | None = None) -
     for given, fits, where in ((from_scale, everywhere, scale_path(scale)), (overrides, known(paths), "-p")):
         for name, value in given.items():
             check(name, value, fits, where)
-    overrides = {name: _placed(value) if name in COLLECTIONS else value for name, value in overrides.items()}
+    overrides = {name: _placed(value) if name in PLACES else value for name, value in overrides.items()}
     settings = {name: default for name, (_, default) in everywhere.items()} | from_scale | overrides
     _check_ranges(settings, overrides)
     return settings
 
 
-def _placed(collection):
-    """The absolute path of a collection, or of each in a list, that is a folder: the notebooks run in another one.
+def _placed(value):
+    """The absolute path of what is a folder, in a list and as a key, too: the notebooks run in another one.
 
-    Where an id and a folder have the same name, the id is meant, as in `collection.load`.
+    Where a collection's id or a system has the same name, that is meant.
     """
-    if isinstance(collection, list):
-        return [_placed(each) for each in collection]
-    if not isinstance(collection, str) or not Path(collection).is_dir():
-        return collection
-    from .collection import is_id  # its imports take long
+    if isinstance(value, list):
+        return [_placed(each) for each in value]
+    if isinstance(value, dict):
+        return {_placed(name): each for name, each in value.items()}
+    if not isinstance(value, str) or not Path(value).is_dir():
+        return value
+    from .collection import is_id  # their imports take long
+    from .systems import SYSTEMS
 
-    return collection if is_id(collection) else str(Path(collection).resolve())
+    return value if value in SYSTEMS or is_id(value) else str(Path(value).resolve())
 
 
 def _check_ranges(settings: Mapping, overrides: Mapping) -> None:

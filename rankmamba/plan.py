@@ -138,8 +138,6 @@ def _to_fetch(missing: Sequence[Download]) -> list[str]:
 
 def dry_run(scale: str, settings: dict) -> str:
     """Say what a study at a scale fetches and keeps, and each run of the papers as a command with its hours and GB on this device."""
-    from .systems import SYSTEMS
-
     files = downloads(parts(settings))
     if not files:
         minutes = sum(read_scale(scale)["minutes"].values())
@@ -162,9 +160,8 @@ def dry_run(scale: str, settings: dict) -> str:
     for run in runs:
         hours = estimate(run.system, run.max_length, rates, training, scoring)
         total += hours
-        disk = 2 * 4 * SYSTEMS[run.system].millions / 1e3  # the checkpoint, and what it becomes
-        lines.append(f"{hours:>10,.1f} {disk:>7.1f}  {run.command(scale)}")
-    lines += ["", f"{total:,.0f} hours in all, one run after another"]
+        lines.append(f"{hours:>10,.1f} {gigabytes(run.system):>7.1f}  {run.command(scale)}")
+    lines += ["", f"{total:,.0f} hours in all, one run after another; GB: the most that one takes while it trains"]
     return "\n".join(lines)
 
 
@@ -186,6 +183,18 @@ def estimate(system: str, max_length: int, rates: dict[str, Rate], training: int
     rate, millions = rates[measured], find(measured).millions
     slower = (find(system).millions or millions) / millions
     return max_length * slower * (training / rate.training + scoring / rate.scoring) / 3600
+
+
+def gigabytes(system: str) -> float:
+    """The most that a run's models take on the disk: the backbone, two checkpoints of the training and a third being written.
+
+    A checkpoint has the weights and AdamW's two moments of those that are trained: with LoRA, next to none.
+    """
+    from .systems import SYSTEMS
+
+    spec = SYSTEMS[system]
+    weights = 4 * spec.millions / 1e3
+    return weights + 3 * (weights if spec.lora_r else 3 * weights)
 
 
 def stand_in(system: str) -> str:

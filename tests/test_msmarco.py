@@ -240,7 +240,8 @@ def test_the_dry_run_names_every_run_of_the_papers_as_a_command_with_hours_and_g
         Run(row[2].split("systems=[")[1].split("]")[0], int(row[2].split("max_length=")[1].split()[0])) for row in rows
     ] == RUNS
     first = dict(zip(["hours", "gb", "command"], rows[RUNS.index(Run("mamba-130m", 512))], strict=True))
-    assert float(first["gb"]) == 1.0
+    assert float(first["gb"]) == 5.2  # 129 M parameters, float32: the backbone, three checkpoints of weights and two moments
+    assert float(rows[RUNS.index(Run("mamba-1.4b", 512))][1]) == 22.0  # LoRA: no moments
     measured, larger = (float(rows[RUNS.index(Run(name, 512))][0].replace(",", "")) for name in ("mamba-130m", "mamba-370m"))
     by_hand = 512 * (5_872_192 / 1e5 + 528_100 / 3e5) / 3600
     assert measured == pytest.approx(by_hand, abs=0.06) and larger == pytest.approx(by_hand * 372 / 129, abs=0.06)

@@ -8,6 +8,8 @@ import time
 import nbformat
 import papermill
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, MambaConfig, MambaModel
 
 from rankmamba import parameters, study
@@ -15,6 +17,7 @@ from rankmamba.errors import InputError
 from rankmamba.files import alone
 from rankmamba.packages import package_folder
 from rankmamba.results import read_records
+from rankmamba.saved import WEIGHTS
 from rankmamba.systems import MINILM
 
 
@@ -112,12 +115,15 @@ def test_what_would_fail_in_the_midst_of_a_study_is_refused_before_it_begins(wro
         parameters.settle("tiny", None, wrong)
 
 
-def test_a_collection_in_the_current_folder_is_found_from_the_notebooks_and_an_id_stays_an_id(tmp_path, monkeypatch):
+def test_a_folder_named_from_the_current_one_is_found_from_the_notebooks_and_an_id_stays_an_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("mine/test", "rankmamba/tiny/test"):
+    for name in ("mine/test", "rankmamba/tiny/test", "models/mamba", "tiny-bert"):
         (tmp_path / name).mkdir(parents=True)
     given = {"collection": "mine", "transfer_collections": ["rankmamba/tiny/test", "./rankmamba/tiny/test", "mine/test"]}
+    given |= {"systems": ["tiny-bert", "models/mamba"], "max_steps": {"models/mamba": 3, "default": 2}}
     settings = parameters.settle("tiny", None, given)
+    assert settings["systems"] == ["tiny-bert", str(tmp_path / "models/mamba")]
+    assert settings["max_steps"] == {str(tmp_path / "models/mamba"): 3, "default": 2}
     assert settings["collection"] == str(tmp_path / "mine")
     assert settings["transfer_collections"] == [
         "rankmamba/tiny/test",
@@ -164,7 +170,7 @@ def test_what_remains_is_the_plan_on_this_machine_and_what_was_done_before_short
     assert study.remaining(1, [60], [120]) == 120  # the first was found finished
 
 
-def test_a_checkpoint_in_a_folder_runs_through_the_study_and_nothing_of_it_lands_outside_the_results(tmp_path):
+def test_a_checkpoint_in_a_folder_and_a_saved_reranker_run_through_the_study_and_nothing_lands_outside_its_results(tmp_path):
     folder, results = tmp_path / "checkpoints" / "mamba", tmp_path / "results"
     tokenizer = AutoTokenizer.from_pretrained(package_folder(MINILM[0]) / MINILM[1])
     tokenizer.save_pretrained(folder)
@@ -173,3 +179,9 @@ def test_a_checkpoint_in_a_folder_runs_through_the_study_and_nothing_of_it_lands
     assert [path.name for path in folder.parent.iterdir()] == ["mamba"]
     assert {record["system"] for record in read_records(results, "states")} == {str(folder)}
     assert len(list((results / "models").glob("*mamba*"))) == 1 and len(list((results / "runs").glob("*mamba*"))) == 2
+
+    trained, further = next((results / "models").glob("*mamba*")), tmp_path / "further"
+    study.run("tiny", "01,02,03", {"systems": [str(trained)], "learning_rates": {"default": 1e-12}}, further)
+    before, after = (load_file(path / WEIGHTS) for path in (trained, next((further / "models").iterdir())))
+    for name, weight in before.items():
+        assert torch.allclose(weight, after[name], atol=1e-7), name

@@ -36,7 +36,7 @@ from ir_datasets.indices import Docstore
 
 from ..candidates import BM25, K1, B
 from ..errors import InputError
-from ..files import alone, replacing, sha256, write_text
+from ..files import alone, replacing, sha256, slug, write_text
 from ..formats import (
     QRELS_COLUMNS,
     Documents,
@@ -69,11 +69,10 @@ def prepared(name: str) -> Path:
         InputError: the source is missing or cannot be fetched, or the disk is too small.
     """
     make, _, version = _SETS[name]
-    slug = name.replace("/", "-")
-    folder = home() / f"{slug}-{version or _tiny_version()}"
+    folder = home() / f"{slug(name)}-{version or _tiny_version()}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with alone(folder.parent / f".{slug}.lock", f"another process is preparing rankmamba/{name}; waiting for it"):
+        with alone(folder.parent / f".{slug(name)}.lock", f"another process is preparing rankmamba/{name}; waiting for it"):
             if not folder.is_dir():
                 started = time.perf_counter()
                 with replacing(folder) as temporary:
