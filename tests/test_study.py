@@ -181,7 +181,7 @@ def test_a_checkpoint_in_a_folder_and_a_saved_reranker_run_through_the_study_and
     assert len(list((results / "models").glob("*mamba*"))) == 1 and len(list((results / "runs").glob("*mamba*"))) == 2
 
     trained, further = next((results / "models").glob("*mamba*")), tmp_path / "further"
-    study.run("tiny", "01,02,03", {"systems": [str(trained)], "learning_rates": {"default": 1e-12}}, further)
+    study.run("tiny", "01,02", {"systems": [str(trained)], "learning_rates": {"default": 1e-12}}, further)
     before, after = (load_file(path / WEIGHTS) for path in (trained, next((further / "models").glob("*-seed0"))))
     for name, weight in before.items():
         assert torch.allclose(weight, after[name], atol=1e-7), name
