@@ -36,7 +36,7 @@ STAMP = VENV / "rankmamba.json"  # what is installed, or {"unfinished": true}
 LOG = VENV / "rankmamba.log"  # what the last step of an installation said
 
 INSTALLED = ("pyproject.toml", "requirements.txt", "constraints.txt", "setup.py")  # the files that say what is installed
-PYTHONS = ((3, 10), (3, 14))  # the oldest and the newest Python that constraints.txt has versions for
+PYTHONS = ((3, 11), (3, 14))  # the oldest and the newest Python that constraints.txt has versions for
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # For what is started here, unless the caller has set them. OpenMP's waiting threads would take the cores from other work. glibc
 # would give the memory of every large tensor back to the system, which makes new pages for the next one: a fifth of a step of training.

@@ -154,7 +154,8 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     pad = count * chunk - length
 
     def split(t, *shape):
-        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
+        if pad:  # not by F.pad, which refuses what has no elements before torch 2.9 or so
+            t = torch.cat([t, t.new_zeros(batch, pad, *t.shape[2:])], 1)
         return t.reshape(batch, count, chunk, *shape)
 
     step = split(delta.to(wide), groups, shared).permute(0, 1, 3, 4, 2)  # (B, c, G, S, Q)

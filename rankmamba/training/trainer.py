@@ -110,17 +110,18 @@ class LCETrainer(Trainer):
 
     def _use_less_memory(self, error: Exception, pairs: int) -> None:
         """Halve the chunks, and keep the activations of one at a time only; the loss and its gradients stay what they are."""
+        freed = error.with_traceback(None)  # whose frames would keep the step's tensors alive, in a notebook for good
         if self.args.world_size > 1:
             # the other processes are already waiting for this one's gradients
             raise InputError(
                 f"expected the {pairs} pairs of a process to fit into memory, got: {error}; use gradient_checkpointing, more "
                 "processes or a smaller max_length"
-            ) from error
+            ) from freed
         if self.recompute and self.chunks >= pairs:
             raise InputError(
                 f"expected one pair at a time to fit into memory, got: {error}; use gradient_checkpointing, lora_r or a smaller "
                 "max_length"
-            ) from error
+            ) from freed
         self.chunks, self.recompute = 2 * self.chunks, True
         _log.warning(
             "a step does not fit into memory: it runs in %d chunks from now on, each computed twice; dropout draws other masks, else the "
