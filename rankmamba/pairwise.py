@@ -10,6 +10,7 @@ from .evaluate import PRIMARY, Tables, by_seed, clustered, compare, detectable_d
 RECIPE = ("batch_size", "group_size", "epochs", "max_length", "max_query_length", "loss", "teacher")
 LARGER = 2.0  # at most so many times the other's parameters
 MARGIN = 0.01  # what counts as ranking as well
+SCAN, ATTENTION, HYBRID = "scan", "attention", "both"  # what mixes the tokens of a state-space model, a Transformer, a hybrid
 
 
 def trained_alike(records: Sequence[dict]) -> list[tuple[str, str]]:
@@ -32,12 +33,21 @@ def trained_alike(records: Sequence[dict]) -> list[tuple[str, str]]:
     ]
 
 
-def across(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def across(pairs: Sequence[tuple[str, str]], records: Sequence[dict]) -> list[tuple[str, str]]:
     """Those of the pairs that the paper's claim is about: a state-space model and a Transformer. A hybrid of both is neither.
 
-    The claim says that they are level, and a correction for pairs that it is not about would favour it.
+    The claim says that they are level, and a correction for pairs that it is not about would favour it. records: of the trainings.
     """
-    return [pair for pair in pairs if not any(map(_hybrid, pair)) and _state_space(pair[0]) != _state_space(pair[1])]
+    kinds = mixers(records)
+    return [pair for pair in pairs if {kinds[system] for system in pair} == {SCAN, ATTENTION}]
+
+
+def mixers(records: Sequence[dict]) -> dict[str, str]:
+    """{system: what mixes its tokens} as its training's record says it. The name says nothing: it may be a folder's."""
+    ran = {record["system"]: record["environment"] for record in records if record["kind"] == "train"}
+    scans = {system: found["scan"] != "none" for system, found in ran.items()}
+    attends = {system: not found["attention"].startswith("none") for system, found in ran.items()}
+    return {system: HYBRID if scans[system] and attends[system] else SCAN if scans[system] else ATTENTION for system in ran}
 
 
 def pairwise(
@@ -70,16 +80,16 @@ def pairwise(
     return table.sort_values("difference", ascending=False, kind="stable", ignore_index=True)
 
 
-def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
-    """Say in Markdown what the pairs of `across`, compared by `pairwise`, show about "Mamba ranks as well"."""
+def claim(pairs: pd.DataFrame, records: Sequence[dict], measure: str = PRIMARY) -> str:
+    """Say in Markdown what the pairs of `across`, compared by `pairwise`, show about "Mamba ranks as well". records: as there."""
     if pairs.empty:
         return "No state-space model and Transformer were trained alike here."
     found = (pairs["p_holm"] < 0.05) & (pairs["low"] > 0)  # p speaks of other queries, the interval of other seeds, too
     level = ~found & (pairs["low"] > -MARGIN) & (pairs["high"] < MARGIN)
-    shown = pairs[found]
-    ahead, behind = (shown[shown["system"].map(_state_space) == wanted] for wanted in (True, False))
+    shown, kinds = pairs[found], mixers(records)
+    ahead, behind = (shown[shown["system"].map(kinds) == better] for better in (SCAN, ATTENTION))
     lines = [
-        f"**Does Mamba rank as well as a Transformer trained alike?** (The paper's claim 1.) {_against_the_best(pairs, shown)}\n\n"
+        f"**Does Mamba rank as well as a Transformer trained alike?** (The paper's claim 1.) {_against_the_best(pairs, shown, kinds)}\n\n"
         f"Of {len(pairs)} pairs of a state-space model and a Transformer that were trained alike (a hybrid is neither), on {measure}, "
         "p corrected for these pairs:"
     ]
@@ -103,9 +113,9 @@ def claim(pairs: pd.DataFrame, measure: str = PRIMARY) -> str:
     return "\n".join(lines)
 
 
-def _against_the_best(pairs: pd.DataFrame, shown: pd.DataFrame) -> str:
+def _against_the_best(pairs: pd.DataFrame, shown: pd.DataFrame, kinds: Mapping[str, str]) -> str:
     """Say how each state-space model stands to the Transformer that, over all of them together, is furthest ahead."""
-    turned = pairs["other"].map(_state_space)  # the Transformer of the pair is the better one
+    turned = pairs["other"].map(kinds) == SCAN  # the Transformer of the pair is the better one
     sided = pd.DataFrame(
         {
             "model": pairs["system"].mask(turned, pairs["other"]),
@@ -121,11 +131,3 @@ def _against_the_best(pairs: pd.DataFrame, shown: pd.DataFrame) -> str:
     ]
     once = " With one seed of each this is a first sight." if pairs["seeds"].str.endswith(" of 1").all() else ""
     return f"Against the best Transformer here, {best}: {', '.join(standing)}.{once}"
-
-
-def _state_space(system: str) -> bool:
-    return "mamba" in system
-
-
-def _hybrid(system: str) -> bool:
-    return "hybrid" in system

@@ -1,5 +1,6 @@
 """Architecture against architecture: every pair once, the better first, corrected for all, and only what is shown is claimed."""
 
+import re
 from itertools import combinations
 
 import numpy as np
@@ -32,7 +33,7 @@ def two(first, second) -> pd.DataFrame:
     return pairwise({"nano-bert": first, "nano-mamba": second}, [("nano-bert", "nano-mamba")])
 
 
-def trained(system, steps=10, parameters=3_000_000, note="", partial=False, **config) -> dict:
+def trained(system, steps=10, parameters=3_000_000, note="", partial=False, scan=None, **config) -> dict:
     recipe = dict(batch_size=4, group_size=8, epochs=1.0, max_length=160, max_query_length=32, loss="lce", teacher=None)
     result = {"steps": steps, "partial": partial, "parameters_outside_embeddings": parameters}
     return {
@@ -42,7 +43,16 @@ def trained(system, steps=10, parameters=3_000_000, note="", partial=False, **co
         "note": note,
         "config": recipe | {"learning_rate": 1e-3} | config,
         "result": result,
+        "environment": {
+            "scan": "native" if (scan if scan is not None else re.search("mamba|hybrid", system)) else "none",
+            "attention": "none: the backbone has no attention"
+            if (scan if scan is not None else "mamba" in system)
+            else "sdpa: here",
+        },
     }
+
+
+RECORDS = [trained(f"nano-{name}") for name in ("bert", "hybrid", "mamba", "mamba2", "neox")]
 
 
 def test_only_systems_that_were_trained_alike_are_paired():
@@ -106,27 +116,27 @@ def test_a_pair_that_differs_by_less_than_is_detectable_is_seldom_found_and_one_
 
 
 def test_the_claim_says_better_only_of_what_is_shown():
-    said = claim(pairwise(VALUES, across(PAIRS)))
+    said = claim(pairwise(VALUES, across(PAIRS, RECORDS)), RECORDS)
     assert "Of 2 pairs" in said and "the state-space model is better in 2: nano-mamba over" in said
     assert "the Transformer is better in 0." in said and "it is open in 0." in said
-    assert "it is open in 1" in claim(two(table(1), table(2)))
+    assert "it is open in 1" in claim(two(table(1), table(2)), RECORDS)
     three = {"nano-bert": table(1, 0.3), "nano-neox": table(2), "nano-mamba": table(3)}
-    against = claim(pairwise(three, across(list(combinations(three, 2)))))
+    against = claim(pairwise(three, across(list(combinations(three, 2)), RECORDS)), RECORDS)
     assert "Against the best Transformer here, nano-bert: nano-mamba is behind (-0." in against
     assert "nano-bert (+0.2" in said
-    assert "of seeds)" not in claim(two(table(1), table(2, 0.3)))
+    assert "of seeds)" not in claim(two(table(1), table(2, 0.3)), RECORDS)
     unsure = two([table(1), table(2)], [table(3, 0.3), table(4, 0.3), table(5, -0.2)])
     assert unsure["p_holm"][0] < 0.001 and unsure["low"][0] < 0  # its queries show it, its seeds do not
-    assert "it is open in 1" in claim(unsure) and ", in 4 of 6 pairs of seeds)" in claim(unsure)
-    assert "No state-space model and Transformer" in claim(pairwise(VALUES, across(PAIRS[1:2])))
+    assert "it is open in 1" in claim(unsure, RECORDS) and ", in 4 of 6 pairs of seeds)" in claim(unsure, RECORDS)
+    assert "No state-space model and Transformer" in claim(pairwise(VALUES, across(PAIRS[1:2], RECORDS)), RECORDS)
     nearly = table(1) + np.resize([0.01, -0.009], (200, 1))
-    assert "level (the interval within ±0.01) in 1: " in claim(two(table(1), nearly))
+    assert "level (the interval within ±0.01) in 1: " in claim(two(table(1), nearly), RECORDS)
 
 
 def test_the_claim_is_corrected_for_its_own_pairs_alone():
     systems = ["nano-bert", "nano-hybrid", "nano-mamba", "nano-mamba2", "nano-neox"]
     everything = list(combinations(systems, 2))
-    pairs = across(everything)
+    pairs = across(everything, RECORDS)
     assert pairs == [
         ("nano-bert", "nano-mamba"),
         ("nano-bert", "nano-mamba2"),
@@ -136,3 +146,12 @@ def test_the_claim_is_corrected_for_its_own_pairs_alone():
     values = {system: table(seed) for seed, system in enumerate(systems)}
     raw = [compare({name: values[name] for name in pair}, pair[1]).loc[0, "p"] for pair in pairs]
     assert sorted(pairwise(values, pairs)["p_holm"]) == pytest.approx(sorted(holm(raw)))
+
+
+def test_what_a_system_is_says_its_record_and_never_its_name():
+    records = [trained("/work/mamba-study/bert", scan=False), trained("/work/bert-study/checkpoint-500", scan=True)]
+    (pair,) = across(trained_alike(records), records)
+    values = {"/work/mamba-study/bert": table(1), "/work/bert-study/checkpoint-500": table(2, 0.3)}
+    said = claim(pairwise(values, [pair]), records)
+    assert "the best Transformer here, /work/mamba-study/bert: /work/bert-study/checkpoint-500 is ahead" in said
+    assert "the state-space model is better in 1: /work/bert-study/checkpoint-500 over" in said

@@ -24,7 +24,7 @@ def test_the_tables_are_those_that_the_committed_records_give(study):
 
 def test_the_pairs_of_architectures_in_the_evidence_are_those_of_the_records():
     records = read_records(ROOT / "data" / "study")
-    table = pairwise(per_query_values(records), across(trained_alike(records)), shared=shared_documents(records))
+    table = pairwise(per_query_values(records), across(trained_alike(records), records), shared=shared_documents(records))
     quoted = {
         (row.system, row.other): f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p {row.p_holm:.1g}"
         for row in table.itertuples()
