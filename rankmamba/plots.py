@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocato
 
 from .evaluate import BASELINE, PRIMARY, Tables, by_seed, seeds_of, summarise
 from .files import replacing
-from .style import STYLE, base, look, mixed, order
+from .style import STYLE, base, brief, look, mixed, order
 
 
 class Chart(Figure):
@@ -86,7 +86,7 @@ def forest(
             axes.annotate(f" {interval['mean']:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", fontsize=11)
         label = f"{measure}: mean, 95% interval of each alone{ticks}\nsystems that overlap may differ: they share queries"
         label += f"\ngrey band: the interval of {BASELINE}" if BASELINE in means else ""
-        axes.set(xlabel=label, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+        axes.set(xlabel=label, yticks=range(len(rows)), yticklabels=map(brief, rows), ylim=(len(rows) - 0.5, -0.5))
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
     _key(figure, values)
@@ -175,7 +175,7 @@ def wins_and_losses(values: Mapping[str, Tables], measure: str = PRIMARY, system
         axes.text(0.97, 0.08, f"worse\n{lost:.0%}", ha="right")
         if 1 - won - lost > 0.2:
             axes.text((won + 1 - lost) / 2, 0.08, f"same\n{1 - won - lost:.0%}", ha="center")
-        axes.set(title=f"{system}: {differences.mean():+.3f}", ylim=(-1.05, 1.05), xlim=(0, 1), xticks=(0, 0.5, 1))
+        axes.set(title=f"{brief(system)}: {differences.mean():+.3f}", ylim=(-1.05, 1.05), xlim=(0, 1), xticks=(0, 0.5, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.tick_params(labelbottom=place + columns >= len(systems))
     for axes in panels[len(systems) :]:
@@ -238,7 +238,9 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     for axes, reading in zip(panels, readings, strict=True):
         for system, part in table[table["reading"].isin([reading, ""])].groupby("system", sort=False):
             places = [groups.index(group) for group in part["words before the answer"]]
-            axes.plot(places, part["mean"], **_marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}, label=system)
+            axes.plot(
+                places, part["mean"], **_marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}, label=brief(system)
+            )
         axes.set(title=reading, xticks=range(len(groups)), xticklabels=[group.split()[0] for group in groups])
     lines = {line.get_label(): line for axes in panels for line in axes.lines}
     figure.legend(lines.values(), lines, loc="outside right center", frameon=False, handlelength=3)
@@ -288,16 +290,16 @@ def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
         here = table[(table["collection"] == collection) & (table["tokens"].notna() | (table["system"] == BASELINE))]
         for system, part in here.groupby("system", sort=False):
             if part["tokens"].isna().all():
-                axes.axhline(part["mean"].iloc[0], color=look(system).color, linestyle=":", linewidth=1.8, label=system)
+                axes.axhline(part["mean"].iloc[0], color=look(system).color, linestyle=":", linewidth=1.8, label=brief(system))
             else:
                 style = _marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}
-                axes.plot(part["tokens"], part["mean"], **style, label=system)
+                axes.plot(part["tokens"], part["mean"], **style, label=brief(system))
         axes.set(title=collection.removeprefix("rankmamba/").removesuffix("/test"), xscale="log")
         axes.xaxis.set(major_locator=FixedLocator(sorted(set(here["tokens"].dropna()))), minor_locator=NullLocator())
         axes.xaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"))
     lines = {line.get_label(): line for axes in panels for line in axes.lines}
-    order = sorted(lines, key=lambda system: -table.loc[table["system"] == system, "mean"].max())
-    figure.legend([lines[system] for system in order], order, loc="outside right center", frameon=False, handlelength=3)
+    order = sorted(lines, key=lambda shown: -table.loc[table["system"].map(brief) == shown, "mean"].max())
+    figure.legend([lines[shown] for shown in order], order, loc="outside right center", frameon=False, handlelength=3)
     half = (table["high"] - table["low"]).median() / 2
     figure.supxlabel("tokens read of query and document together, logarithmic", fontsize=12)
     figure.supylabel(f"{measure} (typical 95% interval: ±{half:.2f})", fontsize=12)
@@ -317,7 +319,7 @@ def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
         size = 1000 * part["kB/document"]
         axes.plot(size, part["difference"], color=look(system).color, linewidth=1, linestyle=look(system).line)
         axes.vlines(size, part["low"], part["high"], color=look(system).color, linewidth=2, alpha=0.5)
-        axes.plot(size, part["difference"], **_marker(system), label=system)
+        axes.plot(size, part["difference"], **_marker(system), label=brief(system))
         for at, names in part["format"].groupby(size.round(-1)):
             short = ", ".join(names).replace("bfloat", "bf").replace("float", "fp").replace(" layers", "")
             axes.annotate(short, (at, 0.02 + 0.05 * place), xycoords=("data", "axes fraction"), fontsize=9, ha="center",
@@ -378,7 +380,9 @@ def _end_labels(axes: Axes, values: Mapping[str, float], gap: float = 0.06) -> N
         right = {"transform": axes.transAxes, "clip_on": False}
         axes.plot([1, 1.03, 1.05], [heights[name], place, place], color=look(name).color, linewidth=1, **right)
         axes.plot(1.05, place, **_marker(name), **right)
-        axes.annotate(name, (1.05, place), xycoords="axes fraction", xytext=(9, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            brief(name), (1.05, place), xycoords="axes fraction", xytext=(9, 0), textcoords="offset points", va="center"
+        )
 
 
 def _spread(values: list[float], gap: float) -> list[float]:

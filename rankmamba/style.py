@@ -56,10 +56,27 @@ def mixed(system: str) -> bool:
     return " + " in system
 
 
+def brief(system: str) -> str:
+    """The name as a figure has room for it: of a folder's what follows its last part that names a family, "…/bert/checkpoint-500"."""
+    folders = base(system).split("/")
+    if folders[0]:
+        return system
+    return "/".join(["…", *folders[_named(folders) :]]) + system[len(base(system)) :]
+
+
 def look(system: str) -> Look:
-    """How a system is drawn, by the family in its name; the same in every figure."""
-    name = base(system).lower()
-    found = [(len(word), style) for words, style in FAMILIES.items() for word in words if word in name]
+    """How a system is drawn, by the family in its name, of a folder's in the last part that has one; the same in every figure."""
+    folders = base(system).split("/")
+    return _family(folders[_named(folders)])
+
+
+def _named(folders: list[str]) -> int:
+    """The place of the last part of a name that names a family; the last where none does."""
+    return next((place for place in reversed(range(len(folders))) if _family(folders[place]) != OTHER), len(folders) - 1)
+
+
+def _family(name: str) -> Look:
+    found = [(len(word), style) for words, style in FAMILIES.items() for word in words if word in name.lower()]
     return max(found, key=lambda both: both[0], default=(0, OTHER))[1]
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rankmamba import plots
 from rankmamba.evaluate import summarise
 from rankmamba.profiling import plots as profile_plots
-from rankmamba.style import FAMILIES, look, order
+from rankmamba.style import FAMILIES, OTHER, brief, look, order
 
 STUDY = ["bm25", "minilm-l6", "nano-bert", "nano-neox", "nano-mamba", "nano-mamba2"]
 
@@ -126,6 +126,19 @@ def test_an_interrupted_save_leaves_the_earlier_figure(tmp_path, monkeypatch):
 )
 def test_a_family_looks_the_same_whatever_its_member(names):
     assert len({look(name) for name in names}) == 1
+
+
+def test_a_folder_looks_like_the_last_family_in_its_path_and_is_named_from_there_on():
+    for folder, shown, like in [
+        ("/work/mamba-study/bert", "…/bert", "nano-bert"),
+        ("/work/opt/mamba-130m/checkpoint-500", "…/mamba-130m/checkpoint-500", "nano-mamba"),
+        ("/data/models/own", "…/own", None),
+    ]:
+        assert brief(folder) == shown and brief(f"{folder} + bm25") == f"{shown} + bm25"
+        assert look(folder) == look(f"{folder} + bm25") == (look(like) if like else OTHER)
+    assert brief("state-spaces/mamba-130m-hf") == "state-spaces/mamba-130m-hf"
+    rows = plots.forest({"bm25": values(0), "/work/mamba-study/bert": values(1)}).axes[0].get_yticklabels()
+    assert [row.get_text() for row in rows] == ["bm25", "…/bert"]
 
 
 def test_systems_stand_by_family_each_beside_its_mixture():

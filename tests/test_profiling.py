@@ -17,6 +17,7 @@ from rankmamba.profiling import study as profile_study
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.profiling.flops import forward_flops
 from rankmamba.profiling.parts import TextPass, breakdown, padded_tokens
+from rankmamba.profiling.shapes import size_of
 from rankmamba.results import fingerprint, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,3 +268,8 @@ def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models
     said = capsys.readouterr().out
     assert "tiny-neox (eager)" in said and "the claim that Mamba trains slower" in said
     assert len(read_records(tmp_path, "profile")) == 10 and (tmp_path / "figures" / "throughput.png").is_file()
+
+
+def test_a_folder_is_compared_by_its_own_name_and_not_by_where_it_lies():
+    assert [size_of(name) for name in ("/work/my-study/bert-large", "/work/my-study/mamba-130m")] == ["370m", "130m"]
+    assert size_of("/work/a-b/own-bert") == size_of("/elsewhere/own-mamba") == "own" and size_of("mamba-130m (sdpa)") == "130m"

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from ..plots import Chart, _end_labels, _marker, _styled
-from ..style import look
+from ..style import brief, look
 from .parts import OTHER
 from .tables import against_transformers, one_batch, rounded
 
@@ -111,7 +111,16 @@ def parts(table: pd.DataFrame) -> Figure:
         left = np.zeros(len(systems))
         for part in (part for part in PARTS if part in wide and wide[part].any()):
             color, hatch = PARTS[part]
-            axes.barh(systems, wide[part], left=left, color=color, hatch=hatch, edgecolor="#444444", linewidth=0.8, label=part)
+            axes.barh(
+                list(map(brief, systems)),
+                wide[part],
+                left=left,
+                color=color,
+                hatch=hatch,
+                edgecolor="#444444",
+                linewidth=0.8,
+                label=part,
+            )
             for place, share in enumerate(wide[part] / wide.sum(axis=1)):
                 if share > 0.1 and not hatch:
                     width, color = wide[part].iloc[place], "white" if part in ("scan", "attention") else "black"
@@ -148,7 +157,9 @@ def padding(table: pd.DataFrame) -> Figure:
         axes.barh(place, 1, height=0.36, color=look(row.system).color)
         axes.barh(place, row.padded - 1, left=1, height=0.36, color="white", edgecolor=look(row.system).color, hatch="////")
         axes.text(row.padded, place, f"  {row.batches}: {row.pairs_per_s:,.0f} pairs/s", va="center", fontsize=11)
-    axes.set(yticks=range(len(systems)), yticklabels=systems, xlabel="tokens computed for a real token (hatched: padding)")
+    axes.set(
+        yticks=range(len(systems)), yticklabels=map(brief, systems), xlabel="tokens computed for a real token (hatched: padding)"
+    )
     axes.set(xlim=(0, 1.5 * table["padded"].max()))
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)

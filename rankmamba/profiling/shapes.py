@@ -58,8 +58,8 @@ SHAPES: dict[str, dict[str, tuple[Callable[[int, int], PreTrainedConfig], int, i
 
 
 def size_of(system: str) -> str:
-    """Say which systems one is compared with: a class of `SHAPES`, or else the first part of its name (nano, tiny)."""
-    name = system.split(" ")[0]
+    """Say which systems one is compared with: a class of `SHAPES`, or else the first part of its name (nano, tiny), of a folder's last."""
+    name = system.split(" ")[0].rpartition("/")[2]
     return next((size for size, names in SHAPES.items() if name in names), name.split("-")[0])
 
 
