@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
+from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, Tables, by_seed, seeds_of, summarise
 from .files import replacing
 from .style import STYLE, base, brief, look, mixed, order
@@ -159,6 +160,10 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
 def wins_and_losses(values: Mapping[str, Tables], measure: str = PRIMARY, systems: Sequence[str] | None = None) -> Figure:
     """Each query's difference to the baseline, sorted, a panel a system, with the shares of queries won, tied and lost."""
     systems = [system for system in values if system != BASELINE] if systems is None else list(systems)
+    if not systems:
+        raise InputError(
+            f"expected at least one system to compare with {BASELINE}, got none; run 02_train, 03_rerank and 04_evaluate"
+        )
     columns = min(3, len(systems))
     rows = math.ceil(len(systems) / columns)
     figure = Chart(figsize=(0.8 + 3.3 * columns, 0.7 + 2.6 * rows), layout="constrained")

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from .errors import InputError
 from .evaluate import BASELINE, PRIMARY
 from .style import mixed
 
@@ -10,7 +11,12 @@ def answer(table: pd.DataFrame, measure: str = PRIMARY) -> str:
     """Say in Markdown, from the final table of one collection, which systems beat the first stage and how the nano ones compare.
 
     A difference counts as shown when its Holm-corrected p is below 0.05; anything else is called unresolved.
+
+    Raises:
+        InputError: the first stage was not evaluated.
     """
+    if BASELINE not in set(table["system"]):
+        raise InputError(f"expected {BASELINE} among the evaluated systems, got {', '.join(table['system'])}; run 04_evaluate")
     reference = table.set_index("system").loc[BASELINE]
     lines = [
         f"**Does it beat the first stage?** On {reference['queries']:,} test queries of `{reference['collection']}`, {BASELINE} alone "
@@ -27,17 +33,19 @@ def answer(table: pd.DataFrame, measure: str = PRIMARY) -> str:
     if len(nano) > 1:
         best, worst = nano.loc[nano[measure].idxmax()], nano.loc[nano[measure].idxmin()]
         lines.append(
-            f"\nAmong the small systems trained alike, {measure} goes from {worst[measure]:.3f} ({worst['system']}) to "
+            f"\nAmong the small systems {measure} goes from {worst[measure]:.3f} ({worst['system']}) to "
             f"{best[measure]:.3f} ({best['system']})"
         )
         if nano["timed_on"].any():  # of many trainings on several devices, beside one another
             lines[-1] += ". Their speeds here are of several machines: *Does it train slower?* has measured ones."
-        else:
+        elif nano["pairs_per_s"].notna().sum() > 1:
             fast, slow = nano.loc[nano["pairs_per_s"].idxmax()], nano.loc[nano["pairs_per_s"].idxmin()]
             lines[-1] += (
                 f", and scoring from {slow['pairs_per_s']:,.0f} ({slow['system']}) to {fast['pairs_per_s']:,.0f} documents per second "
                 f"({fast['system']})."
             )
+        else:
+            lines[-1] += "."
     return "\n".join(lines)
 
 
@@ -79,7 +87,7 @@ def provenance(records: list[dict], scale: str) -> str:
             + (f"; scan: {ran['scan']}" if ran["scan"] != "none" else "")
             + (" (**stopped early**)" if record["result"]["partial"] else "")
         )
-    again = f"\nAgain: `python3 run.py study --scale {scale}`"
+    again = f"\nAgain: `python3 run.py study --scale {scale}`, with each `-p` that it was given"
     if len({record["seed"] for record in records}) > 1:
-        again += " with `-p seed=0` and so on, once for each seed"
+        again += ", once for each seed (`-p seed=0` and so on)"
     return "\n".join([*dict.fromkeys(lines), again])  # seeds of a system say the same

@@ -255,14 +255,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--baseline", metavar="SYSTEM", help="what the others are compared with (default: bm25)")
     options = parser.parse_args(arguments)
     from .evaluate import BASELINE  # with scipy and pandas more than a second
-    from .tables import final_table, format_table, tidy
+    from .tables import chosen_measure, final_table, format_table, tidy
 
     try:
         records = read_records(options.folder)
         if options.csv:
             tidy(records).to_csv(sys.stdout, index=False, lineterminator="\n")
         else:
-            table = final_table(records, baseline=options.baseline or BASELINE)
+            table = final_table(records, chosen_measure(records), options.baseline or BASELINE)
             if options.baseline is not None and options.baseline not in set(table["system"]):
                 systems = ", ".join(dict.fromkeys(table["system"]))
                 raise InputError(f"expected a baseline among {systems}, got {options.baseline!r}")

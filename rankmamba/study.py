@@ -151,10 +151,11 @@ def remaining(elapsed: float, done: list[float], left: list[float]) -> float:
 def show(folder: Path) -> None:
     """Print the final table of a study and where its files are."""
     from .results import read_records
-    from .tables import final_table, format_table
+    from .tables import chosen_measure, final_table, format_table
 
-    if read_records(folder, "evaluate"):
-        print(format_table(final_table(read_records(folder))))
+    records = read_records(folder)
+    if any(record["kind"] == "evaluate" for record in records):
+        print(format_table(final_table(records, chosen_measure(records))))
     for name in ("report.html", "records", "notebooks"):
         if (folder / name).exists():
             print(f"{name}: {folder / name}")

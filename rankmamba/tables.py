@@ -132,7 +132,8 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
 
     Columns: collection, system, queries, seeds, parameters (outside embeddings); of every measure the mean, "<measure> low" and
     "<measure> high"; difference, low, high, effect, p and p_holm of `measure` to `baseline` (NaN without one); tokens and minutes
-    of training; pairs_per_s, pairs_per_s_from_states; note; clusters (`evaluate.clusters`, how many); timed_on; measure; baseline.
+    of training; pairs_per_s, pairs_per_s_from_states; note; clusters (`evaluate.clusters`, how many; 0 if not recorded); timed_on;
+    measure; baseline.
     Means over seeds, 95% intervals. A system "X + Y" is X mixed with Y and has X's size and costs. Where seeds ran on several
     devices, times are of the one of most trainings, `timed_on`; else that is empty.
 
@@ -152,9 +153,15 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
             for name in ("difference", "low", "high", "effect", "p", "p_holm"):
                 row[name] = differences[name].get(system, math.nan) if name in differences else math.nan
             row |= _costs(records, system, collection, devices[0] if devices else None)
-            row |= {"clusters": len(set(clustered(values[system][0].index, shared)))}
+            row |= {"clusters": 0 if shared is None else len(set(clustered(values[system][0].index, shared)))}
             rows.append(row | {"timed_on": devices[0] if len(devices) > 1 else "", "measure": measure, "baseline": baseline})
     return pd.DataFrame(rows)
+
+
+def chosen_measure(records: list[dict]) -> str:
+    """The measure that a study's differences are about: the one that its newest mixture was chosen by."""
+    mixtures = [record for record in records if record["kind"] == "evaluate" and "measure" in record["result"]]
+    return max(mixtures, key=lambda record: record["created"])["result"]["measure"] if mixtures else PRIMARY
 
 
 def _devices(records: list[dict]) -> list[str]:
@@ -200,16 +207,33 @@ def caption(table: pd.DataFrame) -> str:
     lines = []
     for collection, part in table.groupby("collection", sort=False):
         first = part.iloc[0]
+        compared = part["p"].notna().sum()
         lines.append(
-            f"{collection}: {first['queries']:,} queries. p: paired t-test on {first['measure']} against {first['baseline']}, corrected "
-            f"for {part['p'].notna().sum()} systems (Holm)."
+            f"{collection}: {first['queries']:,} queries. "
+            + (
+                f"p: paired t-test on {first['measure']} against {first['baseline']}, corrected for {compared} "
+                f"system{'s' if compared > 1 else ''} (Holm)."
+                if compared
+                else f"There is nothing to compare with {first['baseline']}."
+                if first["baseline"] in set(part["system"])
+                else f"{first['baseline']} was not evaluated, so nothing is compared with it."
+            )
         )
-        if first["clusters"] < first["queries"]:
+        if not first["clusters"]:
+            lines.append(
+                "Which queries share a relevant document is not recorded (04_evaluate does it): p and the intervals take each alone."
+            )
+        elif first["clusters"] < first["queries"]:
             lines.append(
                 f"Queries that share a relevant document form a cluster ({first['clusters']:,} in all): p and the intervals go by clusters."
             )
     if (table["seeds"] > 1).any():
         lines.append("Intervals: 95%, bootstrap over queries and seeds; p is of the means over these seeds.")
+        once = table.loc[(table["seeds"] == 1) & table["tokens"].notna(), "system"]  # a first stage has no seeds
+        if len(once):
+            lines.append(
+                f"Of one seed, so that what another would give is not in the intervals: {', '.join(dict.fromkeys(once.map(base)))}."
+            )
     else:
         lines.append("Intervals: 95%, bootstrap over queries; what another seed would give is not in them.")
     lines.append("Intervals are not corrected for the number of tests, p is: where they disagree, go by p.")

@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from rankmamba import plots
+from rankmamba.errors import InputError
 from rankmamba.evaluate import summarise
 from rankmamba.profiling import plots as profile_plots
 from rankmamba.style import FAMILIES, OTHER, brief, look, order
@@ -235,6 +236,11 @@ def test_curves_of_seeds_are_averaged_whatever_their_index():
     (line,) = [line for line in plots.training_curves({"x": apart}).axes[0].lines if len(line.get_xdata()) == 100]
     (alone,) = [line for line in plots.training_curves({"x": [STEPS, STEPS]}).axes[0].lines if len(line.get_xdata()) == 100]
     assert np.asarray(line.get_ydata()) == pytest.approx(np.asarray(alone.get_ydata()) - 0.25)
+
+
+def test_wins_and_losses_of_no_system_say_what_to_run():
+    with pytest.raises(InputError, match="expected at least one system to compare with bm25, got none; run 02_train"):
+        plots.wins_and_losses({"bm25": values(0)})
 
 
 def test_wins_and_losses_give_the_shares_of_the_queries():

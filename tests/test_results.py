@@ -259,6 +259,24 @@ def test_seeds_are_averaged_and_counted(tmp_path):
     assert table.loc["bm25", "seeds"] == 1
 
 
+def test_a_system_of_one_seed_among_others_of_several_is_named_below_the_table(tmp_path):
+    write_record(study(tmp_path, seeds=2), record("evaluate", "nano-bert", result=measured(values(5))))
+    assert "Of one seed" not in caption(final_table(read_records(tmp_path)))  # no training of it is recorded, as of a first stage
+    trained = {"tokens": 1, "parameters_outside_embeddings": 1, "curve": []}
+    write_record(tmp_path, record("train", "nano-bert", "set/train", result=trained, timing={"seconds": 1.0}))
+    assert "Of one seed, so that what another would give is not in the intervals: nano-bert." in caption(
+        final_table(read_records(tmp_path))
+    )
+
+
+def test_the_command_compares_by_the_measure_that_the_study_chose_its_mixtures_by(tmp_path, capsys):
+    write_record(
+        study(tmp_path),
+        record("evaluate", "nano-mamba + bm25", result=measured(values(12)) | {"measure": "nDCG@10", "weights": []}),
+    )
+    assert results.main([str(tmp_path)]) == 0 and "paired t-test on nDCG@10 against bm25" in capsys.readouterr().out
+
+
 def test_times_of_several_devices_have_no_mean_and_the_caption_says_whose_they_are(tmp_path):
     records = read_records(study(tmp_path, seeds=3))
     for one in records:
@@ -339,6 +357,9 @@ def test_a_study_without_its_baseline_has_no_differences(tmp_path):
     write_record(tmp_path, record("evaluate", "nano-mamba", result=measured(values(2))))
     table = final_table(read_records(tmp_path))
     assert math.isnan(table.loc[0, "difference"]) and "nano-mamba" in format_table(table)
+    assert "bm25 was not evaluated, so nothing is compared with it" in caption(table) and "t-test" not in caption(table)
+    with pytest.raises(InputError, match="expected bm25 among the evaluated systems, got nano-mamba"):
+        report.answer(table)
 
 
 def test_every_seed_of_a_system_has_its_training_curve(tmp_path):
@@ -407,6 +428,7 @@ def test_the_answer_names_what_beats_the_first_stage_and_speeds_of_one_machine_o
     assert "bm25 alone reaches" in said and "**Better than the first stage**: nano-mamba + bm25 (+0." in said
     assert "**Worse than the first stage**: nano-bert (-0." in said and "scoring from 99 (nano-bert) to 150" in said
     assert "documents per second" not in report.answer(table.assign(timed_on="a GPU"))
+    assert report.answer(table.assign(pairs_per_s=math.nan)).endswith("(nano-mamba).")  # rerankings whose records are gone
 
 
 def test_queries_that_share_a_document_widen_the_final_tables_intervals_and_the_caption_says_so(tmp_path):
@@ -414,9 +436,10 @@ def test_queries_that_share_a_document_widen_the_final_tables_intervals_and_the_
     shared = {query_id: number // 4 for number, query_id in enumerate(values(1).index)}
     write_record(tmp_path, record("queries", "relevant documents", result={"words": {}, "clusters": shared}))
     table = final_table(read_records(tmp_path))
-    assert table["clusters"].tolist() == [10] * 3 and alone["clusters"].tolist() == [40] * 3
+    assert table["clusters"].tolist() == [10] * 3 and alone["clusters"].tolist() == [0] * 3
     assert table["difference"].equals(alone["difference"]) and not table["p"].equals(alone["p"])
     assert "form a cluster (10 in all)" in caption(table) and "cluster" not in caption(alone)
+    assert "is not recorded (04_evaluate does it)" in caption(alone) and "not recorded" not in caption(table)
     first = next(iter(shared))  # a query without a relevant document is in no cluster
     apart = {query_id: place for place, query_id in enumerate(shared) if query_id != first}
     write_record(tmp_path, record("queries", "relevant documents", result={"words": {}, "clusters": apart}))
