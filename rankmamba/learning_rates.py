@@ -23,6 +23,7 @@ from .collection import Collection, digest_of
 from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment, progress
+from .files import refusals
 from .parameters import ROOT, parse_parameters, settle
 from .reranker import Reranker
 from .results import environment, find_record, leave_record
@@ -105,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = settle(options.scale, None, parse_parameters(options.parameters))
         folder = (options.results or ROOT / "results" / options.scale) / "learning_rates"
+        with refusals(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         records = []
         for rate in options.rates:
             experiment = Experiment(folder / f"{rate:g}", given["collection"], options.scale, given["seed"], n_dev=given["n_dev"])
@@ -118,6 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
         table(records)
         .sort_values(["system", "learning rate"])
         .to_string(index=False, float_format="{:.5g}".format, na_rep="diverged")
+    )
+    print(
+        f"\nbest: by loss, the mean over the last quarter of the steps. {PRIMARY} of {given['n_dev']} dev queries at most, "
+        "with its 95% interval, in which each query counts as independent."
     )
     return 0
 

@@ -48,7 +48,7 @@ def publish(results: Path, target: Path = CHECKPOINTS) -> list[Path]:
         InputError: there is none, or a model is missing.
     """
     trained = {r["system"]: r for r in read_records(results, "train") if r["system"].endswith(SCRATCH)}
-    measured = {r["system"]: r for r in read_records(results, "evaluate")}
+    measured = {(r["system"], r["seed"]): r for r in read_records(results, "evaluate")}
     folders = []
     for system, record in trained.items():
         if record["result"]["partial"]:
@@ -70,14 +70,17 @@ def publish(results: Path, target: Path = CHECKPOINTS) -> list[Path]:
     return folders
 
 
-def card(name: str, record: dict, measured: dict[str, dict], backbone) -> str:
-    """The model card: everything in it is from records."""
+def card(name: str, record: dict, measured: dict[tuple[str, int], dict], backbone) -> str:
+    """The model card: everything in it is from records, those of this training's own seed."""
     config, result = record["config"], record["result"]
     curve = [row["loss"] for row in result["curve"]]
     window = max(1, len(curve) // 20)
     rows = ""
-    if name + SCRATCH in measured:
-        means = {system: measured[system]["result"]["measures"]["RR@100"]["mean"] for system in (name + SCRATCH, "bm25")}
+    if (name + SCRATCH, record["seed"]) in measured:
+        means = {
+            system: measured[system, record["seed"]]["result"]["measures"]["RR@100"]["mean"]
+            for system in (name + SCRATCH, "bm25")
+        }
         rows = f"| RR@100 | {means[name + SCRATCH]:.3f} on queries of the same kind for other articles (BM25: {means['bm25']:.3f}) |\n"
     return CARD.format(
         name=name,

@@ -20,6 +20,7 @@ import pandas as pd
 from .errors import InputError
 from .evaluate import PRIMARY, clusters
 from .experiment import Experiment, progress
+from .files import refusals
 from .learning_rates import last_quarter, measured_on, scale_config
 from .pairwise import pairwise
 from .parameters import ROOT, parse_parameters, settle
@@ -27,6 +28,7 @@ from .pretrained import publish
 from .reranker import Reranker
 from .results import environment, find_record, leave_record
 from .systems import CHECKPOINTS, SCRATCH
+from .tables import p_value
 from .train import TrainConfig, train
 
 SEEDS = (0, 1, 2)
@@ -107,7 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         before, then = settle("pretrain", None, parse_parameters(options.parameters)), settle(options.then, None, {})
         study, records = Experiment(options.results, then["collection"], options.then, then["seed"]), []
-        for seed in options.seeds:
+        with refusals(options.results):
+            options.results.mkdir(parents=True, exist_ok=True)
+        for seed in dict.fromkeys(options.seeds):
             for system in before["systems"]:
                 config = dataclasses.replace(scale_config(before, system), seed=seed)
                 after = scale_config(then, system.removesuffix(SCRATCH))
@@ -119,8 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(found.to_string(float_format="{:.3f}".format))
     if len(before["systems"]) > 1:
         compared = pairs(records, clusters(study.split("dev").qrels)).drop(columns=["effect", "detectable"])
+        compared["p_holm"] = compared["p_holm"].map(p_value)
         print("\n" + compared.to_string(index=False, float_format="{:.3f}".format))
-    if len(options.seeds) > 1 and len(before["systems"]) > 1:
+    if len(set(options.seeds)) > 1 and len(before["systems"]) > 1:
         within, between = spreads(found[PRIMARY])
         print(f"\nstandard deviation of {PRIMARY}: {within:.3f} between the seeds of a system, {between:.3f} between systems")
     return 0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rankmamba import learning_rates
+from rankmamba import learning_rates, pretraining_seeds
 from rankmamba.candidates import BM25
 from rankmamba.collection import load
 from rankmamba.evaluate import PRIMARY, per_query
@@ -45,13 +45,20 @@ def test_every_system_is_tried_with_every_rate_on_dev_and_a_second_search_does_n
 def test_a_rate_that_diverges_is_said_and_the_others_are_tried(tmp_path, capsys, records):
     for _ in range(2):
         printed = search(tmp_path, capsys, "-p", "systems=[tiny-mamba]", "--rates", "1e30", "0.01")
-        assert [line.split()[2] == "diverged" for line in printed.splitlines()[1:]] == [False, True]
+        assert [line.split()[2] == "diverged" for line in printed.splitlines()[1:3]] == [False, True]
         assert printed.splitlines()[1].endswith("True") and len(records()) == 2
 
 
 def test_a_system_that_does_not_exist_is_one_sentence(tmp_path, capsys):
     assert learning_rates.main(["--scale", "tiny", "-p", "systems=[nano-nothing]", "--results", str(tmp_path)]) == 1
     assert "nano-nothing" in capsys.readouterr().err
+
+
+def test_results_that_are_a_file_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command in (learning_rates, pretraining_seeds):
+        assert command.main(["--results", str(tmp_path / "file")]) == 1
+        assert capsys.readouterr().err.startswith(f"error: expected to write {tmp_path / 'file'}")
 
 
 def test_a_collection_of_ones_own_without_candidates_is_searched_on_those_of_bm25(tmp_path, capsys, records):

@@ -15,6 +15,7 @@ from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import sha256
 from rankmamba.reranker import Reranker
+from rankmamba.results import leave_record
 from rankmamba.train import TrainConfig
 
 WORDS = "river bridge mountain snow book train city winter music garden science history island coast".split()
@@ -122,6 +123,11 @@ def test_a_trained_scratch_system_becomes_a_checkpoint_that_scores_alike_and_say
     assert folder.name == name and (folder / "model.safetensors").stat().st_size < 300_000  # bfloat16, no word embeddings
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "rankmamba/tiny/train" in card and "3 steps of 2 queries" in card and "What it is not" in card
+    for seed, system, value in [(0, name + systems.SCRATCH, 0.123), (0, "bm25", 0.4), (1, name + systems.SCRATCH, 0.987)]:
+        result = {"measures": {"RR@100": dict.fromkeys(("mean", "low", "high"), value)}, "per_query": {}}
+        leave_record(tmp_path / "results", "evaluate", system, "rankmamba/tiny/test", "tiny", seed, {}, result)
+    pretrained.publish(tmp_path / "results", tmp_path / "checkpoints")  # the training has seed 0
+    assert "| RR@100 | 0.123 on queries of the same kind" in (folder / "README.md").read_text(encoding="utf-8")
     monkeypatch.setitem(systems.SYSTEMS, name, spec.__class__(**vars(spec) | {"source": folder}))
     pairs = [("which river", "a river in the snow"), ("which river", "music")]
     trained = Reranker.from_pretrained(experiment.model_path(name + systems.SCRATCH)).predict(pairs)
