@@ -23,7 +23,7 @@ from tqdm.std import tqdm
 from . import resumable
 from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25, candidates_of
-from .collection import Collection, digest_of, load
+from .collection import UNIONS, Collection, digest_of, load
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, clusters, per_query
 from .files import sha256, slug
@@ -224,7 +224,7 @@ class Experiment:
 
     def describe_queries(self) -> dict:
         """Say of each test query how many words its relevant document has (the longest, if several) and which other queries share
-        it (`evaluate.clusters`); returns the record."""
+        it (`evaluate.clusters`), and of a union of several collections which queries are of which; returns the record."""
         if record := self._found("queries", "relevant documents", "test", self._config()):
             return record
         test = self.split("test")
@@ -232,6 +232,8 @@ class Experiment:
         texts = test.documents.get_many(set(relevant["doc_id"]))
         words = relevant["doc_id"].map(lambda doc_id: len(texts[doc_id].split()))
         result = {"words": words.groupby(relevant["query_id"]).max().to_dict(), "clusters": clusters(test.qrels)}
+        if parts := UNIONS.get(test.name):
+            result["parts"] = {part: [query_id for query_id in load(part).queries if query_id in test.queries] for part in parts}
         return self._leave("queries", "relevant documents", "test", self._config(), result, {})
 
     def weight_tables(self, systems: Sequence[str]) -> dict[str, pd.DataFrame]:

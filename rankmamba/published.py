@@ -42,7 +42,9 @@ def beside_ours(records: list[dict]) -> pd.DataFrame:
 
 def _as_reported(records: list[dict]) -> pd.DataFrame:
     """Our figures of a study on msmarco-document as the papers have them: system, collection, measure, value."""
-    rows = []
+    rows, parts = [], {}  # which queries are of which year: the report has the records, and maybe not the collection
+    for record in records:
+        parts |= record["result"].get("parts", {}) if record["kind"] == "queries" else {}
     for record in records:
         if record["kind"] != "evaluate" or record["collection"] not in UNIONS:
             continue
@@ -52,7 +54,7 @@ def _as_reported(records: list[dict]) -> pd.DataFrame:
             continue
         values = result["per_query"]["nDCG@10"]
         for year in UNIONS[record["collection"]]:
-            of_year = [values[query_id] for query_id in load(year).queries if query_id in values]
+            of_year = [values[query_id] for query_id in parts.get(year) or load(year).queries if query_id in values]
             if of_year:
                 rows.append((record["system"], year, "nDCG@10", sum(of_year) / len(of_year)))
     return pd.DataFrame(rows, columns=["system", "collection", "measure", "value"])

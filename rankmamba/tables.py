@@ -186,7 +186,7 @@ def _costs(records: list[dict], system: str, collection: str, device: str | None
         "minutes": times(trained, "seconds") / 60,
         "pairs_per_s": times(ranked, "pairs_per_s"),
         "pairs_per_s_from_states": times([record for record in here if record["kind"] == "states"], "pairs_per_s"),
-        "note": next((record["note"] for record in own if record.get("note")), ""),
+        "note": next((record["note"] for record in (*here, *trained) if record.get("note")), ""),
     }
 
 

@@ -6,10 +6,11 @@ import shlex
 
 import ir_datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from rankmamba import plan, study, token_store
+from rankmamba import plan, published, study, token_store
 from rankmamba.candidates import BM25
 from rankmamba.collection import IrDocuments, load
 from rankmamba.embedded import TINY
@@ -281,7 +282,9 @@ def test_a_rate_is_measured_on_a_backbone_of_the_real_width(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- the whole study
 
 
-def test_a_study_at_scale_paper_runs_its_notebooks_on_the_miniature_with_both_trec_years_as_its_test(msmarco, tmp_path):
+def test_a_study_at_scale_paper_runs_its_notebooks_on_the_miniature_with_both_trec_years_as_its_test(
+    msmarco, tmp_path, monkeypatch
+):
     small = {"systems": ["tiny-mamba"], "batch_size": 2, "group_size": 4, "max_length": 64, "max_query_length": 16}
     study.run("paper", "01,02,03,04,07", small, tmp_path)
     experiment = Experiment(tmp_path, "msmarco-document", "paper", 0, 5193, 88)
@@ -301,4 +304,6 @@ def test_a_study_at_scale_paper_runs_its_notebooks_on_the_miniature_with_both_tr
     }
     assert ours["value"].isna().all() and ours["ours"].between(0, 1).all()
     assert "mamba-130m" in set(table["system"])
+    monkeypatch.setattr(published, "load", lambda name: pytest.fail(f"read {name}"))
+    pd.testing.assert_frame_equal(beside_ours(read_records(tmp_path)), table)  # on a machine without the collection, too
     assert "mamba-130m" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -344,9 +344,11 @@ def test_notebooks_get_the_same_table_as_text(tmp_path):
 
 def test_collections_are_compared_apart(tmp_path):
     study(tmp_path)
-    write_record(tmp_path, record("evaluate", "bm25", "other/test", result=measured(values(5, queries=7))))
+    other = record("evaluate", "bm25", "other/test", result=measured(values(5, queries=7)), note="given with the other")
+    write_record(tmp_path, other)
     records = read_records(tmp_path)
     table = final_table(records)
+    assert table.loc[table["note"] == "given with the other", "collection"].tolist() == ["other/test"]
     assert table.groupby("collection")["queries"].first().to_dict() == {"other/test": 7, "set/test": 40}
     assert format_table(table).count("system") - caption(table).count("system") == 2
     with pytest.raises(InputError, match="one evaluated collection.*other/test, set/test"):
