@@ -18,7 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, Tables, by_seed, seeds_of, summarise
@@ -151,7 +159,7 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
     for system, value in ends.items():  # a shorter run's end is led to its label
         axes.plot([stops[system], last], [value, value], color=look(system).color, linewidth=1, linestyle=":")
     axes.set(ylim=(0, 1.1 * top), xlim=(0, last))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set(major_locator=MaxNLocator(integer=True), major_formatter=EngFormatter(sep=""))
     _end_labels(axes, ends)
     return figure
 
@@ -299,7 +307,7 @@ def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
             else:
                 style = _marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}
                 axes.plot(part["tokens"], part["mean"], **style, label=brief(system))
-        axes.set(title=collection.removeprefix("rankmamba/").removesuffix("/test"), xscale="log")
+        axes.set(title=brief(collection.removeprefix("rankmamba/").removesuffix("/test")), xscale="log")
         axes.xaxis.set(major_locator=FixedLocator(sorted(set(here["tokens"].dropna()))), minor_locator=NullLocator())
         axes.xaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"))
     lines = {line.get_label(): line for axes in panels for line in axes.lines}

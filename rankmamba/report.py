@@ -33,7 +33,7 @@ def answer(table: pd.DataFrame, measure: str = PRIMARY) -> str:
     if len(nano) > 1:
         best, worst = nano.loc[nano[measure].idxmax()], nano.loc[nano[measure].idxmin()]
         lines.append(
-            f"\nAmong the small systems {measure} goes from {worst[measure]:.3f} ({worst['system']}) to "
+            f"\nAmong the small systems, {measure} goes from {worst[measure]:.3f} ({worst['system']}) to "
             f"{best[measure]:.3f} ({best['system']})"
         )
         if nano["timed_on"].any():  # of many trainings on several devices, beside one another

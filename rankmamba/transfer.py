@@ -16,6 +16,7 @@ from .reranker import Reranker
 from .results import environment, find_record, fingerprint, leave_record
 from .tables import measured
 
+DOMAINS = 8  # more first words of query ids than these are no domains
 STARTS = (0, 128, 256, 512, 1024)  # words of a document before what answers the query
 
 
@@ -103,11 +104,20 @@ def values(records: Sequence[dict], measure: str = PRIMARY) -> dict[str, pd.Seri
 
 
 def by_domain(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
-    """Mean and 95% interval by domain, what a query's id has before its first "-"; ids without one are of one domain, "all".
+    """Mean and 95% interval by domain, what a query's id has before its first "-"; ids without one, or of more than `DOMAINS`, are
+    of one domain, "all".
 
     A row each: domain, queries, reading (how documents were read; empty for the first stage), system, mean, low, high.
     """
-    return _by(values(records, measure), lambda query_id: query_id.partition("-")[0] if "-" in query_id else "all", "domain")
+    found = values(records, measure)
+    domains = {
+        query_id: query_id.partition("-")[0] if "-" in query_id else "all"
+        for series in found.values()
+        for query_id in series.index
+    }
+    if len(set(domains.values())) > DOMAINS:  # ids of one's own collection, such as a UUID
+        domains = dict.fromkeys(domains, "all")
+    return _by(found, domains.get, "domain")
 
 
 def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = PRIMARY) -> pd.DataFrame:

@@ -82,6 +82,8 @@ def test_domains_are_told_apart_by_the_first_word_of_a_query_id_over_seeds():
     assert ((table["low"] <= table["mean"]) & (table["mean"] <= table["high"])).all()
     plain = transfer.by_domain([record("a", {"1037798": 1.0, "1110199": 0.5})])
     assert plain["domain"].tolist() == ["all", "all"] and (plain["queries"] == 2).all()
+    many = transfer.by_domain([record("a", {f"{number:08x}-4d2a": 0.5 for number in range(9)})])
+    assert many["domain"].tolist() == ["all", "all"] and (many["queries"] == 9).all()
 
 
 def test_answers_are_binned_by_the_words_before_them_and_every_query_is_in_one_bin():
