@@ -34,20 +34,22 @@ def build(system: str, length: int, layers: int | None = None, device=None, dtyp
     """Make a system with random weights that reads `length` tokens: its positions become as many as that needs.
 
     system: a name in the table of systems; "pythia-160m (eager)" runs its attention so (transformers' names). Systems that bring
-    their weights in a package keep them, and their positions. layers: of a backbone in `shapes`; default all.
+    their weights, in a package or a folder, keep them, and their positions. layers: of a backbone in `shapes`; default all.
 
     Raises:
         InputError: there is no such system, it cannot read so many tokens, or its attention cannot run so here.
     """
     name, _, attention = system.removesuffix(")").partition(" (")
     spec = SYSTEMS.get(name + SCRATCH) or backbones.find(name)
-    depth = shapes.depth_of(name)
+    depth, limits = shapes.depth_of(name), {"max_length": length, "max_query_length": min(50, length // 2)}
     if depth is not None or callable(spec.source):
         config = spec.source() if depth is None else shapes.configuration(name, layers or depth)
         if hasattr(config, "max_position_embeddings"):
             config.max_position_embeddings = max(length, config.max_position_embeddings)
-        spec = replace(spec, source=lambda: config, tokenizer=spec.tokenizer or MINILM)
-    reranker = Reranker(*backbones.build(spec, length, max_query_length=min(50, length // 2)), device, dtype)
+        parts = backbones.build(replace(spec, source=lambda: config, tokenizer=spec.tokenizer or MINILM), **limits)
+    else:
+        parts = backbones.load(name, **limits)
+    reranker = Reranker(*parts, device, dtype)
     if attention:
         try:
             reranker.model.backbone.set_attn_implementation(attention)
