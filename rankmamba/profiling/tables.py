@@ -110,11 +110,11 @@ def one_batch(table: pd.DataFrame) -> pd.DataFrame:
 def headline(records: Sequence[dict]) -> str:
     """Say in Markdown, in a sentence or two, whether the paper's claim (2) holds by the records of one machine."""
     compared = against_transformers(speed_table(records))
-    if compared.empty:
-        return "There is no Mamba and no Transformer of the same size in these records, so nothing to compare."
     machine = records[0]["environment"]
     on_cpu = machine["device"] == "cpu"
     name = machine["cpu"] if on_cpu else machine["device"]
+    if compared.empty:
+        return f"On {name} no Mamba was measured beside a Transformer of its size, so there is nothing to compare."
     how = f"{machine['dtype']}, {machine['threads']} threads" if on_cpu else machine["dtype"]
     training = compared.loc[compared["mode"] == "training", "standing"]
     slower = training.eq("slower")
