@@ -32,7 +32,7 @@ def speed(folder: str | Path, scale: str, systems: Sequence[str], cases: Sequenc
     records, longest = [], max(length for _, length in cases)
     for together in [list(group) for _, group in groupby(systems, key=lambda system: depth_of(system) and system)]:
         subjects: dict[str, Subject] = {}
-        for batch, length in cases:
+        for batch, length in dict.fromkeys(cases):  # a further batch may be that of the length
             records += _speed(folder, scale, together, subjects, batch, length, longest, settings)
     return records
 
