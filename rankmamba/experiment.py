@@ -106,6 +106,11 @@ class Experiment:
         note = f"the candidates that come with {self.collection}, ranked by its authors"
         return self._leave("first_stage", system, "test", config, result, {}, note=note)
 
+    def ranked(self, first_stage: str) -> str | None:
+        """What tells a first stage from one of the same name with other settings: its record's fingerprint; None without a record."""
+        record = self._last("first_stage", first_stage, "test")
+        return None if record is None else fingerprint(record)
+
     def first_stages(self) -> list[str]:
         """The systems of all first stages that were kept."""
         return [record["system"] for record in read_records(self.folder, "first_stage") if record["seed"] == self.seed]
@@ -174,6 +179,7 @@ class Experiment:
         """
         folder, trained = self.model_path(system), fingerprint(self.trained(system))
         config = self._config(first_stage=first_stage, top_k=top_k, max_passages=max_passages, trained=trained)
+        config |= {"ranked": self.ranked(first_stage)}
         journals = {part: self.run_path(system, part).with_suffix(".finished") for part in PARTS}
         record = self._found("rerank", system, "test", config)
         if not (record and self._has_runs(system)):
@@ -283,7 +289,8 @@ class Experiment:
         """Read a run that an earlier step kept.
 
         Raises:
-            InputError: there is none, it is not as long as its record says, or the collection was edited since.
+            InputError: there is none, it is not as long as its record says, or the collection was edited or its first stage ranked
+                with other settings since.
         """
         path = self.run_path(system, part)
         if not path.is_file():
@@ -293,6 +300,13 @@ class Experiment:
             record = self._last(kind, system, "test")
             if record is not None:
                 self._check_data(record, path, "01_data" if kind == "first_stage" else "03_rerank")
+            if record and "ranked" in record["config"]:  # records of before 2026-11-29 lack it
+                first_stage = record["config"]["first_stage"]
+                if record["config"]["ranked"] != self.ranked(first_stage):
+                    raise InputError(
+                        f"expected {path} made from the candidates of {first_stage} as they are now, got one of earlier ones; "
+                        "run 03_rerank again"
+                    )
             if record and (rows := record["result"]["rows"][part]) != len(run):
                 raise InputError(f"expected {rows:,} results, got {len(run):,} ({path}); delete the file and run its step again")
         return run

@@ -10,6 +10,7 @@ from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
+from rankmamba.train import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,26 @@ def test_a_collection_of_ones_own_that_was_edited_is_ranked_anew(tmp_path):
     with pytest.raises(InputError, match="as it is now, got one of before an edit; run 01_data again"):
         edited.evaluate("bm25")
     assert edited.first_stage("bm25", 0.9, 0.4)["config"] != once["config"]
+
+
+TINY = dict(max_steps=1, group_size=2, batch_size=2, max_length=64, max_query_length=16)
+
+
+def test_a_first_stage_with_other_settings_is_reranked_anew_and_nothing_is_measured_on_the_run_before_it(tmp_path):
+    experiment = Experiment(tmp_path, "rankmamba/tiny", "tiny", 0, 2, 4)
+    experiment.train(TrainConfig("tiny-mamba", **TINY))
+
+    def reranked():
+        record, run = experiment.rerank("tiny-mamba", "bm25", 3, False), experiment.run("tiny-mamba", "test")
+        head = experiment.run("bm25", "test").query("rank <= 3")
+        assert set(zip(run["query_id"], run["doc_id"], strict=True)) == set(zip(head["query_id"], head["doc_id"], strict=True))
+        return record
+
+    experiment.first_stage("bm25", 0.9, 0.4)
+    once = reranked()
+    assert reranked() == once
+    experiment.first_stage("bm25", 5.0, 1.0)
+    with pytest.raises(InputError, match="from the candidates of bm25 as they are now.* run 03_rerank again"):
+        experiment.evaluate("tiny-mamba")
+    assert reranked()["config"] != once["config"]
+    experiment.evaluate("tiny-mamba")
