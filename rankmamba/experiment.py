@@ -119,7 +119,7 @@ class Experiment:
         self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None
     ) -> dict:
         """Train a system on the train split and keep the model; returns the record. A stopped run is marked partial in it."""
-        settings = dataclasses.asdict(config)
+        settings = config.settings()
         record = self._found("train", config.system, "train", settings)
         folder = self.model_path(config.system)
         if record and not record["result"]["partial"] and self._made(record, folder):
@@ -156,7 +156,7 @@ class Experiment:
         """
         groups = (self.split("train").qrels["relevance"] > 0).sum()
         config = dataclasses.replace(config, epochs=max(config.epochs, math.ceil(config.max_steps * config.batch_size / groups)))
-        settings = dataclasses.asdict(config)
+        settings = config.settings()
         for record in self.runs():
             if record["config"] == settings | self._data and not record["result"]["partial"]:
                 return record

@@ -63,7 +63,7 @@ def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
 
     Of a training that diverged it has "diverged", the reason.
     """
-    settings = dataclasses.asdict(config) | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
+    settings = config.settings() | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
     settings |= digest_of(f"{experiment.collection}/{part}" for part in ("train", "dev"))
     if record := find_record(experiment.folder, "learning_rate", system=config.system, config=settings):
         return record

@@ -140,7 +140,7 @@ def train(
     groups = TrainingGroups(
         collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size
     )
-    made_with = dataclasses.asdict(config) | {"data": groups.digest(), "weights": weights_digest(reranker.model)}
+    made_with = config.settings() | {"data": groups.digest(), "weights": weights_digest(reranker.model)}
     checkpoints = Checkpoints(Path(folder).parent / "checkpoints" / Path(folder).name, made_with)
     (resume,) = broadcast_object_list([checkpoints.newest() if processes.is_main_process else None])
     progress = Progress(on_step, stop, checkpoint_seconds, checkpoint_steps)

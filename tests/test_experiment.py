@@ -10,6 +10,7 @@ from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
+from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig
 
 
@@ -94,3 +95,17 @@ def test_a_first_stage_with_other_settings_is_reranked_anew_and_nothing_is_measu
         experiment.evaluate("tiny-mamba")
     assert reranked()["config"] != once["config"]
     experiment.evaluate("tiny-mamba")
+
+
+@pytest.mark.parametrize("settings", [{"system": "mine"}, {"system": "tiny-mamba", "loss": "distil", "teacher": "mine"}])
+def test_a_training_that_begins_from_or_imitates_a_folder_is_done_anew_when_its_weights_are_others(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    experiment, saved = Experiment("results", "rankmamba/tiny", "tiny"), Reranker.from_pretrained("tiny-mamba")
+    saved.save_pretrained("mine")
+    once = experiment.train(TrainConfig(**settings, **TINY))
+    assert experiment.train(TrainConfig(**settings, **TINY)) == once
+    saved.model.score.weight.data *= -1
+    saved.save_pretrained("mine")
+    assert experiment.train(TrainConfig(**settings, **TINY))["result"]["weights"] != once["result"]["weights"]

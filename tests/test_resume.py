@@ -228,6 +228,16 @@ def test_a_checkpoint_of_other_starting_weights_is_not_continued(stopped, collec
     assert "now 'of other weights'" in caplog.text and steps == [*range(1, 9)]
 
 
+def test_a_checkpoint_of_another_teacher_is_not_continued(collection, tmp_path, caplog):
+    teacher, stop, steps = Reranker.from_pretrained("tiny-neox", max_length=64, max_query_length=16), threading.Event(), []
+    config = small("tiny-neox", max_steps=2, loss="distil", teacher=str(tmp_path / "teacher"))
+    for on_step in (lambda row: stop.set(), lambda row: steps.append(row["step"])):
+        teacher.save_pretrained(config.teacher)
+        train(config, collection, tmp_path / "model", on_step=on_step, stop=None if stop.is_set() else stop)
+        teacher.model.score.weight.data *= -1
+    assert "made with weights_in" in caplog.text and steps == [1, 2]
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_training_with_its_step_and_queries_and_keeps_the_checkpoint(
     what, collection, undisturbed, tmp_path, monkeypatch

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import sha256
 from ..parameters import read_yaml
 
 RANGES = {  # the lowest and the highest value
@@ -63,6 +64,12 @@ class TrainConfig:
     lora_alpha: int = 128
     gradient_checkpointing: bool = False
     compile: bool = False
+
+    def settings(self) -> dict:
+        """The fields by name, and what tells weights in a folder, of `system` or `teacher`, from those before it was trained anew."""
+        folders = [Path(name) for name in (self.system, self.teacher) if name is not None and Path(name).is_dir()]
+        weights = {str(folder): [sha256(path) for path in sorted(folder.glob("*.safetensors"))] for folder in folders}
+        return dataclasses.asdict(self) | ({"weights_in": weights} if weights else {})
 
     def check(self, processes: int = 1) -> None:
         """Check what the fields' types do not say.
