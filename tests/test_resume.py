@@ -31,6 +31,7 @@ from rankmamba.reranker import Reranker
 from rankmamba.results import fingerprint, read_records
 from rankmamba.train import TrainConfig, train
 from rankmamba.training import trainer
+from rankmamba.training.checkpoints import Checkpoints
 from rankmamba.training.trainer import LCETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,6 +227,24 @@ def test_a_checkpoint_of_other_starting_weights_is_not_continued(stopped, collec
     steps = []
     train(small("tiny-neox"), collection, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
     assert "now 'of other weights'" in caplog.text and steps == [*range(1, 9)]
+
+
+def test_a_checkpoint_of_texts_that_were_edited_is_not_continued(stopped, collection, tmp_path, caplog):
+    stopped(tmp_path)
+    documents = {doc_id: f"indeed {text}" for doc_id, text in collection.documents.pairs()}
+    edited, steps = Collection("edited", documents, collection.queries, collection.qrels, collection.candidates), []
+    train(small("tiny-neox"), edited, tmp_path / "model", on_step=lambda row: steps.append(row["step"]))
+    assert "made with data" in caplog.text and steps == [*range(1, 9)]
+
+
+def test_the_two_newest_checkpoints_are_kept_and_the_tenth_is_newer_than_the_ninth(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"of": 1})
+    for step in (8, 9, 10):
+        checkpoints.clear()
+        (checkpoints.partial / f"checkpoint-{step}").mkdir()
+        checkpoints.keep(step, {})
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-10"}
+    assert Checkpoints(tmp_path, {"of": 1}).newest() == checkpoints.last == tmp_path / "checkpoint-10"
 
 
 def test_a_checkpoint_of_another_teacher_is_not_continued(collection, tmp_path, caplog):
