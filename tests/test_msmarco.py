@@ -1,5 +1,6 @@
 """MS MARCO documents: the real ids and parsers on a miniature in the original files, tokens on the disk, passages, the plan."""
 
+import copy
 import gzip
 import random
 import shlex
@@ -9,6 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from rankmamba import plan, published, study, token_store
 from rankmamba.candidates import BM25
@@ -17,6 +22,8 @@ from rankmamba.embedded import TINY
 from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.experiment import Experiment
+from rankmamba.formats import Documents
+from rankmamba.inputs import PairTokenizer
 from rankmamba.passages import best_of, cut, spread, tokens_needed
 from rankmamba.plan import Run
 from rankmamba.published import beside_ours
@@ -172,6 +179,23 @@ def test_shards_of_other_documents_are_not_continued(store, reranker):
     (store.folder / "manifest.json").unlink()
     with pytest.raises(InputError, match="got others"):
         TokenStore.build(load("rankmamba/tiny").documents, reranker.inputs, store.folder)
+
+
+def test_every_vocabulary_and_every_template_has_a_store_of_its_own(reranker):
+    causal = reranker.inputs
+    others = copy.deepcopy(causal.tokenizer), PairTokenizer(causal.tokenizer, "encoder", 64, 16)
+    others[0].add_tokens(["rivers"])
+    assert len({token_store.place("x", each) for each in (causal, PairTokenizer(others[0], "causal", 64, 16), others[1])}) == 3
+    assert token_store.place("x", causal) == token_store.place("x", PairTokenizer(causal.tokenizer, "causal", 128, 32))
+
+
+def test_the_ids_of_a_large_vocabulary_are_kept_whole(tmp_path):
+    words = {f"w{place}": place for place in range((1 << 16) + 9)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    inputs = PairTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1"), "causal", 64, 16)
+    store = TokenStore.build(Documents({"d": "w65535 w65536 w65544"}), inputs, tmp_path / "tokens")
+    assert store["d"].tolist()[-3:] == [65535, 65536, 65544]
 
 
 def test_a_document_unknown_to_the_store_and_more_tokens_than_it_keeps_are_refused(msmarco, reranker):
