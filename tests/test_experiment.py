@@ -8,9 +8,12 @@ import pytest
 from rankmamba import study
 from rankmamba.collection import load
 from rankmamba.errors import InputError
+from rankmamba.evaluate import clusters, per_query
 from rankmamba.experiment import Experiment
 from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
+from rankmamba.interpolation import interpolate_tuned, weight_values
 from rankmamba.reranker import Reranker
+from rankmamba.tables import measured
 from rankmamba.train import TrainConfig
 
 
@@ -77,9 +80,64 @@ def test_a_collection_of_ones_own_that_was_edited_is_ranked_anew(tmp_path):
 TINY = dict(max_steps=1, group_size=2, batch_size=2, max_length=64, max_query_length=16)
 
 
-def test_a_first_stage_with_other_settings_is_reranked_anew_and_nothing_is_measured_on_the_run_before_it(tmp_path):
-    experiment = Experiment(tmp_path, "rankmamba/tiny", "tiny", 0, 2, 4)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    experiment = Experiment(tmp_path_factory.mktemp("study"), "rankmamba/tiny", "tiny", 0, 2, 8)
+    experiment.first_stage("bm25", 0.9, 0.4)
     experiment.train(TrainConfig("tiny-mamba", **TINY))
+    experiment.rerank("tiny-mamba", "bm25", 3, False)
+    return experiment
+
+
+def test_a_system_is_measured_with_the_first_stages_order_behind_what_it_reranked_and_mixed_by_the_weights_of_dev(trained):
+    test, dev = trained.split("test"), trained.split("dev")
+    ours, first = trained.run("tiny-mamba", "test"), trained.run("bm25", "test")
+    whole = per_query(pd.concat([ours, first[first["rank"] > 3]]), test.qrels)
+    assert not whole.equals(per_query(ours, test.qrels))
+    assert trained.evaluate("tiny-mamba")["result"] == measured(whole, clusters(test.qrels))
+    values = weight_values(trained.run("tiny-mamba", "dev"), trained.run("bm25", "dev"), dev.qrels, "nDCG@10")
+    mixed, weights = interpolate_tuned(ours, first, test.qrels, values, "nDCG@10")
+    record = trained.evaluate("tiny-mamba", "bm25", "nDCG@10")
+    assert record["result"]["per_query"] == measured(per_query(mixed, test.qrels))["per_query"]
+    assert record["result"]["weights"] == weights and record["system"] == "tiny-mamba + bm25"
+    table = trained.weight_tables(["tiny-mamba", "tiny-bert"])["tiny-mamba"]
+    assert table["value"].tolist() == values.mean().tolist() and table["weight"].tolist() == list(values)
+    assert record["result"]["dev"]["alone"]["nDCG@10"] == table["value"].iloc[-1]
+
+
+def test_a_querys_words_are_those_of_its_longest_relevant_document(tmp_path):
+    write_documents(
+        tmp_path / "own/test/documents.jsonl", {"d1": "one two", "d2": "one two three", "d3": "one " * 9, "d4": "one"}
+    )
+    write_queries(tmp_path / "own/test/queries.tsv", {"q1": "x", "q2": "x", "q3": "x"})
+    rows = [("q1", "d1", 1), ("q1", "d2", 2), ("q1", "d3", 0), ("q2", "d1", 1), ("q3", "d4", 1)]
+    write_qrels(tmp_path / "own/test/qrels.txt", pd.DataFrame(rows, columns=["query_id", "doc_id", "relevance"]))
+    result = Experiment(tmp_path / "results", str(tmp_path / "own"), "tiny").describe_queries()["result"]
+    assert result["words"] == {"q1": 3, "q2": 2, "q3": 1}
+    assert result["clusters"]["q1"] == result["clusters"]["q2"] != result["clusters"]["q3"]
+
+
+def test_seeds_have_first_stages_models_and_runs_of_their_own(trained):
+    other = Experiment(trained.folder, "rankmamba/tiny", "tiny", 1, 2, 8)
+    assert trained.first_stages() == ["bm25"] and other.first_stages() == []
+    for call in (lambda: other.run("bm25", "test"), lambda: other.trained("tiny-mamba")):
+        with pytest.raises(InputError, match="seed1.* found none"):
+            call()
+
+
+def test_a_trial_takes_as_many_steps_as_it_is_given_and_replaces_nothing(trained):
+    before = trained.trained("tiny-mamba")
+    queries = len(trained.split("train").queries)
+    record = trained.trial(TrainConfig("tiny-mamba", **TINY | {"max_steps": queries, "learning_rate": 1e-3}))
+    assert record["result"]["steps"] == queries and trained.trained("tiny-mamba") == before
+    assert trained.trial(TrainConfig("tiny-mamba", **TINY | {"max_steps": queries, "learning_rate": 1e-3})) == record
+    assert trained.trial(TrainConfig("tiny-mamba", **TINY)) == before
+    assert [found["result"]["steps"] for found in trained.runs()] == [1, queries]
+
+
+def test_a_first_stage_with_other_settings_is_reranked_anew_and_nothing_is_measured_on_the_run_before_it(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "study")
+    experiment = Experiment(tmp_path / "study", "rankmamba/tiny", "tiny", 0, 2, 8)
 
     def reranked():
         record, run = experiment.rerank("tiny-mamba", "bm25", 3, False), experiment.run("tiny-mamba", "test")
@@ -87,7 +145,6 @@ def test_a_first_stage_with_other_settings_is_reranked_anew_and_nothing_is_measu
         assert set(zip(run["query_id"], run["doc_id"], strict=True)) == set(zip(head["query_id"], head["doc_id"], strict=True))
         return record
 
-    experiment.first_stage("bm25", 0.9, 0.4)
     once = reranked()
     assert reranked() == once
     experiment.first_stage("bm25", 5.0, 1.0)
