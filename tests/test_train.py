@@ -101,6 +101,29 @@ def test_a_step_run_in_chunks_of_like_length_has_the_loss_of_one_batch(tmp_path,
     np.testing.assert_allclose(curves[1:], [curves[0]] * 2, rtol=0, atol=1e-5)
 
 
+def test_the_rate_rises_and_falls_as_configured_and_a_row_of_the_curve_is_of_its_steps_scores_and_all_tokens_so_far(
+    tmp_path, monkeypatch
+):
+    tiny, rates, decays, scored = load("rankmamba/tiny/train"), [], set(), []
+
+    def compute_loss(self, model, inputs, return_outputs=False, _compute=LCETrainer.compute_loss, **options):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        decays.update(group["weight_decay"] for group in self.optimizer.param_groups)
+        loss, outputs = _compute(self, model, inputs, return_outputs=True, **options)
+        scored.append(outputs["logits"].detach())
+        return loss
+
+    monkeypatch.setattr(LCETrainer, "compute_loss", compute_loss)
+    config = TrainConfig("tiny-neox", max_steps=6, warmup=0.34, weight_decay=0.25, bf16=False, **TINY)
+    result = train(config, tiny, tmp_path / "model")
+    assert np.allclose(rates, 5e-3 * np.array([0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4])) and decays == {0.25, 0.0}
+    assert [row["loss"] for row in result.curve] == pytest.approx([lce_loss(scores).item() for scores in scored], abs=1e-6)
+    assert [row["accuracy"] for row in result.curve] == [accuracy(scores).item() for scores in scored]
+    groups = TrainingGroups(tiny, tiny.candidates, result.reranker.inputs, 4, config.seed, 12)
+    tokens = np.cumsum([sum(map(len, groups[index])) for index in range(12)])[1::2]
+    assert [row["tokens"] for row in result.curve] == tokens.tolist() and result.tokens == tokens[-1]
+
+
 def test_a_tie_does_not_count_as_a_win_of_the_positive():
     assert accuracy(torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 1.0]])).item() == 0.5
 
