@@ -25,11 +25,12 @@ from forks import fork
 
 from rankmamba import embedded, experiment, resumable, sources, states, token_store
 from rankmamba.backbones import load_tokenizer
+from rankmamba.collection import load
 from rankmamba.embedded import nq
 from rankmamba.errors import InputError
 from rankmamba.experiment import PARTS, Experiment
 from rankmamba.files import sha256
-from rankmamba.formats import Documents
+from rankmamba.formats import Documents, sort_run
 from rankmamba.inputs import PairTokenizer
 from rankmamba.reranker import Reranker
 from rankmamba.results import fingerprint, read_records
@@ -258,6 +259,37 @@ def test_reranking_does_no_finished_query_again(fresh, monkeypatch):
         assert scored.value - before == queries - finished
         same_results(folder, expected)
     assert partly >= KILLS / 4
+
+
+def test_no_piece_of_another_model_other_candidates_or_other_settings_is_taken_over(tmp_path, monkeypatch):
+    exact, rounded = (
+        Reranker.from_pretrained("tiny-mamba", dtype=dtype, max_length=64, max_query_length=16)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    test, scored = load("rankmamba/tiny/test").sample(3), []
+
+    def rerank_queries(self, candidates, *arguments, _rerank=Reranker.rerank, **options):
+        scored.append(candidates)
+        return _rerank(self, candidates, *arguments, **options)
+
+    whole = exact.rerank(test.candidates, test, 2)
+    monkeypatch.setattr(Reranker, "rerank", rerank_queries)
+
+    def pieces(reranker=exact, candidates=test.candidates, top_k=2, of=1, pairs=2, **others):
+        scored.clear()
+        monkeypatch.setattr(resumable, "PAIRS", pairs)
+        run, cost = resumable.rerank(reranker, candidates, test, top_k, tmp_path / "finished", {"of": of}, **others)
+        assert cost.pairs >= len(run) == 3 * top_k
+        return len(scored), run
+
+    turned = sort_run(test.candidates.assign(score=-test.candidates["score"]))
+    others = [{"reranker": rounded}, {"candidates": turned}, {"top_k": 1}, {"max_passages": 2}, {"of": 2}, {"pairs": 4}]
+    for change in others:
+        assert pieces()[0] == 3 and pieces(**change)[0] > 0, change
+    pieces()
+    computed, run = pieces()
+    assert computed == 0 and run[["query_id", "doc_id", "rank"]].equals(whole[["query_id", "doc_id", "rank"]])
+    assert run["score"].to_numpy() == pytest.approx(whole["score"].to_numpy(), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- document states
