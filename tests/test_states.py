@@ -22,6 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from rankmamba import lookup
 from rankmamba import states as states_module
 from rankmamba.backbones import SYSTEMS, load_tokenizer
 from rankmamba.collection import load
@@ -252,6 +253,14 @@ def test_keeping_some_layers_is_smaller_and_keeping_all_is_exact(mamba, tmp_path
     assert 1e-3 < np.abs(from_states(last, "which river") - expected).max() < np.ptp(expected)
     with pytest.raises(InputError, match="from 0 to 1"):
         DocumentStates.build(mamba, DOCUMENTS, tmp_path / "none", layers=[2])
+
+
+def test_documents_whose_ids_have_one_hash_are_told_apart(monkeypatch):
+    monkeypatch.setattr(lookup, "hash_id", lambda doc_id: int(doc_id[1:]) // 3)
+    ids = ["d4", "d0", "d5", "d1", "d3"]
+    table = lookup.make([lookup.hash_id(doc_id) for doc_id in ids], ids.__getitem__)
+    assert [lookup.find(table, doc_id, ids.__getitem__) for doc_id in ids] == [*range(5)]
+    assert lookup.find(table, "d2", ids.__getitem__) is lookup.find(table, "d9", ids.__getitem__) is None
 
 
 def test_a_build_that_stopped_says_how_far_it_came_and_goes_on_to_the_same_bytes(mamba, tmp_path, monkeypatch):

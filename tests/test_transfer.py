@@ -1,6 +1,10 @@
 """A trained system elsewhere: measured as it is, once, by domain and by where the answer stands."""
 
+import dataclasses
+import shutil
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from rankmamba import transfer
@@ -8,25 +12,28 @@ from rankmamba.collection import load
 from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.experiment import Experiment
-from rankmamba.formats import write_documents, write_qrels, write_queries
-from rankmamba.interpolation import interpolate
+from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig
+
+CONFIG = TrainConfig("tiny-mamba", 1e-2, batch_size=2, group_size=4, max_steps=2, max_length=64, max_query_length=24)
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     experiment = Experiment(tmp_path_factory.mktemp("study"), "rankmamba/tiny", "tiny")
-    experiment.train(TrainConfig("tiny-mamba", 1e-2, batch_size=2, group_size=4, max_steps=2, max_length=64, max_query_length=24))
+    experiment.train(CONFIG)
     return experiment
 
 
 def test_a_transfer_is_the_trained_model_at_another_length_on_another_collection(experiment):
-    record = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/dev", 96, top_k=5)
+    record = transfer.transfer(experiment, "tiny-mamba", "rankmamba/tiny/dev", 96, top_k=1)
     dev, reranker = load("rankmamba/tiny/dev"), Reranker.from_pretrained(experiment.model_path("tiny-mamba"), max_length=96)
-    run = interpolate(reranker.rerank(dev.candidates, dev, 5), dev.candidates, 1.0)
-    assert record["result"]["per_query"]["RR@100"] == per_query(run, dev.qrels)["RR@100"].to_dict()
-    assert record["result"]["first_stage"]["per_query"]["RR@100"] == per_query(dev.candidates, dev.qrels)["RR@100"].to_dict()
+    reranked = reranker.rerank(dev.candidates, dev, 1)
+    run = pd.concat([reranked, dev.candidates[dev.candidates["rank"] > 1]])  # behind it the first stage's order
+    assert not per_query(run, dev.qrels).equals(per_query(reranked, dev.qrels))
+    assert record["result"]["per_query"] == per_query(run, dev.qrels).to_dict()
+    assert record["result"]["first_stage"]["per_query"] == per_query(dev.candidates, dev.qrels).to_dict()
     assert (record["system"], record["collection"]) == ("tiny-mamba, 96 tokens", "rankmamba/tiny/dev")
 
 
@@ -40,6 +47,33 @@ def test_a_transfer_is_done_once_and_other_readings_stand_beside_it(experiment, 
     assert again["result"] == first["result"]
     with pytest.raises(InputError, match="tiny-bert"):
         transfer.transfer(experiment, "tiny-bert", "rankmamba/tiny/test", 48)
+
+
+def test_a_transfer_with_another_setting_model_or_collection_is_done_anew(experiment, tmp_path, monkeypatch):
+    shutil.copytree(experiment.folder, tmp_path / "study")
+    copied, calls, own = Experiment(tmp_path / "study", "rankmamba/tiny", "tiny"), [], tmp_path / "own"
+    tiny = load("rankmamba/tiny/test")
+    write_documents(own / "documents.jsonl", tiny.documents.pairs())
+    write_queries(own / "queries.tsv", tiny.queries)
+    write_qrels(own / "qrels.txt", tiny.qrels)
+    write_run(own / "candidates.run", tiny.candidates, "bm25")
+
+    def rerank(self, *arguments, _rerank=Reranker.rerank, **options):
+        calls.append(arguments)
+        return _rerank(self, *arguments, **options)
+
+    def done(**settings):
+        before = len(calls)
+        transfer.transfer(copied, "tiny-mamba", str(own), 48, **{"n_queries": 4, "top_k": 3} | settings)
+        return len(calls) > before
+
+    monkeypatch.setattr(Reranker, "rerank", rerank)
+    assert done() and not done()
+    assert done(top_k=2) and done(n_queries=3) and done()
+    copied.train(dataclasses.replace(CONFIG, learning_rate=2e-2))
+    assert done() and not done()
+    write_queries(own / "queries.tsv", {query_id: f"{text} indeed" for query_id, text in tiny.queries.items()})
+    assert done() and not done()
 
 
 def test_a_collection_without_candidates_is_refused_before_a_model_is_loaded(experiment, tmp_path, monkeypatch):
