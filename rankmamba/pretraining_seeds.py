@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .collection import digest_of
 from .errors import InputError
 from .evaluate import PRIMARY, clusters
 from .experiment import Experiment, progress
@@ -32,13 +33,15 @@ from .tables import p_value
 from .train import TrainConfig, train
 
 SEEDS = (0, 1, 2)
+WIKI = "rankmamba/wiki"
 
 
 def pretrained(folder: Path, config: TrainConfig, collection: str) -> Path:
     """Return the checkpoint of a pre-training with this configuration: the published one if that is how it was made, else made here."""
     name = config.system.removesuffix(SCRATCH)
     published = CHECKPOINTS / name / "training.json"
-    if published.is_file() and json.loads(published.read_text(encoding="utf-8"))["config"] == dataclasses.asdict(config):
+    record = json.loads(published.read_text(encoding="utf-8")) if published.is_file() else {}
+    if record.get("config") == dataclasses.asdict(config) and record.get("collection") == f"{collection}/train":
         return published.parent
     experiment = Experiment(folder, collection, "pretrain", config.seed)
     with progress(f"{name}, seed {config.seed}") as on_step:
@@ -53,7 +56,10 @@ def tried(folder: Path, before: TrainConfig, collection: str, after: TrainConfig
     Returns the record, found again if it was done; the models stay in a folder of their own below `folder`.
     """
     settings = {"pretraining": dataclasses.asdict(before), "fine_tuning": dataclasses.asdict(after), "top_k": top_k}
-    if record := find_record(folder, "pretraining", config=settings):
+    settings |= digest_of([f"{collection}/train", f"{study.collection}/train", f"{study.collection}/dev"])
+    if collection != WIKI:  # records of before 2026-11-29 do not say it
+        settings["collection"] = collection
+    if record := find_record(folder, "pretraining", collection=f"{study.collection}/dev", config=settings):
         return record
     models = folder / f"{after.system}-seed{before.seed}"
     checkpoint = pretrained(models, before, collection)

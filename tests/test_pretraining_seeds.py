@@ -8,6 +8,7 @@ import pytest
 
 from rankmamba import pretraining_seeds
 from rankmamba.collection import load
+from rankmamba.errors import InputError
 from rankmamba.evaluate import PRIMARY, per_query
 from rankmamba.reranker import Reranker
 from rankmamba.systems import CHECKPOINTS
@@ -44,6 +45,8 @@ def test_each_seed_is_pre_trained_and_fine_tuned_alike_and_measured_on_dev_and_a
     assert one["result"]["pretraining_loss"] == curve[-1]["loss"]
     assert run(tmp_path, capsys, "--seeds", "1", "2") == printed
     assert {path: path.read_bytes() for path in files} == files
+    elsewhere = [part.replace("rankmamba/tiny", "rankmamba/none") for part in RECIPE]
+    assert pretraining_seeds.main([*elsewhere, "--results", str(tmp_path), "--seeds", "1"]) == 1  # not the record of another one
 
 
 def test_a_pre_training_that_is_published_is_taken_and_one_of_another_recipe_is_not(tmp_path):
@@ -51,6 +54,8 @@ def test_a_pre_training_that_is_published_is_taken_and_one_of_another_recipe_is_
     config = pretraining_seeds.scale_config(given, "nano-mamba-scratch")
     assert pretraining_seeds.pretrained(tmp_path, config, given["collection"]) == CHECKPOINTS / "nano-mamba"
     assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="rankmamba/none"):
+        pretraining_seeds.pretrained(tmp_path / "elsewhere", config, "rankmamba/none")
     other = pretraining_seeds.dataclasses.replace(config, max_steps=1)
     assert pretraining_seeds.pretrained(tmp_path, other, "rankmamba/tiny") == tmp_path / "checkpoints" / "nano-mamba"
 
