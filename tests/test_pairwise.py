@@ -128,6 +128,10 @@ def test_the_claim_says_better_only_of_what_is_shown():
     unsure = two([table(1), table(2)], [table(3, 0.3), table(4, 0.3), table(5, -0.2)])
     assert unsure["p_holm"][0] < 0.001 and unsure["low"][0] < 0  # its queries show it, its seeds do not
     assert "it is open in 1" in claim(unsure, RECORDS) and ", in 4 of 6 pairs of seeds)" in claim(unsure, RECORDS)
+    unsure = two(table(1), table(2)).assign(difference=0.02, low=0.001, high=0.04)
+    assert "it is open in 1" in claim(unsure.assign(p_holm=0.05), RECORDS)
+    assert "is better in 1" in claim(unsure.assign(p_holm=0.04), RECORDS)
+    assert two(table(1), table(1))["seeds"][0] == "0 of 1"
     assert "No state-space model and Transformer" in claim(pairwise(VALUES, across(PAIRS[1:2], RECORDS)), RECORDS)
     nearly = table(1) + np.resize([0.01, -0.009], (200, 1))
     assert "level (the interval within ±0.01) in 1: " in claim(two(table(1), nearly), RECORDS)
