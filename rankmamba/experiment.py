@@ -289,8 +289,8 @@ class Experiment:
         """Read a run that an earlier step kept.
 
         Raises:
-            InputError: there is none, it is not as long as its record says, or the collection was edited or its first stage ranked
-                with other settings since.
+            InputError: there is none, it is not as long as its record says, or the collection was edited, its first stage
+                ranked with other settings or the system trained anew since.
         """
         path = self.run_path(system, part)
         if not path.is_file():
@@ -300,12 +300,17 @@ class Experiment:
             record = self._last(kind, system, "test")
             if record is not None:
                 self._check_data(record, path, "01_data" if kind == "first_stage" else "03_rerank")
-            if record and "ranked" in record["config"]:  # records of before 2026-11-29 lack it
-                first_stage = record["config"]["first_stage"]
-                if record["config"]["ranked"] != self.ranked(first_stage):
+            if kind == "rerank" and record is not None:
+                training, config = self._last("train", system, "train"), record["config"]
+                now = {
+                    "ranked": self.ranked(config["first_stage"]),
+                    "trained": None if training is None else fingerprint(training),
+                }
+                # records of before 2026-11-29 lack "ranked"
+                if any(config.get(name, made) != made for name, made in now.items() if made is not None):
                     raise InputError(
-                        f"expected {path} made from the candidates of {first_stage} as they are now, got one of earlier ones; "
-                        "run 03_rerank again"
+                        f"expected {path} made by {system} from the candidates of {config['first_stage']} as they are now, got one "
+                        "of before; run 03_rerank again"
                     )
             if record and (rows := record["result"]["rows"][part]) != len(run):
                 raise InputError(f"expected {rows:,} results, got {len(run):,} ({path}); delete the file and run its step again")

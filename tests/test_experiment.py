@@ -1,6 +1,7 @@
 """What an experiment says of its runs."""
 
 import shutil
+import threading
 
 import pandas as pd
 import pytest
@@ -15,6 +16,8 @@ from rankmamba.interpolation import interpolate_tuned, weight_values
 from rankmamba.reranker import Reranker
 from rankmamba.tables import measured
 from rankmamba.train import TrainConfig
+
+TINY = dict(max_steps=1, group_size=2, batch_size=2, max_length=64, max_query_length=16)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +73,14 @@ def test_a_collection_of_ones_own_that_was_edited_is_ranked_anew(tmp_path):
     once = Experiment(tmp_path / "results", own(tmp_path / "mine"), "tiny").first_stage("bm25", 0.9, 0.4)
     again = Experiment(tmp_path / "results", str(tmp_path / "mine"), "tiny").first_stage("bm25", 0.9, 0.4)
     assert again == once
+    Experiment(tmp_path / "results", str(tmp_path / "mine"), "tiny").train(TrainConfig("tiny-mamba", **TINY))
     shutil.rmtree(tmp_path / "mine")
     edited = Experiment(tmp_path / "results", own(tmp_path / "mine", rotated=1), "tiny")
     with pytest.raises(InputError, match="as it is now, got one of before an edit; run 01_data again"):
         edited.evaluate("bm25")
+    with pytest.raises(InputError, match="as it is now, got one of before an edit; run 02_train again"):
+        edited.trained("tiny-mamba")
     assert edited.first_stage("bm25", 0.9, 0.4)["config"] != once["config"]
-
-
-TINY = dict(max_steps=1, group_size=2, batch_size=2, max_length=64, max_query_length=16)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,27 @@ def test_a_system_is_measured_with_the_first_stages_order_behind_what_it_reranke
     assert record["result"]["dev"]["alone"]["nDCG@10"] == table["value"].iloc[-1]
 
 
+def test_side_by_side_are_the_documents_of_the_query_that_is_ranked_most_differently_and_the_relevant_ones_have_a_tick(trained):
+    test, systems = trained.split("test"), ["bm25", "tiny-mamba"]
+    text, table = trained.side_by_side(systems, top=3)
+    (query_id,) = (query_id for query_id, query in test.queries.items() if query == text)
+    relevant = test.qrels[test.qrels["relevance"] > 0]
+    runs = {system: trained.run(system, "test") for system in systems}
+    best = {
+        system: 1 / run.merge(relevant, on=["query_id", "doc_id"]).groupby("query_id")["rank"].min()
+        for system, run in runs.items()
+    }
+    differences = (best["bm25"] - best["tiny-mamba"]).abs()
+    assert differences[query_id] == differences.max() > 0
+    judged = set(relevant.loc[relevant["query_id"] == query_id, "doc_id"])
+    places = runs["bm25"][runs["bm25"]["query_id"] == query_id].set_index("doc_id")["rank"]
+    for system, run in runs.items():
+        for doc_id, rank in run[run["query_id"] == query_id].head(3)[["doc_id", "rank"]].itertuples(index=False):
+            cell = table.loc[rank, system]
+            assert cell.startswith("✓ ") == (doc_id in judged) and cell.endswith(f"(bm25: {places[doc_id]})")
+            assert test.documents[doc_id][:20] in cell
+
+
 def test_a_querys_words_are_those_of_its_longest_relevant_document(tmp_path):
     write_documents(
         tmp_path / "own/test/documents.jsonl", {"d1": "one two", "d2": "one two three", "d3": "one " * 9, "d4": "one"}
@@ -126,16 +150,18 @@ def test_seeds_have_first_stages_models_and_runs_of_their_own(trained):
 
 
 def test_a_trial_takes_as_many_steps_as_it_is_given_and_replaces_nothing(trained):
-    before = trained.trained("tiny-mamba")
+    before, stop = trained.trained("tiny-mamba"), threading.Event()
     queries = len(trained.split("train").queries)
-    record = trained.trial(TrainConfig("tiny-mamba", **TINY | {"max_steps": queries, "learning_rate": 1e-3}))
+    config = TrainConfig("tiny-mamba", **TINY | {"max_steps": queries, "learning_rate": 1e-3})
+    assert trained.trial(config, lambda row: stop.set(), stop)["result"]["partial"]
+    record = trained.trial(config)
     assert record["result"]["steps"] == queries and trained.trained("tiny-mamba") == before
-    assert trained.trial(TrainConfig("tiny-mamba", **TINY | {"max_steps": queries, "learning_rate": 1e-3})) == record
+    assert not record["result"]["partial"] and trained.trial(config) == record
     assert trained.trial(TrainConfig("tiny-mamba", **TINY)) == before
     assert [found["result"]["steps"] for found in trained.runs()] == [1, queries]
 
 
-def test_a_first_stage_with_other_settings_is_reranked_anew_and_nothing_is_measured_on_the_run_before_it(trained, tmp_path):
+def test_another_first_stage_or_training_is_reranked_anew_and_nothing_is_measured_on_the_run_before_it(trained, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "study")
     experiment = Experiment(tmp_path / "study", "rankmamba/tiny", "tiny", 0, 2, 8)
 
@@ -148,10 +174,14 @@ def test_a_first_stage_with_other_settings_is_reranked_anew_and_nothing_is_measu
     once = reranked()
     assert reranked() == once
     experiment.first_stage("bm25", 5.0, 1.0)
-    with pytest.raises(InputError, match="from the candidates of bm25 as they are now.* run 03_rerank again"):
+    for train_anew in (False, True):
+        if train_anew:
+            experiment.train(TrainConfig("tiny-mamba", **TINY | {"learning_rate": 1e-2}))
+        with pytest.raises(InputError, match="from the candidates of bm25 as they are now.* run 03_rerank again"):
+            experiment.evaluate("tiny-mamba")
+        once, before = reranked(), once
+        assert once["config"] != before["config"]
         experiment.evaluate("tiny-mamba")
-    assert reranked()["config"] != once["config"]
-    experiment.evaluate("tiny-mamba")
 
 
 @pytest.mark.parametrize("settings", [{"system": "mine"}, {"system": "tiny-mamba", "loss": "distil", "teacher": "mine"}])
