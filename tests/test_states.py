@@ -361,6 +361,11 @@ def test_opening_says_what_differs(mamba, tmp_path):
         DocumentStates.open(tmp_path / "s", make("mamba", max_length=120))
     with pytest.raises(InputError, match="another precision"):
         DocumentStates.open(tmp_path / "s", Reranker.from_pretrained(tmp_path / "model", dtype=torch.bfloat16))
+    other = Reranker.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    other.inputs.tokenizer.add_tokens(["rivers"])
+    other.model.backbone.config.layer_norm_epsilon *= 2
+    with pytest.raises(InputError, match="another configuration.*another tokenizer"):
+        DocumentStates.open(tmp_path / "s", other)
     mamba.inputs.document_prefix = "Text: "
     with pytest.raises(InputError, match="another template"):
         DocumentStates.open(tmp_path / "s", mamba)
