@@ -19,7 +19,7 @@ import pytest
 
 from rankmamba import sweep
 from rankmamba.errors import InputError
-from rankmamba.results import read_records
+from rankmamba.results import leave_record, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """\
@@ -280,3 +280,31 @@ def test_a_run_is_finished_only_with_the_same_parameters(tmp_path):
     record["config"]["parameters"]["batch_size"] = 64
     path.write_text(json.dumps(record))
     assert not sweep.finished(run)
+
+
+def test_the_measures_of_a_sweep_have_a_row_a_finished_run_and_system_and_its_seeds_are_averaged(tmp_path):
+    from rankmamba.study import leave_record as leave_study
+
+    (tmp_path / "s.yaml").write_text("batch_size: [4, 8]\nseed: [1, 2]\ntop_k: [5]")
+    runs = sweep.plan(tmp_path / "s.yaml", "tiny", None, {}, tmp_path / "out")
+    means = {}
+    for number, run in enumerate(runs):
+        seed, batch_size = run.given["seed"], run.given["batch_size"]
+        for system in ("bm25", "nano-x"):
+            means[system, batch_size, seed] = mean = 0.1 * number + 0.05 * (system == "bm25")
+            result = {"measures": {"RR@10": {"mean": mean, "low": 0, "high": 1}}, "per_query": {"RR@10": {}}}
+            leave_record(run.folder, "evaluate", system, "set/test", "tiny", seed, {}, result)
+        if number < 3:  # the last one was killed before its end
+            leave_study(run.folder, "tiny", None, run.config["parameters"], 1.0)
+    table = sweep.measures(runs)
+    assert list(table.columns) == ["batch_size", "seed", "collection", "system", "RR@10"] and len(table) == 6
+    for row in table.to_dict("records"):
+        assert row["RR@10"] == means[row["system"], int(row["batch_size"]), int(row["seed"])]
+    averaged = sweep.over_seeds(table).set_index(["batch_size", "system"])
+    assert list(averaged.columns) == ["collection", "seeds", "RR@10"]
+    assert averaged["seeds"].to_dict() == {(size, name): n for size, n in (("4", 2), ("8", 1)) for name in ("bm25", "nano-x")}
+    for (size, system), mean in averaged["RR@10"].items():
+        seeds = (1, 2) if size == "4" else (1,)
+        assert mean == pytest.approx(sum(means[system, int(size), seed] for seed in seeds) / len(seeds))
+    alone = table.drop(columns="seed")
+    assert sweep.over_seeds(alone) is alone
