@@ -14,6 +14,7 @@ from rankmamba.experiment import Experiment
 from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.interpolation import interpolate_tuned, weight_values
 from rankmamba.reranker import Reranker
+from rankmamba.states.study import trial
 from rankmamba.tables import measured
 from rankmamba.train import TrainConfig
 
@@ -182,6 +183,19 @@ def test_another_first_stage_or_training_is_reranked_anew_and_nothing_is_measure
         once, before = reranked(), once
         assert once["config"] != before["config"]
         experiment.evaluate("tiny-mamba")
+
+
+def test_states_are_tried_once_and_anew_with_another_first_stage(trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "study")
+    experiment = Experiment(tmp_path / "study", "rankmamba/tiny", "tiny", 0, 2, 8)
+
+    def tried():
+        return trial(experiment, "tiny-mamba", "bm25", top_k=3, n_queries=2, dtypes=["float32"], lengths=[])
+
+    once = tried()
+    assert once["result"]["pairs"] == 6 and once["result"]["formats"]["float32"]["rankings_kept"] == 1 and tried() == once
+    experiment.first_stage("bm25", 5.0, 1.0)
+    assert tried() != once
 
 
 @pytest.mark.parametrize("settings", [{"system": "mine"}, {"system": "tiny-mamba", "loss": "distil", "teacher": "mine"}])

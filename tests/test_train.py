@@ -207,18 +207,20 @@ def test_training_pads_at_most_a_quarter_and_loses_no_pair():
     assert [len(c) for c in like_length([5, 5], 4)] == [1, 1]
 
 
-def test_every_epoch_draws_its_own_groups_and_the_digest_sees_another_group_query_or_document():
+def test_every_epoch_draws_its_own_groups_and_the_digest_sees_another_order_query_or_document():
     tiny = load("rankmamba/tiny/train")
     inputs = Reranker.from_pretrained("tiny-bert", max_length=64, max_query_length=16).inputs
     first, second = (lce_groups(tiny.candidates, tiny.qrels, 4, 1, epoch, doc_ids=list(tiny.documents)) for epoch in (0, 1))
     assert TrainingGroups(tiny, tiny.candidates, inputs, 4, 1, 2 * len(first) - 1).groups == [*first, *second[:-1]]
 
-    def digest(documents=tiny.documents, queries=tiny.queries, candidates=tiny.candidates):
-        return TrainingGroups(Collection("x", documents, queries, tiny.qrels), candidates, inputs, 4, 1, len(first)).digest()
+    def groups(documents=tiny.documents, queries=tiny.queries):
+        return TrainingGroups(Collection("x", documents, queries, tiny.qrels), tiny.candidates, inputs, 4, 1, len(first))
 
     edited = [{key: f"indeed {text}" for key, text in texts} for texts in (tiny.documents.pairs(), tiny.queries.items())]
-    others = digest(documents=edited[0]), digest(queries=edited[1]), digest(candidates=tiny.candidates.query("rank > 3"))
-    assert digest() == digest() and len({digest(), *others}) == 4
+    turned = groups()
+    turned.groups.reverse()
+    assert groups().digest() == groups().digest()
+    assert len({each.digest() for each in (groups(), groups(documents=edited[0]), groups(queries=edited[1]), turned)}) == 4
 
 
 @pytest.mark.parametrize(
