@@ -1,7 +1,9 @@
 """The search for a learning rate: on dev only, the same for every system, nothing done twice."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from rankmamba import learning_rates, pretraining_seeds
@@ -40,6 +42,21 @@ def test_every_system_is_tried_with_every_rate_on_dev_and_a_second_search_does_n
     assert found["tiny-mamba", 0.01]["result"]["mean"] == pytest.approx(mean)
     before = records()
     assert search(tmp_path, capsys, "--rates", "0.001", "0.01") == printed and records() == before
+    search(tmp_path, capsys, "--rates", "0.01", "-p", "systems=[tiny-mamba]", "-p", "top_k=3")
+    assert len({path for path, content in records().items() if content != before[path]}) == 1  # another depth is measured anew
+
+
+def test_the_best_rate_of_a_system_is_that_of_its_own_least_loss_and_never_one_that_diverged():
+    def tried(system, rate, loss, *values):
+        result = {"loss": loss, "per_query": dict(enumerate(values))} if values else {"diverged": "at step 1"}
+        return {"system": system, "config": {"learning_rate": rate}, "result": result}
+
+    records = [tried("a", 1e-3, 0.5, 0.2, 0.4), tried("a", 1e-2, 0.4, 0.1, 0.3), tried("a", 1, math.nan)]
+    table = learning_rates.table([*records, tried("b", 1e-3, 0.2, 1.0, 0.5), tried("b", 1e-2, 0.3, 1.0, 1.0)])
+    assert table["best"].tolist() == [False, True, False, True, False]
+    np.testing.assert_allclose(table[PRIMARY], [0.3, 0.2, math.nan, 0.75, 1.0])
+    assert learning_rates.last_quarter([{"loss": loss} for loss in [9, 9, 9, 9, 9, 9, 1, 2]]) == 1.5
+    assert learning_rates.last_quarter([{"loss": 9}, {"loss": 3}]) == 3
 
 
 def test_a_rate_that_diverges_is_said_and_the_others_are_tried(tmp_path, capsys, records):
