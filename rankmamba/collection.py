@@ -29,6 +29,8 @@ from .formats import (
 # ids of ours that join several of ir_datasets': the two years that the papers test on, 43 and 45 queries with graded judgements
 UNIONS = {"msmarco-document/test": ("msmarco-document/trec-dl-2019/judged", "msmarco-document/trec-dl-2020/judged")}
 
+FILES = ("documents.jsonl", "queries.tsv", "qrels.txt", "candidates.run")  # of a folder of one's own; the last may be missing
+
 
 class IrDocuments(Documents):
     """The documents of an ir_datasets dataset, looked up in its document store (built by ir_datasets on the first look-up)."""
@@ -179,7 +181,7 @@ def is_id(name: str) -> bool:
 def digest_of(names: Iterable[str]) -> dict[str, str]:
     """What tells folders of one's own from themselves before an edit, for a record's config; nothing for ids of ir_datasets."""
     folders = [Path(name) for name in names if Path(name).is_dir() and not is_id(name)]
-    files = sorted(path for folder in folders for path in folder.glob("*") if path.is_file())
+    files = sorted(folder / name for folder in folders for name in FILES if (folder / name).is_file())
     return {"files": hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()} if files else {}
 
 
@@ -194,16 +196,12 @@ def _union(name: str, parts: Sequence[Collection]) -> Collection:
 
 
 def _from_folder(folder: Path) -> Collection:
-    collection = Collection(
-        str(folder),
-        read_documents(folder / "documents.jsonl"),
-        read_queries(folder / "queries.tsv"),
-        read_qrels(folder / "qrels.txt"),
-    )
-    check_run(collection.qrels, collection, folder / "qrels.txt")
-    if (folder / "candidates.run").exists():
-        collection._candidates = read_run(folder / "candidates.run")
-        check_run(collection.candidates, collection, folder / "candidates.run")
+    documents, queries, qrels, candidates = (folder / name for name in FILES)
+    collection = Collection(str(folder), read_documents(documents), read_queries(queries), read_qrels(qrels))
+    check_run(collection.qrels, collection, qrels)
+    if candidates.exists():
+        collection._candidates = read_run(candidates)
+        check_run(collection.candidates, collection, candidates)
     return collection
 
 

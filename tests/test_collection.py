@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankmamba import collection
-from rankmamba.collection import Collection, check_run, load
+from rankmamba.collection import Collection, check_run, digest_of, load
 from rankmamba.errors import InputError
 from rankmamba.formats import (
     read_documents,
@@ -208,6 +208,24 @@ def test_a_folder_of_our_own_is_a_collection_and_an_empty_document_is_legal(fold
     loaded = load(folder)
     assert loaded.documents["empty"] == "" and len(loaded.documents) == 3 and loaded.candidates is None
     assert loaded.queries == {"q1": "cat", "q2": "dog"} and loaded.qrels["relevance"].tolist() == [1]
+
+
+def test_the_digest_of_a_folder_is_of_what_is_read_from_it_and_of_nothing_else(folder):
+    def edited():
+        seen.append(digest_of([str(folder), "rankmamba/tiny"])["files"])
+        return seen[-1] not in seen[:-1]
+
+    seen = []
+    assert edited() and not edited() and digest_of(["rankmamba/tiny"]) == {}
+    (folder / "notes.txt").write_text("by hand")
+    assert not edited()
+    write_run(folder / "candidates.run", run_of(("q1", "d1", 2.0)), "bm25")
+    assert edited()
+    for name in ("documents.jsonl", "queries.tsv", "qrels.txt", "candidates.run"):
+        (folder / name).write_text((folder / name).read_text() + "\n")
+        assert edited(), name
+    (folder / "candidates.run").rename(folder / "candidates.run.old")  # without it BM25 ranks
+    assert edited()
 
 
 def test_a_query_without_candidates_stays_in_the_collection(folder):
