@@ -83,9 +83,10 @@ def reranker():
 
 
 @pytest.fixture(autouse=True)
-def large_from_ten_documents_in_shards_of_sixteen(monkeypatch):
+def large_from_ten_documents_in_shards_of_sixteen_and_batches_of_five(monkeypatch):
     monkeypatch.setattr(token_store, "LARGE", 10)
     monkeypatch.setattr(token_store, "SHARD", 16)
+    monkeypatch.setattr(token_store, "BATCH", 5)
 
 
 def test_the_original_files_are_read_through_the_real_ids(msmarco):
@@ -178,7 +179,18 @@ def test_a_byte_that_changed_on_the_disk_is_noticed_before_its_shard_is_read(sto
 def test_shards_of_other_documents_are_not_continued(store, reranker):
     (store.folder / "manifest.json").unlink()
     with pytest.raises(InputError, match="got others"):
-        TokenStore.build(load("rankmamba/tiny").documents, reranker.inputs, store.folder)
+        TokenStore.build(Documents({f"other {doc_id}": "text" for doc_id in store}), reranker.inputs, store.folder)
+
+
+def test_documents_keep_their_beginning_whether_they_are_stored_or_so_few_that_they_are_not(msmarco, reranker, monkeypatch):
+    documents, inputs = load("msmarco-document/dev").documents, reranker.inputs
+    longest = max(msmarco, key=lambda doc_id: len(msmarco[doc_id]))
+    (whole,) = inputs.documents([documents[longest]], 4096)
+    for large in (DOCUMENTS, DOCUMENTS + 1):
+        monkeypatch.setattr(token_store, "LARGE", large)
+        assert (token_store.stored(documents, inputs) is None) == (large > DOCUMENTS)
+        for limit, kept in ((None, inputs.document_limit), (20, 20)):
+            assert document_tokens(documents, [longest], inputs, limit)[longest].tolist() == whole[:kept].tolist()
 
 
 def test_every_vocabulary_and_every_template_has_a_store_of_its_own(reranker):
