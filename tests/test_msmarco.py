@@ -318,6 +318,27 @@ def test_a_rate_is_measured_on_a_backbone_of_the_real_width(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- the whole study
 
 
+def test_ours_beside_the_published_figures_is_the_mean_of_each_trec_year_and_of_dev_over_seeds(msmarco):
+    years = {year: load(f"msmarco-document/{year}/judged").queries for year in ("trec-dl-2019", "trec-dl-2020")}
+    draw, records, means = random.Random(0), [], {}
+    for seed in range(2):
+        values = {query_id: draw.random() for queries in years.values() for query_id in queries}
+        for year, queries in years.items():
+            means.setdefault((f"msmarco-document/{year}/judged", "nDCG@10"), []).append(
+                np.mean([values[each] for each in queries])
+            )
+        means.setdefault(("msmarco-document/dev", "RR@100"), []).append(alone := draw.random())
+        for system, more in (("mamba-130m", {}), ("mamba-130m + bm25", {"dev": {"alone": {"RR@100": alone}}})):
+            result = {"measures": {"nDCG@10": {"mean": 0.5}}, "per_query": {"nDCG@10": values}} | more
+            records.append(
+                {"kind": "evaluate", "system": system, "seed": seed, "collection": "msmarco-document/test", "result": result}
+            )
+    table = beside_ours(records)
+    ours = table[(table["system"] == "mamba-130m") & table["ours"].notna()].set_index(["collection", "measure"])["ours"]
+    assert ours.to_dict() == pytest.approx({key: np.mean(found) for key, found in means.items()})
+    assert not table[table["ours"].notna()]["system"].str.contains("bm25").any()
+
+
 def test_a_study_at_scale_paper_runs_its_notebooks_on_the_miniature_with_both_trec_years_as_its_test(
     msmarco, tmp_path, monkeypatch
 ):
