@@ -285,6 +285,8 @@ def test_the_dry_run_names_every_run_of_the_papers_as_a_command_with_hours_and_g
     parser_sees = shlex.split(first["command"])[3:]
     settings = study.settle("paper", None, study.parse_parameters(parser_sees[3:6:2]))
     assert settings["systems"] == ["mamba-130m"] and settings["max_length"] == 512
+    capped = plan.pairs(settings | {"max_steps": {"default": 10}})
+    assert capped == (10 * settings["batch_size"] * settings["group_size"], 528_100)
 
 
 def test_no_run_asks_for_more_positions_than_its_system_has():
