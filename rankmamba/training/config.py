@@ -67,8 +67,8 @@ class TrainConfig:
 
     def settings(self) -> dict:
         """The fields by name, and what tells weights in a folder, of `system` or `teacher`, from those before it was trained anew."""
-        folders = [Path(name) for name in (self.system, self.teacher) if name is not None and Path(name).is_dir()]
-        weights = {str(folder): [sha256(path) for path in sorted(folder.glob("*.safetensors"))] for folder in folders}
+        named = {name: sorted(Path(name).glob("*.safetensors")) for name in (self.system, self.teacher) if name is not None}
+        weights = {name: [sha256(path) for path in paths] for name, paths in named.items() if paths}
         return dataclasses.asdict(self) | ({"weights_in": weights} if weights else {})
 
     def check(self, processes: int = 1) -> None:
