@@ -42,6 +42,12 @@ TESTS = {
     "evaluate": ["test_evaluate.py"],
     "interpolation": ["test_evaluate.py"],
     "states/__init__": ["test_states.py"],
+    "pairwise": ["test_pairwise.py"],
+    "tables": ["test_results.py"],
+    "transfer": ["test_transfer.py"],
+    "formats": ["test_collection.py"],
+    "collection": ["test_collection.py"],
+    "experiment": ["test_experiment.py"],
 }
 EXAMPLES = 20  # of a hypothesis test at most: more of them would kill more mutants, at several times the cost
 SWAPS = {
