@@ -324,6 +324,14 @@ def test_a_sample_is_repeatable_and_keeps_the_judgements_and_candidates_of_its_q
         pd.testing.assert_frame_equal(of_part, table[table["query_id"].isin(list(part.queries))].reset_index(drop=True))
 
 
+def test_examples_are_pairs_that_were_judged_relevant():
+    tiny = load("rankmamba/tiny")
+    relevant = tiny.qrels[tiny.qrels["relevance"] > 0]
+    pairs = {(tiny.queries[row.query_id], tiny.documents[row.doc_id]) for row in relevant.itertuples()}
+    assert set(tiny.examples(1000).itertuples(index=False, name=None)) == pairs and len(relevant) < len(tiny.qrels)
+    assert len(tiny.examples(3)) == 3
+
+
 def test_candidates_are_read_at_the_first_use_and_once():
     calls = []
     loaded = Collection("x", {"d": "text"}, {"q": "text"}, run_of(), lambda: calls.append(1) or run_of(("q", "d", 1.0)))

@@ -346,6 +346,7 @@ def test_notebooks_get_the_same_table_as_text(tmp_path):
     low, high = numbers_["RR@100 low"], numbers_["RR@100 high"]
     assert row["RR@100"] == f"{numbers_['RR@100']:.3f} [{low:.3f}, {high:.3f}]"
     assert row["params (M)"] == "3.05" and readable(table).loc["bm25", "params (M)"] == ""
+    assert readable(table)["p (Holm)"].tolist() == ["", *("<0.001" if p < 0.001 else f"{p:.3f}" for p in table["p_holm"][1:])]
     assert NOTE in caption(table)
 
 
