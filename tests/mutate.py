@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
-import conftest  # noqa: F401  the environment of every test, before torch is imported
+import conftest  # the environment of every test, before torch is imported
 
 # isort: split
 import bm25s  # noqa: F401
@@ -153,8 +153,9 @@ def passes(path: Path, tree: ast.Module, tests: list[str], limit: float) -> bool
                 return compile(tree, self.path, "exec") if Path(self.path) == path else load(self, name)
 
             SourceFileLoader.get_code = get_code
-            options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-            status = int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)]))
+            # conftest as it is: imported again it would name another folder than ir_datasets has read its paths from
+            options = ["-x", "-q", "-p", "no:cacheprovider", "--noconftest", "--rootdir", str(ROOT)]
+            status = int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)], plugins=[conftest]))
             atexit._run_exitfuncs()
         finally:
             os._exit(status)
