@@ -76,7 +76,8 @@ def _named(folders: list[str]) -> int:
 
 
 def _family(name: str) -> Look:
-    found = [(len(word), style) for words, style in FAMILIES.items() for word in words if word in name.lower()]
+    name = name.lower().replace("rankmamba", "")  # a clone of which is no Mamba
+    found = [(len(word), style) for words, style in FAMILIES.items() for word in words if word in name]
     return max(found, key=lambda both: both[0], default=(0, OTHER))[1]
 
 

@@ -133,7 +133,7 @@ def test_a_folder_looks_like_the_last_family_in_its_path_and_is_named_from_there
     for folder, shown, like in [
         ("/work/mamba-study/bert", "…/bert", "nano-bert"),
         ("/work/opt/mamba-130m/checkpoint-500", "…/mamba-130m/checkpoint-500", "nano-mamba"),
-        ("/data/models/own", "…/own", None),
+        ("/data/rankmamba/models/own", "…/own", None),
     ]:
         assert brief(folder) == shown and brief(f"{folder} + bm25") == f"{shown} + bm25"
         assert look(folder) == look(f"{folder} + bm25") == (look(like) if like else OTHER)
