@@ -23,7 +23,7 @@ from rankmamba import plots, scan
 from rankmamba.doctor import import_problem
 from rankmamba.errors import InputError
 from rankmamba.profiling import plots as profile_plots
-from rankmamba.profiling.study import speed
+from rankmamba.profiling.measurements import speed
 from rankmamba.profiling.tables import fastest_attention, one_batch, speed_table, verdict
 from rankmamba.results import environment, new_record, read_records, write_record
 from rankmamba.scan import reference

@@ -1,10 +1,10 @@
-"""How fast, how hungry and how exact is the scan beside Hugging Face's slow path and mambapy? `python benchmarks/scan.py`
+"""How fast, how memory-hungry and how exact is the scan beside Hugging Face's slow path and mambapy? `python benchmarks/scan.py`
 
 The same float32 inputs for all, one process, variants alternating, medians of process CPU time, Mamba's own initialisation of A
-and of the step. Each pass that is timed follows one of its own kind: it finds the memory as a training loop leaves it, and frees
-nobody else's. Hugging Face's backward is quadratic in L and is not run: for training, mambapy is the one to compare with.
+and of the step. Each timed pass follows one of its own kind: it finds the memory as a training loop leaves it, and does not pay
+for freeing another variant's. Hugging Face's backward is quadratic in L and is not run: for training, mambapy is the one to compare with.
 
-    python benchmarks/scan.py                           # the shapes the project promises something for; some minutes
+    python benchmarks/scan.py                           # the shapes that the project makes promises about; some minutes
     python benchmarks/scan.py --batch 1 8 32 --length 128 512 2048        # everything that fits the memory; an hour
     python benchmarks/scan.py --threads 1 2 --family mamba2
 """

@@ -1,4 +1,4 @@
-"""Which implementation of attention a backbone runs, and why."""
+"""The implementation of attention that a backbone runs, and why."""
 
 import torch
 from transformers import PreTrainedModel
@@ -9,13 +9,13 @@ from .backbones import family_of
 
 
 def choose_attention(backbone: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
-    """Switch a backbone to the fastest attention that it, the device and the precision of products allow; return which, and why."""
+    """Switch a backbone to the fastest attention that it, the device and the precision allow; return which, and why."""
     name, reason = _choose(family_of(backbone.config).attention, device, dtype)
     if name == "sdpa" and native_attention.runs(backbone.config.model_type, device, dtype):
         name, reason = native_attention.NATIVE, "our kernel on a CPU; SDPA where there is dropout"
     if name != "none":
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # flash attention would warn of float32 weights, as if there were no autocast
+        logging.set_verbosity_error()  # flash attention would warn about float32 weights, ignoring autocast
         try:
             backbone.set_attn_implementation(name)
         finally:

@@ -20,11 +20,11 @@ from .saved import check_vocabulary, is_saved, load_saved
 from .sources import say
 from .systems import FAMILIES, SCRATCH, SYSTEMS, Family, ModelSpec, Packed
 
-# Their first position is the one behind the padding token's id, so they have fewer than their configuration says.
+# Their first position comes after the padding token's id, so they have fewer than their configuration says.
 _SHIFTED_POSITIONS = (
     "roberta xlm-roberta xlm-roberta-xl camembert mpnet longformer data2vec-text xmod roberta-prelayernorm esm".split()
 )
-# They read padding, so the score of a pair would depend on the batch that it is in.
+# They read padding, so the score of a pair would depend on its batch.
 _READ_PADDING = ("fnet", "bert-generation", "mobilebert", "convbert", "xlnet")
 
 
@@ -33,7 +33,7 @@ def find(name: str) -> ModelSpec:
     reranker, which is trained further.
 
     Raises:
-        InputError: there is no such system or checkpoint, or it is no language model.
+        InputError: there is no such system or checkpoint, or it is not a language model.
     """
     for spec in SYSTEMS.values():
         # state-spaces publishes its own layout, which is a pickle; the table has the same weights in transformers' format
@@ -53,7 +53,7 @@ def find(name: str) -> ModelSpec:
         config, source = config.backbone_config, Path(name)
     family = family_of(config)
     say(f"{name}: of type {config.model_type!r}, so {family.kind}: {KINDS[family.kind]}")
-    with torch.device("meta"):  # counted without memory
+    with torch.device("meta"):  # counts without allocating memory
         millions = AutoModel.from_config(config).num_parameters() / 1e6
     return ModelSpec(name, family, source, millions, positions(config))
 
@@ -62,16 +62,16 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The family of a backbone's configuration: a row of the table, or inferred.
 
     Raises:
-        InputError: it is no masked, causal or encoder-decoder language model.
+        InputError: it is not a masked, causal or encoder-decoder language model.
     """
     return FAMILIES.get(config.model_type) or infer_family(config)
 
 
 def infer_family(config: PreTrainedConfig) -> Family:
-    """Say from a configuration how a backbone reads, which attention it has, and that LoRA adapts all its linear maps.
+    """Infer from a configuration how a backbone reads and which attention it has; LoRA adapts all its linear maps.
 
     Raises:
-        InputError: it is no masked, causal or encoder-decoder language model.
+        InputError: it is not a masked, causal or encoder-decoder language model.
     """
     network = MODEL_MAPPING.get(type(config), None)
     flash, sdpa = (getattr(network, name, False) for name in ("_supports_flash_attn", "_supports_sdpa"))
@@ -80,12 +80,12 @@ def infer_family(config: PreTrainedConfig) -> Family:
 
 
 def infer_kind(config: PreTrainedConfig) -> str:
-    """Say how a backbone reads: encoder, causal or encoder-decoder, from its configuration."""
+    """Infer how a backbone reads, encoder, causal or encoder-decoder, from its configuration."""
     if config.model_type in _READ_PADDING:
         raise InputError(f"expected a backbone that padding does not change, got the type {config.model_type!r}; choose another")
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    # Some encoders (BERT, RoBERTa) also have a causal head; only what has no masked one is causal.
+    # Some encoders (BERT, RoBERTa) also have a causal head; only a model without a masked one is causal.
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -103,7 +103,7 @@ def load_tokenizer(spec: ModelSpec):
     """Load the tokenizer of a system; it pads on the right.
 
     Raises:
-        InputError: it cannot be found, or has no words.
+        InputError: it cannot be found, or has no vocabulary.
     """
     place = _place(spec.tokenizer or spec.source)
     try:
@@ -117,7 +117,7 @@ def load_tokenizer(spec: ModelSpec):
 
 
 def load_backbone(spec: ModelSpec) -> PreTrainedModel:
-    """Load the weights of a system's backbone as float32, whatever they are stored as.
+    """Load the weights of a system's backbone as float32, whatever format they are stored in.
 
     Raises:
         InputError: they cannot be found as safetensors; pickles and code of a checkpoint's own are never loaded.
@@ -133,19 +133,19 @@ def load_backbone(spec: ModelSpec) -> PreTrainedModel:
         )
     except (OSError, SafetensorError) as error:
         raise InputError(f"expected weights of {spec.name} as safetensors, got: {str(error).splitlines()[0]}") from error
-    missing = [name for name in found["missing_keys"] if "pooler" not in name]  # which nobody reads here
+    missing = [name for name in found["missing_keys"] if "pooler" not in name]  # which is not used here
     if missing:
         raise InputError(f"expected all weights of {spec.name}, got none for {missing[0]} and {len(missing) - 1} more")
     return backbone
 
 
 def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrainedTokenizerBase]:
-    """Load a reranker's network and tokenizer: a folder of ours, a system's name, or a checkpoint that gets a new head.
+    """Load a reranker's network and tokenizer: a saved reranker's folder, a system's name, or a checkpoint that gets a new head.
 
-    limits: max_length and max_query_length, where they are not the folder's own or the defaults.
+    limits: max_length and max_query_length, where they differ from the folder's own or the defaults.
 
     Raises:
-        InputError: there is no such thing, it is damaged, or max_length is beyond its positions.
+        InputError: there is no such folder, system or checkpoint, it is damaged, or max_length is beyond its positions.
     """
     for name, limit in limits.items():
         if type(limit) is not int:
@@ -171,7 +171,7 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
 def build(spec: ModelSpec, max_length: int = 512, max_query_length: int = 50) -> tuple[RerankerModel, object]:
     """Load a system's backbone, put a new head on it, and load its tokenizer.
 
-    Weights that are started from random use torch's global generator: seed it first.
+    Random weights use torch's global generator: seed it first.
     """
     tokenizer = load_tokenizer(spec)
     backbone = None if callable(spec.source) else load_backbone(spec)
@@ -190,7 +190,7 @@ def build(spec: ModelSpec, max_length: int = 512, max_query_length: int = 50) ->
 
 
 def _place(source) -> dict:
-    """Say to transformers where something is, and that code of its own is not run (asked for nothing, it would ask the user)."""
+    """Tell transformers where something is, and not to run code that comes with it (it would ask the user otherwise)."""
     safely = {"trust_remote_code": False}
     if isinstance(source, Packed):
         file = unpacked(source.archive, source.member)

@@ -15,7 +15,7 @@ from .collection import Collection
 from .errors import InputError
 from .formats import Documents, sort_run
 
-# bm25s imports JAX where it is installed, and JAX would take three quarters of a GPU's memory for itself.
+# bm25s imports JAX where it is installed, and JAX would reserve three quarters of a GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import bm25s  # noqa: E402
 
@@ -26,14 +26,14 @@ GRID = tuple(product((0.6, 0.9, 1.2, 1.6, 2.0), (0.2, 0.4, 0.6, 0.8)))
 class BM25:
     """BM25 as in Lucene (bm25s): idf ln(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b length / mean length)).
 
-    Documents and queries are cut alike: lower case, words of two characters and more, without bm25s' 33 English stop words,
-    not stemmed. A word that a query repeats counts each time. Scores are float32.
+    Documents and queries are tokenised alike: lower case, words of two characters and more, without bm25s' 33 English stop words,
+    not stemmed. A word that a query repeats counts every time. Scores are float32.
     """
 
     def __init__(self, index: bm25s.BM25, doc_ids: Sequence[str]):
         self.k1, self.b = index.k1, index.b
         self._index, self._doc_ids = index, np.array(doc_ids, dtype=object)
-        self._id_order = np.empty(len(doc_ids), dtype=np.int64)  # place of each document among the sorted ids
+        self._id_order = np.empty(len(doc_ids), dtype=np.int64)  # rank of each document among the sorted ids
         self._id_order[np.argsort(self._doc_ids, kind="stable")] = np.arange(len(doc_ids))
 
     @classmethod
@@ -54,9 +54,9 @@ class BM25:
         return cls(index, doc_ids)
 
     def search(self, queries: Mapping[str, str], top_k: int = 100, show_progress: bool = False) -> pd.DataFrame:
-        """Return the run of the `top_k` best documents of each query, exact under the tie rule also where the cut splits a tie.
+        """Return the run of the `top_k` best documents of each query, exact under the tie rule even where the cut-off splits a tie.
 
-        Documents that share no word with the query are no candidates: a query may have fewer than `top_k` results, or none.
+        Documents that share no word with the query are not candidates: a query may have fewer than `top_k` results, or none.
         """
         vocabulary, query_ids, documents, scores = self._index.vocab_dict, [], [], []
         cut = zip(queries, words(list(queries.values())), strict=True)
@@ -69,7 +69,7 @@ class BM25:
             all_scores = self._index.get_scores_from_ids(known)
             found = np.flatnonzero(all_scores > 0)
             if len(found) > top_k:
-                # everything that ties with the last place stays in until the tie rule has spoken
+                # everything tied with the last place stays in until the tie rule has decided
                 found = found[all_scores[found] >= np.partition(all_scores, -top_k)[-top_k]]
             found = found[np.lexsort((self._id_order[found], -all_scores[found]))[:top_k]]
             query_ids += [query_id] * len(found)
@@ -81,12 +81,12 @@ class BM25:
 
 
 def words(texts: Iterable[str]) -> list[list[str]]:
-    """Cut texts into the words that BM25 looks for."""
+    """Split texts into the words that BM25 looks for."""
     return bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
 
 
 def _tokenise(documents: Mapping[str, str]):
-    """Cut all documents into words: (doc_ids, bm25s tokens)."""
+    """Split all documents into words: (doc_ids, bm25s tokens)."""
     documents = documents if isinstance(documents, Documents) else Documents(documents)
     doc_ids = []
 
@@ -110,8 +110,8 @@ def tune_bm25(
 ) -> pd.DataFrame:
     """Try BM25 with each (k1, b) of the grid on development queries: a table k1, b, RR@k, R@k for k = `top_k`, best RR first.
 
-    RR is the mean over the judged queries of 1 / rank of the first relevant document; R is the mean of the share of the relevant
-    documents that is found.
+    RR is the mean, over the judged queries, of 1 / rank of the first relevant document; R is the mean share of the relevant
+    documents found.
     """
     relevant = qrels[(qrels["relevance"] > 0) & qrels["query_id"].isin(list(queries))]
     if relevant.empty:
@@ -136,7 +136,7 @@ def candidates_of(collection: Collection) -> pd.DataFrame:
 
 
 class Group(NamedTuple):
-    """One training example of LCE: a query, a relevant document, and the documents that it must beat."""
+    """One training example for LCE: a query, a relevant document, and the documents that it must beat."""
 
     query_id: str
     positive: str
@@ -159,15 +159,15 @@ def lce_groups(
 ) -> list[Group]:
     """Draw one group for each relevant (query, document) pair of the qrels, and shuffle the groups.
 
-    The `group_size` - 1 negatives are drawn without repetition from the query's first `depth` candidates, leaving out every
+    The `group_size` - 1 negatives are drawn without replacement from the query's first `depth` candidates, leaving out every
     document that is judged relevant to the query (relevance > 0). The positive need not be a candidate. Where there are too few
     negatives, the rest are random documents out of `doc_ids`, the ids of the collection.
 
-    The draw depends on nothing but seed, epoch, and the query's own candidates and judgements; another epoch draws anew. LCE
+    The draw depends only on seed, epoch, and the query's own candidates and judgements; every epoch draws afresh. LCE
     (localized contrastive estimation) is by Gao, Dai and Callan, ECIR 2021.
 
     Raises:
-        InputError: negatives are lacking and `doc_ids` is not given or too short.
+        InputError: there are too few negatives, and `doc_ids` is not given or too short.
     """
     relevant: dict[str, set[str]] = defaultdict(set)
     judged = qrels[qrels["relevance"] > 0]

@@ -1,7 +1,7 @@
 """Runs of a sweep on a cluster, through submitit.
 
-submitit, because the clusters this is for run Slurm, the records are on a disk that all machines see anyway, and it is a small
-package without daemons. Ray would bring a cluster of its own, and nothing here needs one.
+Why submitit: the clusters this is for run Slurm, the records are on a disk that all machines share anyway, and it is a small
+package without daemons. Ray would bring a cluster of its own, which nothing here needs.
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-TRIES = 3  # how often a job is submitted that dies with its machine
+TRIES = 3  # how often a job that dies with its machine is submitted
 
 
 class Job:
@@ -29,7 +29,7 @@ class Job:
             return None
         try:
             return self.job.result()
-        except FailedJobError as error:  # it has said itself why it cannot go on
+        except FailedJobError as error:  # the job itself raised an error
             reason = (str(error).strip() or "it failed without a word").splitlines()[-1]
         except UncompletedJobError:
             reason = f"job {self.job.job_id} died"
@@ -46,7 +46,7 @@ class Job:
 
 
 def starter(settings: dict, folder: Path) -> Callable[[list[str], Path], Job]:
-    """Return what submits a study, given its arguments and its log.
+    """Return a function that submits a study, given its arguments and its log.
 
     settings: of submitit's AutoExecutor, such as timeout_min, cpus_per_task or slurm_partition; "cluster" may be "slurm" or "local".
     folder: for submitit's own files.
@@ -68,7 +68,7 @@ def starter(settings: dict, folder: Path) -> Callable[[list[str], Path], Job]:
 
 
 def study(arguments: list[str], log: str) -> int:
-    """What a job does: one study, with all that it says in the file `log`; returns its exit code."""
+    """What a job runs: one study, its output in the file `log`; returns its exit code."""
     from .study import main
 
     with open(log, "w", encoding="utf-8", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):

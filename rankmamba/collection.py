@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -33,11 +33,11 @@ FILES = ("documents.jsonl", "queries.tsv", "qrels.txt", "candidates.run")  # of 
 
 
 class IrDocuments(Documents):
-    """The documents of an ir_datasets dataset, looked up in its document store (built by ir_datasets on the first look-up)."""
+    """The documents of an ir_datasets dataset, looked up in its document store (built by ir_datasets on first use)."""
 
     def __init__(self, dataset, name: str):
         self._dataset, self._name = dataset, name
-        self.namespace = dataset.docs_namespace() or name.split("/")[0]  # equal where the documents are the same
+        self.namespace = dataset.docs_namespace() or name.split("/")[0]  # the same for all ids that share documents
 
     @cached_property
     def _store(self):
@@ -76,7 +76,7 @@ class Collection:
     """What one experiment ranks: documents, queries {query_id: text}, qrels and the first-stage run `candidates` (or None).
 
     A query without candidates is legal: it stays in `queries` and counts 0 when measured. `candidates` may be given as a
-    function; it is called at the first use, because the run of a large training set takes a while to read.
+    function, called on first use, because the run of a large training set takes a while to read.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Collection:
 
     @property
     def candidates(self) -> pd.DataFrame | None:
+        """The first-stage run that comes with the collection, or None."""
         if callable(self._candidates):
             self._candidates = self._candidates()
         return self._candidates
@@ -124,7 +125,7 @@ class Collection:
         """Draw `count` queries (all if None), the same for the same seed, with their judgements and candidates.
 
         Raises:
-            InputError: fewer than one.
+            InputError: `count` is below one.
         """
         if count is not None and count < 1:
             raise InputError(f"expected at least one query, got {count}; a number beyond the collection's takes all of them")
@@ -141,11 +142,11 @@ class Collection:
 
 
 def load(name_or_folder: str | Path) -> Collection:
-    """Load a collection: an ir_datasets id (ours: see `embedded`), msmarco-document/test (both
-    TREC years with judgements) or a folder of your own.
+    """Load a collection: an ir_datasets id (ours: see `embedded`), msmarco-document/test (both TREC years with judgements) or a
+    folder of your own.
 
-    A folder holds documents.jsonl, queries.tsv (query_id, tab, text), qrels.txt (TREC) and, if any, candidates.run (TREC).
-    Where an id and a folder have the same name, the id is meant; write ./name for the folder.
+    A folder holds documents.jsonl, queries.tsv (query_id, tab, text), qrels.txt (TREC) and, optionally, candidates.run (TREC).
+    Where an id and a folder have the same name, the id wins; write ./name for the folder.
 
     Raises:
         InputError: there is no such id or folder, the id lacks queries or judgements, a file cannot be fetched or is malformed.
@@ -167,7 +168,7 @@ def load(name_or_folder: str | Path) -> Collection:
 
 
 def is_id(name: str) -> bool:
-    """Whether it names a dataset of ir_datasets, ours and `UNIONS` included."""
+    """Whether `name` is a dataset of ir_datasets, ours and `UNIONS` included."""
     import ir_datasets
 
     from . import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; here, because the two take long to import
@@ -179,7 +180,7 @@ def is_id(name: str) -> bool:
 
 
 def digest_of(names: Iterable[str]) -> dict[str, str]:
-    """What tells folders of one's own from themselves before an edit, for a record's config; nothing for ids of ir_datasets."""
+    """The digest of the files of the user's own folders, for a record's config: an edit changes it. Nothing for ids of ir_datasets."""
     folders = [Path(name) for name in names if Path(name).is_dir() and not is_id(name)]
     files = sorted(folder / name for folder in folders for name in FILES if (folder / name).is_file())
     return {"files": hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()} if files else {}
@@ -228,7 +229,7 @@ def _from_ir_datasets(name: str, dataset) -> Collection:
         if hasattr(dataset, "scoreddocs_run"):  # ours are TREC files already
             return dataset.scoreddocs_run()
         with _fetching(name, "scoreddocs"):
-            columns, one = ([], [], []), {}  # one string object for each id, however many of 37 million rows name it
+            columns, one = ([], [], []), {}  # one string object per id, however many of 37 million rows name it
             for row in dataset.scoreddocs_iter():
                 for column, value in zip(columns, (row.query_id, row.doc_id, row.score), strict=True):
                     column.append(one.setdefault(value, value) if isinstance(value, str) else value)
@@ -236,7 +237,7 @@ def _from_ir_datasets(name: str, dataset) -> Collection:
         if len(run) > 1 and run["score"].nunique() == 1:  # msmarco-passage's top 1,000: a set in no order
             raise InputError(
                 f"expected candidates with scores, got {run['score'].iloc[0]} for all {len(run):,} of {name}; "
-                "rank its documents yourself (rankmamba.candidates), write the run with write_run and lay it in a folder of your own"
+                "rank its documents yourself (rankmamba.candidates), write the run with write_run and put it in a folder of your own"
             )
         return sort_run(run)
 
@@ -256,23 +257,37 @@ def _fetching(name: str, kind: str) -> Iterator[None]:
 
 
 def _download_remedy(name: str, kind: str) -> str:
-    """Say which file ir_datasets wanted, from its own list of downloads: "msmarco-document/dev" queries -> "dev/queries"."""
+    """Say which file ir_datasets wanted, and where to put it by hand."""
+    import ir_datasets
+
+    _, file = download_of(name, kind)
+    if "expected_md5" not in file:
+        return "check the network and the disk, and try again"
+    # a file at its own place is taken as it is; one below `downloads`, large ones only, is found by its checksum
+    home = ir_datasets.util.home_path()
+    place = home / name.split("/")[0] / file["cache_path"] if "cache_path" in file else home / "downloads" / file["expected_md5"]
+    size = f"{file['size_hint'] / 1e6:,.1f} MB" if "size_hint" in file else "unknown size"
+    return f"check the network and try again, or put {file.get('url', 'the file')} ({size}) at {place}"
+
+
+def download_of(name: str, kind: str) -> tuple[str, dict]:
+    """Look up the file behind the "docs", "queries", "qrels" or "scoreddocs" of an id in ir_datasets' own list of downloads.
+
+    Returns its key in that list ("msmarco-document/dev/queries") and its entry, both empty if there is none. An id without files of
+    its own (".../judged") has those of the id above it.
+    """
+    base, *subsets = name.split("/")
+    of_base = _downloads().get(base, {})
+    keys = ("/".join([*subsets[:depth], kind]) for depth in range(len(subsets), -1, -1))
+    return next(((f"{base}/{key}", of_base[key]) for key in keys if key in of_base), ("", {}))
+
+
+@cache
+def _downloads() -> dict:
     import ir_datasets
 
     with ir_datasets.util.PackageDataFile("etc/downloads.json").stream() as stream:
-        files = json.load(stream)
-    base, *subsets = name.split("/")
-    while True:
-        file = files.get(base, {}).get("/".join([*subsets, kind]))
-        if isinstance(file, dict) and "expected_md5" in file:
-            # what stands at its own place is taken as it is; below `downloads`, large files only, by its checksum
-            home = ir_datasets.util.home_path()
-            place = home / base / file["cache_path"] if "cache_path" in file else home / "downloads" / file["expected_md5"]
-            size = f"{file['size_hint'] / 1e6:,.1f} MB" if "size_hint" in file else "unknown size"
-            return f"check the network and try again, or put {file.get('url', 'the file')} ({size}) at {place}"
-        if not subsets:
-            return "check the network and the disk, and try again"
-        subsets.pop()
+        return json.load(stream)
 
 
 def check_run(
@@ -283,10 +298,10 @@ def check_run(
 ) -> None:
     """Check that a run (or qrels) names only queries and documents of the collection; `path` is the file it was read from.
 
-    columns: what to check; documents of a big collection are read from the disk for it.
+    columns: which to check; checking doc_id reads the documents of a large collection from the disk.
 
     Raises:
-        InputError: it names an unknown query or document; the first one is given, with its file and line where there is a file.
+        InputError: it names an unknown query or document; the message gives the first, with file and line where there is a file.
     """
     for column in columns:
         names = list(dict.fromkeys(run[column]))

@@ -1,7 +1,7 @@
 """A saved reranker inside sentence-transformers: `CrossEncoder(folder, trust_remote_code=True)` gives the scores of `Reranker`.
 
-`trust_remote_code`, because a class that is not sentence-transformers' own reads the pairs: the one below, as it is installed, and
-no code out of the folder. Without it a causal model would be given another template than the one that it was trained with.
+`trust_remote_code` is needed because the pairs are read by a class that is not sentence-transformers' own: the installed one below, no
+code from the folder. Without it a causal model would be given a template that it was not trained with.
 """
 
 import json
@@ -24,11 +24,11 @@ FILES = {
     # scores are raw logits there, too
     "config_sentence_transformers.json": {"model_type": "CrossEncoder", "activation_fn": "torch.nn.Identity"},
 }
-FLOAT32 = [None, "auto", "float32", torch.float32]  # what may be asked for as dtype: the weights are saved so
+FLOAT32 = [None, "auto", "float32", torch.float32]  # the dtypes that may be asked for: the weights are saved in float32
 
 
 def write_files(folder: str | Path) -> None:
-    """Write what makes sentence-transformers load a saved reranker as it is."""
+    """Write the files with which sentence-transformers loads a saved reranker."""
     for name, content in FILES.items():
         write_text(Path(folder) / name, json.dumps(content, indent=1) + "\n")
 
@@ -42,9 +42,9 @@ def conversion(
     convert_to_tensor: bool = False,
     **others,
 ) -> Callable[[np.ndarray], np.ndarray | torch.Tensor | list[torch.Tensor]]:
-    """Return what makes of `Reranker.predict`'s scores what the keywords of `CrossEncoder.predict` ask for.
+    """Return a function that converts `Reranker.predict`'s scores to what the keywords of `CrossEncoder.predict` ask for.
 
-    Some need nothing: batches are cut by tokens, nobody works beside, and of one score a pair there is no softmax.
+    Some have no effect: batches are cut by tokens, there are no worker processes, and one score per pair has no softmax.
 
     Raises:
         InputError: another keyword is given: a prompt, another device, or one that neither has.
@@ -67,14 +67,14 @@ def conversion(
 
 
 class NoModelCard:
-    """Where sentence-transformers' evaluators leave their numbers; a study keeps its numbers in records."""
+    """Takes the numbers that sentence-transformers' evaluators leave on a model; a study keeps its numbers in records."""
 
     def set_evaluation_metrics(self, *args, **kwargs) -> None:
         pass
 
 
 class CrossEncoderModule(nn.Module):
-    """The one module of such a CrossEncoder, with the interface of sentence-transformers' modules: pairs in, "scores" out."""
+    """The only module of such a CrossEncoder, with the interface of sentence-transformers' modules: pairs in, "scores" out."""
 
     modalities = ["text"]
     save_in_root = True  # beside modules.json
@@ -94,10 +94,10 @@ class CrossEncoderModule(nn.Module):
         backend: str = "torch",
         **kwargs,
     ) -> "CrossEncoderModule":
-        """Load a folder; CrossEncoder's max_length comes as model_max_length.
+        """Load a folder; CrossEncoder's max_length arrives as model_max_length.
 
         Raises:
-            InputError: something else is asked for than the saved model, in float32.
+            InputError: anything other than the saved model in float32 is asked for.
         """
         asked = (model_kwargs or {}) | (processor_kwargs or {}) | (config_kwargs or {}) | {"backend": backend}
         max_length = asked.pop("model_max_length", None)
@@ -115,7 +115,7 @@ class CrossEncoderModule(nn.Module):
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens of a pair; a query has the reranker's limit, but half of them at most."""
+        """Tokens of a pair; a query has the reranker's limit, but at most half of them."""
         return self._reranker.inputs.max_length
 
     @max_seq_length.setter
@@ -145,6 +145,7 @@ class CrossEncoderModule(nn.Module):
         return tokenizer.collate([tokenizer.join(query, document) for query, document in halves])
 
     def forward(self, features: dict[str, torch.Tensor], **kwargs) -> dict[str, torch.Tensor]:
+        """Add "scores", raw logits float32 (B, 1), to the features of `preprocess`."""
         names = ("input_ids", "attention_mask", "token_type_ids")
         return features | {"scores": self.model(**{name: features[name] for name in names if name in features}).logits}
 

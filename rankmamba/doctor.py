@@ -1,4 +1,4 @@
-"""What runs here, what does not and why: `python -m rankmamba.doctor`, the second half of `python3 run.py doctor`."""
+"""What runs here, what does not, and why: `python -m rankmamba.doctor`, the second half of `python3 run.py doctor`."""
 
 import argparse
 import importlib.metadata
@@ -18,7 +18,7 @@ KERNELS = ("rankmamba.scan.native", "mamba_ssm", "causal_conv1d", "flash_attn")
 
 
 def import_problem(module: str) -> str | None:
-    """Return the last line of the error that importing `module` ends with, None if it imports; tried in a process of its own."""
+    """Return the last line of the error that importing `module` raises, None if it imports; tried in a separate process."""
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return None
@@ -28,7 +28,7 @@ def import_problem(module: str) -> str | None:
 
 
 def missing(extra: str = "") -> list[str]:
-    """Return the requirements of an extra ("": of the package itself) that are absent or of a version that does not fit."""
+    """Return the requirements of an extra ("": of the package itself) that are missing or of an unsuitable version."""
     lacking = []
     for requirement in map(Requirement, importlib.metadata.requires("rankmamba") or []):
         always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
@@ -45,7 +45,7 @@ def missing(extra: str = "") -> list[str]:
 
 
 def licence(name: str) -> str:
-    """Return the licence that an installed package states: its SPDX expression, else its classifiers, else the first line it has."""
+    """Return the licence that an installed package states: its SPDX expression, else its classifiers, else its first line of text."""
     metadata = importlib.metadata.metadata(name)
     classifiers = [line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier", []) if line.startswith("License ::")]
     free_text = (metadata.get("License") or "not stated").strip().splitlines()[0]
@@ -53,7 +53,7 @@ def licence(name: str) -> str:
 
 
 def licences() -> list[tuple[str, str]]:
-    """Return (name, version and licence) of everything that the default installation needs, as it is installed here."""
+    """Return (name, version and licence) of everything that the default installation needs, as installed here."""
     waiting, found = [Requirement("rankmamba")], {}
     while waiting:
         wanted = waiting.pop()
@@ -71,7 +71,7 @@ def size_mb(folder: Path) -> int:
 
 
 def torch_findings() -> Iterator[tuple[str, str]]:
-    """What torch is, what it computes with, and why."""
+    """Yield which torch this is, what it computes with, and why."""
     import torch
 
     from .precision import autocast_dtype
@@ -87,15 +87,15 @@ def torch_findings() -> Iterator[tuple[str, str]]:
         devices.append("cuda")
         yield "GPU", f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
     elif torch.version.cuda:
-        yield "GPU", "none that this torch can use: look at `nvidia-smi` and at the version of the driver"
-    logging.getLogger("rankmamba").setLevel(logging.ERROR)  # a slow scan is a line below, not a warning
+        yield "GPU", "none that this torch can use: check `nvidia-smi` and the driver's version"
+    logging.getLogger("rankmamba").setLevel(logging.ERROR)  # a slow scan is reported in a line below, not as a warning
     for device in devices:
         yield f"format, {device}", autocast_dtype(device)[1]
         yield f"scan, {device}", "{0.name}: {0.reason}".format(kernel(device))
 
 
 def findings() -> Iterator[tuple[str, str]]:
-    """Yield (what, finding) line by line; nothing that is missing or broken stops the later ones."""
+    """Yield (what, finding) line by line; whatever is missing or broken, the later lines still come."""
     problem = import_problem("torch")
     if problem:
         yield "torch", f"does not import: {problem}"

@@ -16,9 +16,8 @@ WORD_EMBEDDINGS = {
 class FixedWordEmbedding(nn.Module):
     """Token ids (B, L) -> (B, L, D): a fixed table, then a learned linear projection, plus a learned vector for each mark.
 
-    An id beyond the table is a word that `inputs.PairTokenizer.mark` marked.
-
-    The table is neither trained nor saved: it comes from its package, so a saved nano model is a few MB.
+    An id beyond the table is a word that `inputs.PairTokenizer.mark` marked. The table is neither trained nor saved: it comes from its
+    package, so a saved nano model takes only a few MB.
     """
 
     def __init__(self, name: str, hidden_size: int):
@@ -38,6 +37,7 @@ class FixedWordEmbedding(nn.Module):
             self.table = weights.get_tensor(tensor).to(self.table.dtype)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 (B, L) -> (B, L, D)."""
         rows = len(self.table)
         words = nn.functional.embedding(input_ids % rows, self.table)
         # FSDP computes with weights in bfloat16, and knows nothing of the table

@@ -1,7 +1,7 @@
 """Measures, intervals and paired tests.
 
-A run is measured by its `rank` column, which `formats.sort_run` made by the one tie rule: tools that see only scores break
-ties in their own ways (trec_eval by larger doc_id, MS MARCO by smaller). The judged queries decide every mean.
+A run is measured by its `rank` column, which `formats.sort_run` made with the one tie rule: tools that see only scores break
+ties in their own ways (trec_eval by larger doc_id, MS MARCO by smaller). Every mean is over the judged queries.
 """
 
 import subprocess
@@ -19,14 +19,14 @@ PRIMARY = "RR@100"
 BASELINE = "bm25"
 RESAMPLES = 10_000
 POWER = 0.8  # of a difference that counts as detectable
-ROUNDING = 1e-12  # differences below it are no differences
-MAX_RELEVANCE = 1_000  # trec_eval keeps an array that long
+ROUNDING = 1e-12  # smaller differences count as none
+MAX_RELEVANCE = 1_000  # trec_eval allocates an array of this length
 BOUNDS = (0.025, 0.975)  # of every interval
-Tables = pd.DataFrame | Sequence[pd.DataFrame]  # what `per_query` returns, or one of them for each seed of a system
+Tables = pd.DataFrame | Sequence[pd.DataFrame]  # what `per_query` returns, or one such table per seed of a system
 
 
 def parse_measure(name: str) -> ir_measures.Measure:
-    """Parse a measure as people write it: nDCG@10, RR@100, AP(rel=2)@100, P@5 ... (the names of ir_measures).
+    """Parse a measure as people write it: nDCG@10, RR@100, AP(rel=2)@100, P@5 ... (ir_measures' names).
 
     Raises:
         InputError: there is no such measure.
@@ -40,11 +40,11 @@ def parse_measure(name: str) -> ir_measures.Measure:
 
 
 def per_query(run: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[str] = MEASURES) -> pd.DataFrame:
-    """Measure a run: a table with one row a judged query (index query_id, sorted) and one column a measure, in [0, 1].
+    """Measure a run: a table with one row per judged query (index query_id, sorted) and one column per measure, in [0, 1].
 
     As in ir_measures and `trec_eval -c`: a judged query that the run lacks counts 0, and so does one whose judgements name no
     relevant document; queries without judgements are left out. Only the order by `rank` counts, never the scores. A negative
-    relevance is none.
+    relevance counts as 0.
 
     Raises:
         InputError: an unknown measure, no judgements, a relevance above 1,000, a rank or document twice in one query, or none of
@@ -59,9 +59,9 @@ def per_query(run: pd.DataFrame, qrels: pd.DataFrame, measures: Sequence[str] = 
         twice = run.duplicated(["query_id", column])
         if twice.any():
             query_id, value = run.loc[twice, ["query_id", column]].iloc[0]
-            raise InputError(f"expected each {column} once a query, got {value!r} again for {query_id!r}; use sort_run first")
+            raise InputError(f"expected each {column} once per query, got {value!r} again for {query_id!r}; use sort_run first")
     judged = _nested(qrels, qrels["relevance"].astype(int).clip(lower=0))  # trec_eval counts by grade, in an array
-    # whole numbers: trec_eval keeps scores in float32, where close ones would fall together
+    # whole numbers: trec_eval keeps scores in float32, where close ones would become ties
     ranked = {query_id: found for query_id, found in _nested(run, -run["rank"].astype(float)).items() if query_id in judged}
     if not ranked and len(run):
         found = f"{run['query_id'].iloc[0]!r} and others, none of them judged"
@@ -85,10 +85,10 @@ def _nested(table: pd.DataFrame, values: pd.Series) -> dict[str, dict[str, float
 
 
 def clusters(qrels: pd.DataFrame) -> dict[str, int]:
-    """{query_id: its cluster}: queries that share a relevant document, themselves or through others, are of one cluster.
+    """{query_id: its cluster}: queries that share a relevant document, directly or through others, form one cluster.
 
-    What a system makes of a document shows in all of its queries, so these are no independent draws; clusters are. A query without a
-    relevant document is left out: it is a cluster of its own.
+    How well a system handles a document shows in all of its queries, so these are not independent draws; clusters are. A query
+    without a relevant document is left out: it is a cluster of its own.
     """
     relevant = qrels[qrels["relevance"] > 0]
     query, query_ids = pd.factorize(relevant["query_id"])
@@ -100,7 +100,7 @@ def clusters(qrels: pd.DataFrame) -> dict[str, int]:
 
 
 def clustered(query_ids: Sequence[str], given: Mapping[str, int] | None) -> np.ndarray:
-    """The clusters of these queries, int (n,), numbered from 0; each its own where none is given."""
+    """The clusters of these queries, int (n,), numbered from 0; a query without a given cluster is one of its own."""
     return pd.factorize(np.array([(given or {}).get(query_id, query_id) for query_id in query_ids], dtype=object))[0]
 
 
@@ -111,15 +111,15 @@ def bootstrap_means(
 
     cluster: int (n,), numbered from 0; whole clusters are drawn (default: each query alone). n-1 of n are drawn with replacement,
     which makes the variance of the resampled mean unbiased (Rao & Wu 1988); with n of n it is too small by (n-1)/n, which matters for
-    3 seeds. Queries and seeds are drawn apart and their deviations from the mean added, so what varies with both counts twice: a
-    little conservative. A single seed says nothing about the spread of seeds.
+    3 seeds. Queries and seeds are drawn separately and their deviations from the mean added, so what varies with both counts twice,
+    which is a little conservative. A single seed says nothing about the spread over seeds.
     """
     generators = np.random.default_rng(seed).spawn(len(samples) + 1)
     cluster = np.arange(len(samples[0])) if cluster is None else cluster
     sizes = np.bincount(cluster)
     totals = np.column_stack([np.bincount(cluster, sample.mean(axis=1)) for sample in samples])
     means = np.empty((resamples, len(samples)))
-    block = max(1, 100_000 // len(sizes))  # what fits the processor's cache is five times as fast
+    block = max(1, 100_000 // len(sizes))  # a block that fits the processor's cache is five times as fast
     for start in range(0, resamples, block):
         stop = min(start + block, resamples)
         shares = _draw(generators[0], stop - start, len(sizes))
@@ -145,7 +145,7 @@ def mean_interval(values) -> tuple[float, float, float]:
     Each query counts as independent.
 
     Raises:
-        InputError: no values, or one that is not finite.
+        InputError: there are no values, or one is not finite.
     """
     sample = np.asarray(values, dtype=np.float64)
     return _mean_intervals([sample[:, None] if sample.ndim == 1 else sample], None)[0]
@@ -175,7 +175,7 @@ def _mean_intervals(samples: list[np.ndarray], cluster: np.ndarray | None) -> li
 def standard_error(differences: np.ndarray, cluster: np.ndarray | None = None) -> np.ndarray:
     """Standard error of the mean of differences (..., n queries); cluster: int (n,), numbered from 0, default each query alone.
 
-    Deviations from the mean are summed within a cluster first, so queries of one cluster may agree (the CR1 estimator for a mean).
+    Deviations from the mean are summed within a cluster first, so queries of one cluster may be correlated (the CR1 estimator for a mean).
     """
     cluster = np.arange(differences.shape[-1]) if cluster is None else cluster
     order, sizes = np.argsort(cluster, kind="stable"), np.bincount(cluster)
@@ -215,15 +215,15 @@ def compare(
     measure: str = PRIMARY,
     shared: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
-    """Compare systems with a baseline; a row a system: system, difference, low, high, effect, p, p_holm, wins, ties, losses.
+    """Compare systems with a baseline; one row per system: system, difference, low, high, effect, p, p_holm, wins, ties, losses.
 
-    values: {system: its `per_query` table, or a list of them, one a seed}, all on the same queries. difference: system minus
+    values: {system: its `per_query` table, or a list of them, one per seed}, all on the same queries. difference: system minus
     baseline, with a paired bootstrap interval over queries and seeds. effect: the mean difference over its standard deviation
     across queries. p: paired t-test over queries, on means over seeds. p_holm: adjusted for the number of systems. wins: queries
     that the system ranks better. shared: the `clusters` of the queries, for intervals and p; default: each query is independent.
 
     Why the t-test: on measures like these its errors are those of the randomisation test or smaller (Smucker et al., CIKM 2007;
-    Urbano et al., SIGIR 2019), it needs no random numbers and has no smallest p. It speaks of new queries for these trained
+    Urbano et al., SIGIR 2019), it needs no random numbers and has no smallest p. It is about new queries for these trained
     models; what other seeds would give is in the interval only.
 
     Raises:
@@ -239,8 +239,8 @@ def compare(
     means = bootstrap_means([reference, *samples.values()], cluster=cluster)
     low, high = np.quantile(means[:, 1:] - means[:, :1], BOUNDS, axis=0)
     differences = np.array([sample.mean(axis=1) - reference.mean(axis=1) for sample in samples.values()])
-    differences = differences.reshape(len(samples), len(reference))  # also if there is nothing but the baseline
-    differences[np.abs(differences) < ROUNDING] = 0.0  # in the mean over seeds, which is no win
+    differences = differences.reshape(len(samples), len(reference))  # holds if there is only the baseline, too
+    differences[np.abs(differences) < ROUNDING] = 0.0  # rounding in the mean over seeds is not a win
     mean = differences.mean(axis=1)
     spread = differences.std(axis=1, ddof=1) if len(reference) > 1 else np.zeros_like(mean)
     p = paired_p(differences, cluster)
@@ -276,16 +276,16 @@ def by_seed(given: Tables, measure: str) -> np.ndarray:
 def extremes(
     values: Mapping[str, Tables], queries: Mapping[str, str], baseline: str = BASELINE, measure: str = PRIMARY, count: int = 3
 ) -> pd.DataFrame:
-    """The queries that each system wins and loses by most against the baseline, `count` of both at most.
+    """The queries that each system wins and loses by most against the baseline, at most `count` of each.
 
-    values: as in `compare`, means over seeds are compared. queries: {query_id: text}. A row a query: system, query, the baseline's
+    values: as in `compare`, means over seeds are compared. queries: {query_id: text}. One row per query: system, query, the baseline's
     and the system's value, difference; of equal differences the smaller query_id comes first.
     """
     query_ids = seeds_of(values[baseline])[0].index
     means = pd.DataFrame({system: by_seed(given, measure).mean(axis=1) for system, given in values.items()}, index=query_ids)
     rows = []
     for system in means.columns.drop(baseline):
-        difference = (means[system] - means[baseline]).round(12)  # rounding in the mean over seeds is no win
+        difference = (means[system] - means[baseline]).round(12)  # rounding in the mean over seeds is not a win
         won, lost = difference[difference > 0].nlargest(count), difference[difference < 0].nsmallest(count)
         for query_id in [*won.index, *lost.index]:
             row = means.loc[query_id]
@@ -308,13 +308,13 @@ def _same_queries(tables: dict[str, pd.DataFrame]) -> None:
 
 
 def detectable_difference(differences, alpha: float = 0.05, cluster: np.ndarray | None = None) -> float:
-    """The smallest true mean difference that a paired t-test on as many queries finds with 80% power (by the shift of t).
+    """The smallest true mean difference that a paired t-test on as many queries detects with 80% power (by the shift of t).
 
     differences: per query, between two systems like those in question; only their spread counts. cluster: as in `standard_error`.
-    For Holm over k systems give alpha / k.
+    For Holm over k systems pass alpha / k.
 
     Raises:
-        InputError: fewer than two queries, or clusters of them.
+        InputError: fewer than two queries, or clusters.
     """
     differences = np.asarray(differences, dtype=np.float64)
     groups = len(differences) if cluster is None else len(np.unique(cluster))

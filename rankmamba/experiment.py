@@ -1,13 +1,11 @@
 """The steps of a study, one system at a time: do it, keep what it made, leave its record.
 
-Every step is found in the records when it was done before with the same settings, so an interrupted study goes on where it was.
+A step that was done before with the same settings is found in the records, so an interrupted study resumes where it stopped.
 """
 
 import copy
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import threading
 import time
@@ -26,7 +24,7 @@ from .candidates import BM25, candidates_of
 from .collection import UNIONS, Collection, digest_of, load
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, clusters, per_query
-from .files import sha256, slug
+from .files import json_sha256, sha256, slug
 from .formats import read_run, write_run
 from .inputs import PairTokenizer
 from .interpolation import interpolate, interpolate_tuned, weight_values
@@ -50,7 +48,7 @@ PARTS = ("dev", "test")  # what is ranked
 class Experiment:
     """One study: a collection with /train, /dev and /test, and one folder for its records, runs, models and figures.
 
-    n_dev, n_test: how many queries are drawn, the same for every system and every seed; None takes all. seed: of training.
+    n_dev, n_test: how many queries are drawn, the same ones for every system and seed; None takes all. seed: of training.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class Experiment:
         self._splits: dict[str, Collection] = {}
 
     def split(self, name: str) -> Collection:
-        """Return the "train", "dev" or "test" part, with as many queries as the study uses."""
+        """Return the "train", "dev" or "test" part, with the number of queries that the study uses."""
         if name not in self._splits:
             self._splits[name] = load(f"{self.collection}/{name}").sample(self._sizes[name])
         return self._splits[name]
@@ -81,7 +79,7 @@ class Experiment:
     def first_stage(self, system: str, k1: float, b: float) -> dict:
         """Rank dev and test with BM25 and keep the runs; returns the record."""
         config = self._config(k1=k1, b=b)
-        if (record := self._found("first_stage", system, "test", config)) and self._has_runs(system):
+        if record := self._ranked("first_stage", system, config):
             return record
         started = time.perf_counter()
         index = BM25.build(self.split("test").documents, k1=k1, b=b)
@@ -95,7 +93,7 @@ class Experiment:
     def given_first_stage(self, system: str) -> dict:
         """Keep the candidates that come with the collection as the first stage; returns the record, with a note that says so."""
         config = self._config(candidates="given")
-        if (record := self._found("first_stage", system, "test", config)) and self._has_runs(system):
+        if record := self._ranked("first_stage", system, config):
             return record
         runs = {part: self.split(part).candidates for part in PARTS}
         for part, run in runs.items():
@@ -112,7 +110,7 @@ class Experiment:
         return None if record is None else fingerprint(record)
 
     def first_stages(self) -> list[str]:
-        """The systems of all first stages that were kept."""
+        """The systems of all first stages kept so far."""
         return [record["system"] for record in read_records(self.folder, "first_stage") if record["seed"] == self.seed]
 
     def train(
@@ -130,15 +128,15 @@ class Experiment:
 
     @staticmethod
     def _made(record: dict, folder: Path) -> bool:
-        """Whether a training's record speaks of the model in `folder`, not of one that another, killed training has replaced since."""
-        made = record["result"].get("weights")  # records of before 2026-11-28 lack it
+        """Whether a training's record is of the model in `folder`, not of one that another, killed training has since replaced."""
+        made = record["result"].get("weights")  # records made before 2026-11-28 lack it
         return (folder / WEIGHTS).is_file() and made in (None, sha256(folder / WEIGHTS))
 
     def trained(self, system: str) -> dict:
         """The record of a system's training.
 
         Raises:
-            InputError: it was not trained, or before the collection was edited, or its model is gone, or another's is in its place.
+            InputError: it was not trained, or the collection was edited since, or its model is gone or was replaced by another.
         """
         record, folder = self._last("train", system, "train"), self.model_path(system)
         if record is None or not self._made(record, folder):
@@ -151,8 +149,8 @@ class Experiment:
     ) -> dict:
         """Train with settings that are being tried out, in a folder of their own below trials/; returns the record.
 
-        It never replaces what the study keeps; a run of the study or a trial that had the same settings is found again. The training
-        queries are passed over as often as `max_steps` asks for.
+        It never replaces what the study keeps; a run of the study or a trial with the same settings is found again. There are as many
+        passes over the training queries as `max_steps` needs.
         """
         groups = (self.split("train").qrels["relevance"] > 0).sum()
         config = dataclasses.replace(config, epochs=max(config.epochs, math.ceil(config.max_steps * config.batch_size / groups)))
@@ -160,9 +158,8 @@ class Experiment:
         for record in self.runs():
             if record["config"] == settings | self._data and not record["result"]["partial"]:
                 return record
-        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         trial = copy.copy(self)  # shares the loaded splits
-        trial.folder, trial.seed = self.folder / "trials" / name, config.seed
+        trial.folder, trial.seed = self.folder / "trials" / json_sha256(settings)[:10], config.seed
         return trial.train(config, on_step, stop)
 
     def runs(self) -> list[dict]:
@@ -175,14 +172,14 @@ class Experiment:
     def rerank(self, system: str, first_stage: str, top_k: int, show_progress: bool = True, max_passages: int = 1) -> dict:
         """Rerank the first stage's `top_k` of each dev and test query with a trained system and keep the runs; returns the record.
 
-        max_passages: of a document, see `Reranker.rerank`. A reranking that was killed goes on with the queries that are not finished.
+        max_passages: of a document, see `Reranker.rerank`. A reranking that was killed resumes with the queries that are not finished.
         """
         folder, trained = self.model_path(system), fingerprint(self.trained(system))
         config = self._config(first_stage=first_stage, top_k=top_k, max_passages=max_passages, trained=trained)
         config |= {"ranked": self.ranked(first_stage)}
         journals = {part: self.run_path(system, part).with_suffix(".finished") for part in PARTS}
-        record = self._found("rerank", system, "test", config)
-        if not (record and self._has_runs(system)):
+        record = self._ranked("rerank", system, config)
+        if record is None:
             reranker, cost, runs = Reranker.from_pretrained(folder), Cost(), {}
             for part, journal in journals.items():
                 candidates, split = self.run(first_stage, part), self.split(part)
@@ -202,9 +199,9 @@ class Experiment:
         return record
 
     def evaluate(self, system: str, mixed_with: str | None = None, measure: str = PRIMARY) -> dict:
-        """Measure a system's test run, alone (behind its reranked documents the first stage's order) or mixed with a first stage.
+        """Measure a system's test run, alone (below its reranked documents the first stage's order) or mixed with a first stage.
 
-        The mixture's weights are chosen on dev and on the other folds of test, by `measure`. Returns the record, of the system "X" or
+        The mixture's weights are chosen on dev and on the other folds of test, by `measure`. Returns the record; its system is "X" or
         "X + bm25".
         """
         test, run = self.split("test"), self.run(system, "test")
@@ -229,8 +226,8 @@ class Experiment:
         return self._leave("evaluate", name, "test", self._config(**config), result, {}, note=note)
 
     def describe_queries(self) -> dict:
-        """Say of each test query how many words its relevant document has (the longest, if several) and which other queries share
-        it (`evaluate.clusters`), and of a union of several collections which queries are of which; returns the record."""
+        """Record for each test query how many words its relevant document has (the longest, if several) and its cluster of queries that
+        share one (`evaluate.clusters`), and for a union of collections which queries are of which; returns the record."""
         if record := self._found("queries", "relevant documents", "test", self._config()):
             return record
         test = self.split("test")
@@ -252,10 +249,10 @@ class Experiment:
         }
 
     def side_by_side(self, systems: Sequence[str], top: int = 5) -> tuple[str, pd.DataFrame]:
-        """Put the `top` documents of several systems beside one another for the test query on which they differ most.
+        """Put the `top` documents of several systems side by side for the test query on which they differ most.
 
-        Returns the query's text and a table, one column a system; relevant documents carry a tick,
-        and each the place that the first system gave it.
+        Returns the query's text and a table, one column per system; relevant documents carry a tick, and every document the place
+        that the first system gave it.
         """
         test = self.split("test")
         runs = {system: self.run(system, "test") for system in systems}
@@ -273,10 +270,10 @@ class Experiment:
         return test.queries[query_id], pd.DataFrame(columns).fillna("")
 
     def moves(self, systems: Sequence[str]) -> pd.DataFrame:
-        """Count the test queries whose first relevant document each system moved up, left in its place and moved down.
+        """Count the test queries whose first relevant document each system moved up, kept in its place or moved down.
 
-        A row a system; `at rank 1`: the queries for which it stands first there. The first stage's own row comes first. Queries
-        for which it found nothing relevant are left out.
+        One row per system; `at rank 1`: the queries for which it now stands first. The first stage's own row comes first. Queries for
+        which the first stage found nothing relevant are left out.
         """
         runs = {system: self.run(system, "test") for system in [BASELINE, *systems]}
         ranks = _first_relevant(runs, self.split("test").qrels).dropna(subset=BASELINE)
@@ -289,8 +286,8 @@ class Experiment:
         """Read a run that an earlier step kept.
 
         Raises:
-            InputError: there is none, it is not as long as its record says, or the collection was edited, its first stage
-                ranked with other settings or the system trained anew since.
+            InputError: there is none, its length is not what its record says, or the collection was edited, the first stage ranked
+                with other settings or the system trained anew since.
         """
         path = self.run_path(system, part)
         if not path.is_file():
@@ -317,6 +314,7 @@ class Experiment:
         return run
 
     def run_path(self, system: str, part: str) -> Path:
+        """Where the run of a system on "dev" or "test" is kept."""
         return self.folder / "runs" / f"{slug(system)}-{part}-seed{self.seed}.run"
 
     def _keep_runs(self, system: str, runs: dict[str, pd.DataFrame]) -> dict[str, int]:
@@ -325,10 +323,13 @@ class Experiment:
             write_run(self.run_path(system, part), run, system)
         return {part: len(run) for part, run in runs.items()}
 
-    def _has_runs(self, system: str) -> bool:
-        return all(self.run_path(system, part).is_file() for part in PARTS)
+    def _ranked(self, kind: str, system: str, config: dict) -> dict | None:
+        """The record of a ranking that was done with the same settings and whose runs are there."""
+        there = all(self.run_path(system, part).is_file() for part in PARTS)
+        return self._found(kind, system, "test", config) if there else None
 
     def model_path(self, system: str) -> Path:
+        """Where a system's trained model is kept."""
         return self.folder / "models" / f"{slug(system)}-seed{self.seed}"
 
     def _config(self, **settings) -> dict:
@@ -345,7 +346,7 @@ class Experiment:
 
     @cached_property
     def _data(self) -> dict:
-        """What tells a folder of one's own from itself before an edit, for the records' config; nothing for an id of ir_datasets."""
+        """The digest of a user's own collection folder, for the records' config: an edit changes it. Nothing for an id of ir_datasets."""
         return digest_of(f"{self.collection}/{part}" for part in ("train", *PARTS))
 
     def _check_data(self, record: dict, path: Path, remedy: str) -> None:
@@ -361,7 +362,7 @@ class Experiment:
 
 
 def _first_relevant(runs: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> pd.DataFrame:
-    """The rank of each query's first relevant document, a column a run."""
+    """The rank of each query's first relevant document, one column per run."""
     relevant = qrels.loc[qrels["relevance"] > 0, ["query_id", "doc_id"]]
     found = {system: run.merge(relevant, on=["query_id", "doc_id"]) for system, run in runs.items()}
     return pd.DataFrame({system: rows.groupby("query_id")["rank"].min() for system, rows in found.items()})
@@ -369,12 +370,12 @@ def _first_relevant(runs: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> pd.Da
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[dict], None]]:
-    """A bar over training steps with loss, elapsed and remaining time; yields what `train` calls after each step."""
+    """A progress bar over training steps with loss, elapsed and remaining time; yields what `train` calls after each step."""
     with tqdm(desc=title, unit="step", mininterval=1) as bar:
 
         def on_step(row: dict) -> None:
             bar.total = row["of"]
             bar.set_postfix(loss=f"{row['loss']:.2f}", refresh=False)
-            bar.update(row["step"] - bar.n)  # a training that goes on does not begin at 0
+            bar.update(row["step"] - bar.n)  # a resumed training does not begin at 0
 
         yield on_step

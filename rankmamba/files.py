@@ -1,8 +1,9 @@
-"""Files that are whole or absent: write under a temporary name, then rename. What the disk refuses is said once, with a remedy."""
+"""Files that are whole or absent: write under a temporary name, then rename. A disk that refuses is one error with a remedy."""
 
 import errno
 import glob
 import hashlib
+import json
 import os
 import platform
 import re
@@ -23,8 +24,8 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EACCES: "choose a folder that you may write",
     errno.EPERM: "choose a folder that you may write",
-    errno.ENOTDIR: "choose a folder that is no file",
-    errno.EEXIST: "choose a folder that is no file",
+    errno.ENOTDIR: "choose a folder that is not a file",
+    errno.EEXIST: "choose a folder that is not a file",
 }
 
 
@@ -34,7 +35,7 @@ def refusals(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        in_text = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors and tokenizers say it
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors and tokenizers report it
         number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
         if number not in REMEDIES:
             raise
@@ -76,7 +77,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _workspace(path: Path) -> Path:
-    """Make a new folder beside `path`, and remove those that killed processes of this machine left there."""
+    """Make a new folder beside `path`, and remove those that killed processes on this machine left there."""
     mine = f".{path.name}.{platform.node()}-"
     for left_over in path.parent.glob(f"{glob.escape(mine)}*"):
         process = left_over.name.removeprefix(mine).partition("-")[0]
@@ -92,7 +93,7 @@ def _replaced(workspace: Path, path: Path) -> Path:
 
 
 def _give_back(workspace: Path, path: Path) -> None:
-    """Put the folder that was `path` back if the new one did not come to take its place."""
+    """Put the folder that was `path` back if the new one did not take its place."""
     replaced = _replaced(workspace, path)
     if replaced.is_dir() and not path.exists():
         os.rename(replaced, path)
@@ -100,21 +101,21 @@ def _give_back(workspace: Path, path: Path) -> None:
 
 def _runs(process: int) -> bool:
     if os.name != "posix":
-        return True  # signal 0 would not be a question there
+        return True  # on Windows signal 0 is Ctrl-C, not a question
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # another user's
+        pass  # it runs, as another user
     return True
 
 
 def check_room(folder: Path, size: float, purpose: str, remedy: str) -> None:
-    """Refuse to begin what the disk of `folder`, which need not exist yet, has no room for; size: bytes.
+    """Refuse to begin work that the disk of `folder`, which need not exist yet, has no room for; size: bytes.
 
     Raises:
-        InputError: fewer are free.
+        InputError: fewer bytes are free.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -130,8 +131,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def alone(path: str | Path, waiting: str) -> Iterator[None]:
-    """Hold the lock file `path`; while another process holds it, print the line `waiting` and wait. It ends with its process."""
-    import filelock  # with what it imports a tenth of a second
+    """Hold the lock file `path`; while another process holds it, print `waiting` and wait. The lock goes when its process ends."""
+    import filelock  # importing it takes a tenth of a second
 
     lock = filelock.FileLock(path)
     try:
@@ -146,8 +147,13 @@ def alone(path: str | Path, waiting: str) -> Iterator[None]:
 
 
 def slug(name: str) -> str:
-    """Return a name as part of a file's name: a system that is a folder would lead out of the one the file goes to."""
+    """Make a name safe as part of a file name: a system may be a path, which would lead to another folder."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-")
+
+
+def json_sha256(value: object) -> str:
+    """Return the SHA-256 of a value as JSON, whatever the order of its keys, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -1,7 +1,7 @@
 """The files of a collection: documents (JSONL), queries (TSV), judgements and runs (TREC), read strictly and written plainly.
 
 A run is a DataFrame query_id (str), doc_id (str), score (float64), rank (int, from 1); qrels are query_id, doc_id and
-relevance (int). Ids are printable and hold no space, because the TREC formats could not carry them otherwise. Empty lines are
+relevance (int). Ids are printable and contain no spaces, which the TREC formats could not represent. Empty lines are
 skipped everywhere; anything else that is not as described is an `InputError` with file and line.
 """
 
@@ -76,7 +76,7 @@ class JsonlDocuments(Documents):
             self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __reduce__(self):
-        return JsonlDocuments, (self._path,)  # another process maps the file itself
+        return JsonlDocuments, (self._path,)  # pickled by path: another process maps the file itself
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -93,9 +93,9 @@ class JsonlDocuments(Documents):
 
 
 def sort_run(run: pd.DataFrame, path: str | Path | None = None) -> pd.DataFrame:
-    """Put a run into THE order: by query_id, then score descending, then doc_id ascending; ranks count from 1 in each query.
+    """Put a run into the order used everywhere: by query_id, then score descending, then doc_id ascending; ranks count from 1.
 
-    Ids are compared as strings, character by character. This is the one place that breaks ties. `path` is the file that the run
+    Ids are compared as strings, character by character. Ties are broken here and nowhere else. `path` is the file that the run
     was read from, for messages.
 
     Raises:
@@ -147,7 +147,7 @@ def write_documents(path: str | Path, documents: Mapping[str, str] | Iterable[tu
     """Write {doc_id: text}, or such pairs, as JSONL.
 
     Raises:
-        InputError: there is none, one is no such pair of strings, or a doc_id occurs twice; nothing is written then.
+        InputError: there are none, one is not such a pair of strings, or a doc_id occurs twice; nothing is written then.
     """
     written: set[str] = set()
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
@@ -167,7 +167,7 @@ def read_queries(path: str | Path) -> dict[str, str]:
     """Read queries from TSV (query_id, tab, text) as {query_id: text}; empty lines are skipped.
 
     Raises:
-        InputError: a line has not two columns, an id occurs twice, a text is empty, or there is no query.
+        InputError: a line does not have two columns, an id occurs twice, a text is empty, or there is no query.
     """
     queries = {}
     for number, _, line in read_lines(Path(path)):
@@ -194,7 +194,7 @@ def write_queries(path: str | Path, queries: Mapping[str, str]) -> None:
     """Write queries as TSV.
 
     Raises:
-        InputError: there is none, or an id or a text could not be read back; nothing is written then.
+        InputError: there are none, or an id or a text could not be read back; nothing is written then.
     """
     if not queries:
         raise InputError(f"expected at least one query, got none ({path})")
@@ -209,7 +209,7 @@ def read_qrels(path: str | Path) -> pd.DataFrame:
     """Read TREC qrels (query_id, iteration, doc_id, relevance) as a DataFrame query_id, doc_id, relevance, in file order.
 
     Raises:
-        InputError: a line has not four columns, a relevance is not a whole number, a pair is judged twice, or there is no line.
+        InputError: a line does not have four columns, a relevance is not a whole number, a pair is judged twice, or there is no line.
     """
     rows = []
     for number, _, line in read_lines(Path(path)):
@@ -233,7 +233,7 @@ def write_qrels(path: str | Path, qrels: pd.DataFrame) -> None:
     """Write qrels in the TREC format.
 
     Raises:
-        InputError: there is none, a relevance is not a whole number, an id has white space, or a pair is judged twice; nothing is
+        InputError: there are none, a relevance is not a whole number, an id contains white space, or a pair is judged twice; nothing is
             written then.
     """
     if qrels.empty:
@@ -253,7 +253,7 @@ def read_run(path: str | Path) -> pd.DataFrame:
     An empty file is a run without results.
 
     Raises:
-        InputError: a line has not six columns, a rank or score is no number, a score is not finite, or a document occurs twice.
+        InputError: a line does not have six columns, a rank or score is not a number, a score is not finite, or a document occurs twice.
     """
     query_ids, doc_ids, ranks, scores = [], [], [], []
     seen: dict[str, str] = {}  # one string object for each id and rank, however many lines name it
@@ -275,7 +275,7 @@ def read_run(path: str | Path) -> pd.DataFrame:
 
 
 def write_run(path: str | Path, run: pd.DataFrame, tag: str) -> None:
-    """Write a run in the TREC format, scores with all their digits, so that `read_run` gives the same run."""
+    """Write a run in the TREC format, scores with all their digits, so that `read_run` gives the same run back."""
     _id(tag, "tag", path)
     run = sort_run(run)
     for column in ("query_id", "doc_id"):
@@ -322,7 +322,7 @@ def _document(line: str, where: str) -> tuple[str, str]:
 
 
 def _checked(doc_id: str, text: str, where: str | Path, title: str = "") -> tuple[str, str]:
-    """Check what a document is made of, read or to be written: (doc_id, text with its title)."""
+    """Check the fields of a document, read or to be written: (doc_id, text with its title)."""
     for field, value in (("doc_id", doc_id), ("title", title), ("text", text)):
         if not isinstance(value, str):
             remedy = 'write "" for none' if value is None else "put it in quotes"
@@ -332,7 +332,7 @@ def _checked(doc_id: str, text: str, where: str | Path, title: str = "") -> tupl
 
 
 def _encodable(text: str, of: str, where: str | Path) -> str:
-    """Check that a file can hold a text."""
+    """Check that a text can be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -348,9 +348,9 @@ def _id(value: str, field: str, where: str | Path) -> str:
 
 
 def _numbers(texts: list[str], kind: type, expected: str, path: str | Path) -> np.ndarray:
-    """Convert a column of a file to int or float; what Python itself would add (1_000, nan, inf) is refused.
+    """Convert a column of a file to int or float; forms that only Python accepts (1_000, nan, inf) are refused.
 
-    The texts are those of the file's non-empty lines, in order; so the line of a wrong one is found again for the message.
+    The texts are those of the file's non-empty lines, in order, so that the message can name the line of a wrong one.
     """
     try:
         values = np.array(list(map(kind, texts)), dtype=np.float64 if kind is float else np.int64)

@@ -1,10 +1,9 @@
 """From (query, document) to token ids: the template, the truncation, right padding, batches by token budget.
 
 The two halves of a pair are tokenised apart and joined as ids. So a document's tokens never depend on the query, the same ids
-serve training, scoring and cached document states, and every text is tokenised once however many pairs it is in.
+serve training, scoring and stored document states, and every text is tokenised once, however many pairs it is in.
 """
 
-import hashlib
 import json
 import threading
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ import numpy as np
 import torch
 
 from .errors import InputError
+from .files import json_sha256
 
-TOKENISING = threading.Lock()  # a fast tokenizer keeps the limit of the call that is running in itself
-MOST_MATCHES = 3  # of a query token in the document that a mark tells apart
+TOKENISING = threading.Lock()  # a fast tokenizer holds the truncation of the running call as its own state
+MOST_MATCHES = 3  # of a query token in the document: a mark counts no further
 
 # What each kind of model reads, and the token whose hidden state becomes the score.
 KINDS = {
@@ -77,7 +77,7 @@ class PairTokenizer:
                 f"got max_length={max_length}, max_query_length={max_query_length}"
             )
         ids = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
-        self.pad_id = next(i for i in ids if i is not None)  # its value never matters: the mask hides it
+        self.pad_id = next(i for i in ids if i is not None)  # its value does not matter: the mask hides it
         self.typed = "token_type_ids" in tokenizer.model_input_names and self.query_first
 
     def queries(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -100,14 +100,15 @@ class PairTokenizer:
 
     @cached_property
     def vocabulary_digest(self) -> str:
-        """The SHA-256 of everything that decides which ids a text becomes, before the template and the truncation."""
+        """The SHA-256 of everything that decides which ids a text becomes, apart from the template and the truncation."""
         tokenizer = self.tokenizer
         if tokenizer.is_fast:
             words = json.loads(tokenizer.backend_tokenizer.to_str())
-            words = {name: value for name, value in words.items() if name not in ("truncation", "padding")}  # set by each call
+            # without what each call sets anew
+            words = {name: value for name, value in words.items() if name not in ("truncation", "padding")}
         else:
             words = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
-        return hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()
+        return json_sha256(words)
 
     def _tokenise(self, prefix: str, texts: Sequence[str], limit: int) -> list[np.ndarray]:
         if not texts:
@@ -141,7 +142,7 @@ class PairTokenizer:
     def mark(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:
         """Add to each of a query's ids how often it occurs in the document (up to `MOST_MATCHES`) times the size of the vocabulary.
 
-        So a small model need not learn to compare words (after MarkedBERT, ECIR 2021). Only the query is marked: what a causal
+        This spares a small model from learning to compare words (after MarkedBERT, ECIR 2021). Only the query is marked: what a causal
         model reads before it stays the same for every query.
         """
         counts = (query[:, None] == document[len(self.document_head) :]).sum(1)
@@ -179,15 +180,15 @@ def pair_specials(tokenizer) -> tuple[list[int], list[int], list[int]]:
 def token_batches(lengths: Sequence[int], batch_tokens: int, batch_cost: int) -> list[np.ndarray]:
     """Cut sequences, longest first, into batches of at most `batch_tokens` tokens after padding: arrays of indices.
 
-    Every index comes exactly once. Of all ways to cut the sequences in the order of their lengths, the one with the least cost is
-    taken: the tokens computed after padding, and for each batch `batch_cost` of them (`threads.batch_cost`). The longest come first,
-    so that a batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is alone.
+    Every index occurs exactly once. Of all ways to cut the sequences in the order of their lengths, the cheapest is taken; the cost
+    is the tokens computed after padding, plus `batch_cost` tokens per batch (`threads.batch_cost`). The longest come first, so that a
+    batch too large for the memory fails at the start and not at the end. A sequence longer than the budget is a batch of its own.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     longest = np.maximum(1, np.asarray(lengths)[order])
     sizes = np.maximum(1, batch_tokens // longest)
     counts = np.arange(1, sizes.max(initial=1) + 1)
-    # cost[j]: of the first j sequences; start[j]: where the last of their batches begins
+    # cost[j]: the least for the first j sequences; start[j]: where the last of their batches begins
     cost, start = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, dtype=int)
     cost[0] = 0
     for i, (length, size) in enumerate(zip(longest.tolist(), sizes.tolist(), strict=True)):

@@ -17,12 +17,12 @@ def interpolate(run: pd.DataFrame, candidates: pd.DataFrame, weight: float) -> p
     """Mix a reranked run with its first stage: weight * z(model) + (1 - weight) * z(first stage); returns a run.
 
     A reranker scores only the top of the candidates. The mix, and the mean and deviation of both z, are over the documents that
-    the model scored, query by query (equal scores: z = 0). The other candidates follow below in their first-stage order, as when
-    a top-k is reranked; their scores count down from the lowest mixed one. weight 1 gives exactly the model's order, 0 the first
-    stage's (of the whole list, if the model scored a top-k), and their scores are places.
+    the model scored, query by query (equal scores: z = 0). The other candidates follow in their first-stage order, as when a
+    top-k is reranked; their scores count down from the lowest mixed one. Weight 1 gives exactly the model's order, 0 the first
+    stage's (of the whole list, if the model scored a top-k), with places as scores.
 
     Raises:
-        InputError: a weight outside [0, 1], or a document that is no candidate of its query.
+        InputError: the weight is outside [0, 1], or a document is not a candidate of its query.
     """
     return _mix(_align(run, candidates), weight)
 
@@ -30,7 +30,7 @@ def interpolate(run: pd.DataFrame, candidates: pd.DataFrame, weight: float) -> p
 def weight_values(
     run: pd.DataFrame, candidates: pd.DataFrame, qrels: pd.DataFrame, measure: str = PRIMARY, weights: Sequence[float] = WEIGHTS
 ) -> pd.DataFrame:
-    """A measure of `interpolate` for every weight: a row a judged query, a column a weight."""
+    """A measure of `interpolate` for every weight: one row per judged query, one column per weight."""
     return _weight_values(_align(run, candidates), qrels, measure, weights)
 
 
@@ -52,9 +52,9 @@ def interpolate_tuned(
     measure: str = PRIMARY,
     folds: int = FOLDS,
 ) -> tuple[pd.DataFrame, list[float]]:
-    """Mix each fold of the queries with the weight that is best on the others and on the dev queries: (run, a weight a fold).
+    """Mix each fold of the queries with the weight that is best on the others and on the dev queries: (run, one weight per fold).
 
-    dev: `weight_values` of the dev queries. Folds are neighbours in the order of the query ids; no query's judgement has a say in its
+    dev: `weight_values` of the dev queries. Folds are contiguous in the order of the query ids; no query's judgements influence its
     own weight.
     """
     aligned = _align(run, candidates)

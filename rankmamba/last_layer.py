@@ -2,7 +2,7 @@
 
 A reranker uses one token of the last layer's output. Everything in that layer that works token by token (projections of the
 queries, the feed-forward network, a mixer's gate and output projection), and the attention or Mamba-2's scan of the other tokens, is
-therefore left out; the scores stay the same, and a sixth of a six-layer encoder's work goes away.
+therefore skipped; the scores stay the same, and a sixth of a six-layer encoder's work is saved.
 """
 
 import copy
@@ -17,9 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .native_attention import NATIVE, sdpa_mask
 
-# For each type of backbone: its list of layers, its attention, and what in a layer works token by token, with an output at other tokens
-# that nobody reads: a module, or from one (its inputs are cut) to another (its output is filled up), "" being the layer. Neither end
-# of such a span is a linear map: an adapter would wrap it and see only half of this.
+# For each type of backbone: its list of layers, its attention, and the parts of a layer that work token by token and whose output at
+# other tokens nobody reads: a module, or a span from one (its inputs are cut) to another (its output is filled up), "" being the layer
+# itself. Neither end of such a span is a linear map: an adapter would wrap it and see only half of this.
 BERT = ("encoder.layer", "attention.self", ("attention.self.query", ("attention.output", "")))
 MAMBA = ("layers", None, ())  # its mixers compute one token's output themselves
 TOKENWISE = {
@@ -27,14 +27,14 @@ TOKENWISE = {
     "roberta": BERT,
     "electra": BERT,
     "gpt_neox": ("layers", "attention", ("attention.dense", "mlp")),
-    # OPT's keys and values, unlike its queries, are read from every token
+    # unlike its queries, OPT's keys and values are read from every token
     "opt": ("decoder.layers", "self_attn", ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")),
     "mamba": MAMBA,
     "mamba2": MAMBA,
     "falcon_mamba": MAMBA,
     "nemotron_h": MAMBA,
 }
-POOLED = "rankmamba_pooled_sdpa"  # Hugging Face finds an implementation of attention by its name
+POOLED = "rankmamba_pooled_sdpa"  # the name by which Hugging Face finds this implementation of attention
 
 
 class LastLayer:
@@ -68,7 +68,7 @@ class LastLayer:
 
     @property
     def pools_attention(self) -> bool:
-        """Whether the attention, too, is of the pooled token alone: not with an implementation that is neither SDPA nor ours."""
+        """Whether the attention, too, computes only the pooled token: it must be SDPA or ours."""
         return self._attention is not None and self._config._attn_implementation in ("sdpa", NATIVE)
 
     @contextmanager
@@ -105,7 +105,7 @@ class LastLayer:
 
 
 class _Batch(threading.local):
-    """What a thread is computing: the positions (B,) that are needed, or None for all, and the shape of what a map was given."""
+    """What a thread is computing: the positions (B,) that are needed, None for all, and the shape of the inputs that were cut."""
 
     positions, shape = None, None
 

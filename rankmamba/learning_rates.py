@@ -1,10 +1,10 @@
 """The learning rate of every system, by the same search for each: `python -m rankmamba.learning_rates --scale quick`.
 
-Every system of the scale is trained with every rate, else by the scale's own recipe, and ranks the dev queries; no test query is
+Every system of the scale is trained with every rate, otherwise by the scale's own recipe, and ranks the dev queries; no test query is
 touched. The best rate is the one with the lowest loss over the last quarter of the steps: in the first pass over the training queries each
 step's groups are new to the model, all rates see the same ones, and thousands of documents tell rates apart that a few hundred dev
-queries cannot. Search over as many steps as the training will have: fewer of them favour higher rates. A search that was stopped goes
-on where it was.
+queries cannot. Search over as many steps as the training will have: fewer favour higher rates. A search that was stopped
+resumes where it was.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .backbones import find
 from .candidates import candidates_of
 from .collection import Collection, digest_of
 from .errors import InputError
@@ -27,22 +26,9 @@ from .files import refusals
 from .parameters import ROOT, parse_parameters, settle
 from .reranker import Reranker
 from .results import environment, find_record, leave_record
-from .train import TrainConfig
+from .train import TrainConfig, scale_config
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-
-
-def scale_config(given: dict, system: str) -> TrainConfig:
-    """The configuration that a scale's parameters give a system, as in 02_train."""
-    rates, steps = given["learning_rates"], given["max_steps"]
-    names = ("batch_size", "group_size", "epochs", "warmup", "seed", "max_length", "max_query_length")
-    return TrainConfig(
-        system,
-        learning_rate=rates.get(system, rates["default"]),
-        max_steps=steps.get(system, steps["default"]),
-        lora_r=find(system).lora_r,
-        **{name: given[name] for name in names},
-    )
 
 
 def last_quarter(curve: Sequence[dict]) -> float:
@@ -59,9 +45,9 @@ def measured_on(dev: Collection, reranker: Reranker, top_k: int) -> dict:
 
 
 def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
-    """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if it was done.
+    """Train with one rate and measure every dev query on the reranked `top_k`; returns the record, found again if done before.
 
-    Of a training that diverged it has "diverged", the reason.
+    If the training diverged, its result is {"diverged": the reason}.
     """
     settings = config.settings() | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
     settings |= digest_of(f"{experiment.collection}/{part}" for part in ("train", "dev"))
@@ -80,7 +66,7 @@ def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
 
 
 def table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system and a rate: the loss at the end, the mean on dev with its 95% interval, and whether it is the system's best.
+    """One row per system and rate: the loss at the end, the mean on dev with its 95% interval, and whether it is the system's best.
 
     NaN where the training diverged.
     """

@@ -1,7 +1,7 @@
 """From a doc_id to its row in a store too large for a dictionary: the sorted 64-bit hashes of all ids, and the row of each.
 
-A lookup is an array "<u8" (2, documents), which may be mapped. name(row) gives the doc_id of a row; it is asked to tell ids of one
-hash apart.
+A lookup is an array "<u8" (2, documents), which may be mapped. name(row) gives the doc_id of a row; it tells apart ids that share a
+hash.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from .errors import InputError
 
 
 def hash_id(doc_id: str) -> int:
-    """Return the 64 bits that a doc_id is sorted by."""
+    """Return the 64-bit hash that a doc_id is sorted by."""
     return int.from_bytes(hashlib.blake2b(doc_id.encode(), digest_size=8).digest(), "little")
 
 
@@ -38,7 +38,7 @@ def find(lookup: np.ndarray, doc_id: str, name: Callable[[int], str]) -> int | N
     hashes, rows = lookup
     wanted = np.uint64(hash_id(doc_id))
     place = int(np.searchsorted(hashes, wanted))
-    while place < len(hashes) and hashes[place] == wanted:  # as good as never more than one
+    while place < len(hashes) and hashes[place] == wanted:  # hardly ever more than one
         if name(int(rows[place])) == doc_id:
             return int(rows[place])
         place += 1

@@ -1,4 +1,4 @@
-"""Out of memory: tell it from other errors, and give back what can be given back before a smaller try."""
+"""Out of memory: tell it from other errors, and free what can be freed before a smaller attempt."""
 
 import ctypes
 from contextlib import suppress
@@ -6,7 +6,7 @@ from contextlib import suppress
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-# oneDNN's words when there is no memory for the code that it generates
+# oneDNN's messages when there is no memory for the code that it generates
 ONEDNN = ("could not create a primitive", "could not create a memory")
 
 
@@ -23,6 +23,6 @@ def free_memory() -> None:
 
 
 def return_freed() -> None:
-    """Give freed memory back to the system: glibc keeps it, where oneDNN cannot have it and a measurement does not see it used again."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library; Windows, where the process has no handle by None
+    """Return freed memory to the system: glibc keeps it, where oneDNN cannot use it and a measurement does not see it reused."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library; on Windows CDLL(None) fails
         ctypes.CDLL(None).malloc_trim(0)

@@ -17,19 +17,19 @@ from .scan.precision import autocasts
 
 
 def has_scan(model: nn.Module) -> bool:
-    """Say whether `rankmamba.scan` computes anything in this model."""
+    """Return whether `rankmamba.scan` computes anything in this model."""
     return any(isinstance(module, _ScanMixer) for module in model.modules())
 
 
 @dataclass
 class MambaState:
-    """What a Mamba backbone keeps of the tokens it has read: two tensors, whatever their number.
+    """What a Mamba backbone keeps of the tokens it has read: two tensors, however many tokens.
 
     conv: (layers, B, K-1, W), the last inputs of each convolution; W is E (Mamba) or E + 2 G N (Mamba-2).
     ssm: (layers, B, E, N) or (layers, B, H, P, N), float32. `MambaState()` has read nothing.
 
-    Give it to the backbone as `cache_params`. A forward pass never changes it; what the backbone knows afterwards is
-    `state.after`. With record=False `after` is not kept, which saves its memory.
+    Pass it to the backbone as `cache_params`. A forward pass never changes it; the state afterwards is `state.after`. With
+    record=False `after` is not kept, which saves its memory.
 
     >>> state = MambaState()
     >>> backbone(input_ids=documents, attention_mask=mask, cache_params=state, use_cache=False)
@@ -67,7 +67,7 @@ class MambaState:
 
 @dataclass
 class _HuggingFaceCache:
-    """The same two calls on transformers' own cache, so that generate() works; its convolution state has one input more."""
+    """The same two methods for transformers' own cache, so that generate() works; its convolution state has one input more."""
 
     cache: object
     taps: int
@@ -89,7 +89,7 @@ class _HuggingFaceCache:
 class _Padding:
     """Where the real tokens of a batch are.
 
-    lengths: (B,). order, back: (B, L), which put them to the front of their row and back again; None where they stand in front.
+    lengths: (B,). order, back: (B, L), which move them to the front of their row and back; None where they already are in front.
     """
 
     lengths: torch.Tensor
@@ -116,22 +116,22 @@ class _Padding:
         return hidden if self.back is None else hidden.gather(1, self.back[..., None].expand_as(hidden))
 
     def in_front(self, places):
-        """Where tokens (B, n) stand once the real ones are in front."""
+        """Where tokens (B, n) are once the real ones are in front."""
         return places if self.back is None else self.back.gather(1, places)
 
     def beyond(self, length):
-        """(B, L), true behind the last real token."""
+        """(B, L), true after the last real token."""
         return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
 
 
 class _ScanMixer:
     """What the three mixers share: padding, states and the convolution.
 
-    A causal model cannot see to its right, so once the real tokens of a row stand in front, the tokens behind them need care only
+    A causal model cannot see to its right, so once the real tokens of a row are in front, the tokens after them matter only
     where a final state is wanted.
     """
 
-    pooled_batch = None  # in a last layer: `last_layer._Batch`, whose positions are the only tokens with an output that is read
+    pooled_batch = None  # in a last layer: `last_layer._Batch`; only the output at its positions is read
 
     def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
         """(B, L, D) -> (B, L, D). attention_mask: (B, >= L), 1 = real. cache_params: `MambaState`, their Cache or None."""
@@ -155,7 +155,7 @@ class _ScanMixer:
         return self.out_proj(mixed if padding is None else padding.put_back(mixed))
 
     def _split(self, hidden_states, at, gate, rest):
-        """in_proj's outputs: `gate`, of the tokens at `at` alone, and `rest`. gate, rest: slices of its rows."""
+        """in_proj's outputs: `gate`, only for the tokens at `at`, and `rest`. gate, rest: slices of its rows."""
         if type(self.in_proj) is not nn.Linear:  # an adapter cannot be cut
             projected = self.in_proj(hidden_states)
             return _take(projected, at)[..., gate], projected[..., rest]
@@ -188,7 +188,7 @@ def _take(hidden, at):
 
 
 def _by_channel(linear, x, bias=True):
-    """linear(x): (B, L, D) -> (B, L, W). On a GPU each channel's tokens lie side by side: Mamba's CUDA kernels read them so."""
+    """linear(x): (B, L, D) -> (B, L, W). On a GPU each channel's tokens are contiguous, as Mamba's CUDA kernels read them."""
     if not x.is_cuda or type(linear) is not nn.Linear or (bias and linear.bias is not None):
         return linear(x) if bias else F.linear(x, linear.weight)
     return (linear.weight @ x.flatten(0, 1).T).unflatten(1, x.shape[:2]).permute(1, 2, 0)
@@ -198,8 +198,8 @@ class ScanMamba(_ScanMixer):
     """Mamba's mixer (arXiv 2312.00752, figure 3), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, past_conv, past_ssm, padding, record, at=None):
-        """(B, L, D) -> (B, L, E), or of the tokens at `at` (B, 1) alone; and if they are to be recorded the last inputs of the
-        convolution and the last state."""
+        """(B, L, D) -> (B, L, E), or (B, 1, E) of the tokens at `at` (B, 1); and, if recorded, the convolution's last inputs and the
+        last state."""
         if at is None:
             x, z = _by_channel(self.in_proj, hidden_states).chunk(2, dim=-1)
         else:
@@ -210,7 +210,7 @@ class ScanMamba(_ScanMixer):
         low_rank, B, C = self._select(u)
         delta, delta_bias = self._delta(low_rank)
         if record and padding is not None:
-            # softplus(-1e4) = 0: nothing is added to the state and nothing of it decays
+            # softplus(-1e4) = 0: nothing is added to the state and nothing decays
             delta = delta.masked_fill(padding.beyond(delta.shape[1])[..., None], -1e4)
         y = selective_scan(
             u,
@@ -228,7 +228,7 @@ class ScanMamba(_ScanMixer):
         return (y if at is None else _take(y, at) * F.silu(gate)), last_inputs, last_state
 
     def _select(self, u):
-        """(B, L, E) -> what depends on the token: delta before its projection (B, L, R), B and C (B, L, N)."""
+        """(B, L, E) -> the input-dependent parameters: delta before its projection (B, L, R), B and C (B, L, N)."""
         return self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
 
     def _delta(self, low_rank):
@@ -236,7 +236,7 @@ class ScanMamba(_ScanMixer):
         if type(self.dt_proj) is nn.Linear:
             # The bias decides the step's size (softplus of about -5); adding it in bfloat16 would move the step by a percent.
             return _by_channel(self.dt_proj, low_rank, bias=False), self.dt_proj.bias.float()
-        # LoRA, a quantised layer: only its own call is right, and there the bias is inside. So not in autocast's bfloat16.
+        # LoRA or a quantised layer: only its own call is right, which adds the bias itself; so keep it out of autocast's bfloat16.
         with torch.autocast(low_rank.device.type, enabled=False):
             return self.dt_proj(low_rank.to(self.dt_proj.bias.dtype)), None
 
@@ -281,12 +281,12 @@ class ScanMamba2(_ScanMixer):
 
 
 class ScanRMSNorm:
-    """The norm before each block, which transformers makes of seven passes over the tokens."""
+    """The norm before each block, which takes transformers seven passes over the tokens."""
 
     before_products = False
 
     def forward(self, hidden_states):
-        """(B, L, D) -> (B, L, D). Before products it rounds as autocast would for them, which saves a pass over the tokens."""
+        """(B, L, D) -> (B, L, D). Before matrix products it rounds as autocast would, which saves a pass over the tokens."""
         device = hidden_states.device.type
         rounds = self.before_products and autocasts(device)
         dtype = torch.get_autocast_dtype(device) if rounds else None

@@ -1,7 +1,7 @@
 """The network of a reranker: any Hugging Face backbone, one pooled token, dropout, one linear head.
 
-It is a Hugging Face model of its own type, so `AutoModelForSequenceClassification.from_pretrained(folder)` loads what we save
-once `rankmamba.model` is imported.
+It is a Hugging Face model of its own type: once `rankmamba.model` is imported,
+`AutoModelForSequenceClassification.from_pretrained(folder)` loads what we save.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class RerankerConfig(PreTrainedConfig):
 class RerankerModel(PreTrainedModel):
     """backbone -> pooled token -> dropout -> Linear(D, 1); the head and its logits are float32 whatever the backbone runs in.
 
-    Pooled is the first token (encoder), the last real token by the mask (causal), the only decoder step (encoder-decoder).
+    The pooled token is the first (encoder), the last real token by the mask (causal), the only decoder step (encoder-decoder).
     """
 
     config_class = RerankerConfig
@@ -61,7 +61,7 @@ class RerankerModel(PreTrainedModel):
 
     def __init__(self, config: RerankerConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.loss_type = "ForSequenceClassification"  # transformers goes by the name of the class
+        self.loss_type = "ForSequenceClassification"  # transformers would infer it from the class's name
         backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None  # BERT's pooler belongs to its next-sentence task; the head reads the token itself
@@ -93,8 +93,8 @@ class RerankerModel(PreTrainedModel):
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, dropout_mask=None, **kwargs):
         """Score B pairs.
 
-        input_ids, attention_mask, token_type_ids: int64 (B, L). dropout_mask: float32 (B, D), 0 or 1 / (1 - p), what the head's
-        dropout multiplies by; drawn here if it is not given. Returns logits float32 (B, num_labels).
+        input_ids, attention_mask, token_type_ids: int64 (B, L). dropout_mask: float32 (B, D), 0 or 1 / (1 - p), the factors of
+        the head's dropout; drawn here if not given. Returns logits float32 (B, num_labels).
         """
         positions = pooled_positions(input_ids, attention_mask, self.config.kind)
         logits = self.score_hidden(lambda: self._hidden(input_ids, attention_mask, token_type_ids), positions, dropout_mask)
@@ -119,8 +119,8 @@ class RerankerModel(PreTrainedModel):
     def _hidden(self, input_ids, attention_mask, token_type_ids):
         kind, inputs = self.config.kind, {"input_ids": input_ids, "attention_mask": attention_mask}
         if kind == "causal":
-            # To the right of the last real token there is nothing that a causal model could see: padding on the right needs no
-            # mask, and without one the attention runs its fast causal kernel.
+            # A causal model cannot see padding to the right of the last real token, so it needs no mask, and without one the
+            # attention runs its fast causal kernel.
             if attention_mask is not None and bool(attention_mask[:, 0].all()):
                 del inputs["attention_mask"]
             inputs["use_cache"] = False
@@ -139,7 +139,7 @@ class RerankerModel(PreTrainedModel):
 
 
 def _share_projection(backbone: PreTrainedModel) -> None:
-    """Where encoder and decoder share their word embeddings, it is now what is learnt beside the fixed ones that is saved once."""
+    """Where encoder and decoder share their word embeddings, save what is learnt beside the fixed ones only once."""
     tied = {name.removesuffix("weight"): of.removesuffix("weight") for name, of in (backbone._tied_weights_keys or {}).items()}
     learnt = ("projection.weight", "matches.weight")
     backbone._tied_weights_keys = {name + part: of + part for name, of in tied.items() for part in learnt}
@@ -156,7 +156,7 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """Say which token of each sequence the head reads: ids and mask (B, L) -> int64 (B,)."""
+    """Return which token of each sequence the head reads: ids and mask (B, L) -> int64 (B,)."""
     batch, length = input_ids.shape
     if kind != "causal":
         return input_ids.new_zeros(batch)

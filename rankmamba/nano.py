@@ -1,7 +1,7 @@
-"""The nano backbones: one budget (3.1 to 3.3 M parameters outside the embeddings), one vocabulary, another sequence mixer each.
+"""The nano backbones: one budget (3.1 to 3.3 M parameters outside the embeddings), one vocabulary, a different sequence mixer each.
 
-Nothing else differs on purpose: no dropout, the same width, 2048 positions where a family counts them. The same functions make the
-tiny ones of the tests.
+Nothing else differs intentionally: no dropout, the same width, 2048 positions where a family counts them. The same functions make the
+tiny backbones of the tests.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def nano_t5(width: int = 256, layers: int = 3) -> PreTrainedConfig:
         num_decoder_layers=1,
         num_heads=_heads(width),
         d_kv=width // _heads(width),
-        d_ff=7 * width // 2,  # 4 would leave the common budget
+        d_ff=7 * width // 2,  # 4 * width would exceed the common budget
         dropout_rate=0.0,
         decoder_start_token_id=0,
         pad_token_id=0,
@@ -70,7 +70,7 @@ def nano_mamba2(width: int = 256, layers: int = 7) -> PreTrainedConfig:
 
 
 def nano_hybrid(width: int = 256, layers: int = 7) -> PreTrainedConfig:
-    """nano-mamba2 whose middle layer is attention without positions, as wide inside as the mixer that it stands for."""
+    """nano-mamba2 whose middle layer is attention without positions, as wide inside as the mixer that it replaces."""
     twin = nano_mamba2(width, layers)
     return NemotronHConfig(
         vocab_size=VOCABULARY,
@@ -94,7 +94,7 @@ def nano_hybrid(width: int = 256, layers: int = 7) -> PreTrainedConfig:
 
 
 def _sizes(width: int, layers: int) -> dict[str, int]:
-    """What BERT, GPT-NeoX and OPT call alike."""
+    """The settings that BERT, GPT-NeoX and OPT call by the same names."""
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": _heads(width)}
     return sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
 

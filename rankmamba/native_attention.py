@@ -1,7 +1,7 @@
-"""Transformers' attention on our own CPU kernel, as the scan is for Mamba: under a name of Hugging Face's.
+"""Transformers' attention on our own CPU kernel, as Mamba has its scan; registered with Hugging Face under a name.
 
-PyTorch's SDPA reaches an eighth to a quarter of the processor's speed on texts of a hundred or two tokens; what is compared here on a
-CPU are architectures, not how much care each one's kernel got. Dropout and gradients of a bias stay with SDPA.
+PyTorch's SDPA reaches an eighth to a quarter of the processor's speed on texts of one or two hundred tokens, and architectures are to
+be compared here, not the care that each one's kernel got. Dropout and gradients of a bias stay with SDPA.
 """
 
 import torch
@@ -30,7 +30,7 @@ def native_attention(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attend; with SDPA where dropout, the gradient of a bias, another precision or another mask is wanted.
+    """Compute attention; with SDPA where dropout, the gradient of a bias, another precision or another mask is needed.
 
     query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size). attention_mask: None, or
     (B, K), false where a key is hidden, or as SDPA takes it. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
@@ -56,7 +56,7 @@ def native_attention(
 
 
 def sdpa_mask(seen: torch.Tensor | None, causal: bool, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """Return what SDPA needs to hide the same keys: bool (B or 1, 1, L or 1, K), or None where its own causal kernel does.
+    """Return the mask with which SDPA hides the same keys: bool (B or 1, 1, L or 1, K), or None where its own causal kernel does.
 
     seen: None or (B, K). causal: the last query sees all keys, each before it one less. query, key: as in `native_attention`.
     """
@@ -82,7 +82,7 @@ def native_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_f
 
 
 def runs(model_type: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether the kernel serves a family on a device, with products in `dtype`."""
+    """Return whether the kernel serves a family on a device, with products in `dtype`."""
     return model_type in PLAIN and device.type == "cpu" and dtype in PRECISIONS and scan.kernel(device).name == "native"
 
 

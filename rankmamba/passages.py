@@ -1,4 +1,4 @@
-"""What of a long document is read: FirstP its beginning, LongP a longer beginning, MaxP several passages of which the best counts.
+"""How much of a long document is read: FirstP its beginning, LongP a longer beginning, MaxP several passages of which the best counts.
 
 FirstP and LongP differ only in `max_length`. MaxP (Dai and Callan, SIGIR 2019) cuts a document into passages as long as a pair has
 room for, half of each shared with the next; the document's score is that of its best passage.

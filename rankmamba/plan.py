@@ -1,10 +1,10 @@
 """Before a study at scale paper: what it fetches and where to, each run of the papers as one command, and how long it takes here.
 
-The hours are those of a measured minute: one published backbone of each family is trained and scored on this device (`profiling`), and
-a token's time is taken to grow with the parameters. Every document is taken to fill its pair, so the hours are an upper bound.
+The hours are extrapolated from a minute of measuring: one published backbone of each family is trained and scored on this device
+(`profiling`), and the time per token is assumed to grow with the parameters. Every document is assumed to fill its pair, so the hours
+are an upper bound.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,9 +14,9 @@ from typing import NamedTuple
 from .errors import InputError
 from .parameters import read_scale
 
-TELL = 1e9  # bytes; a study on more says so and asks
+TELL = 1e9  # bytes; a study that fetches more says so and asks
 MINUTE, MEASURED = 60.0, 512  # seconds of measuring, for all families together; tokens of the sequences
-TOKENS_OF_A_DOCUMENT = 1300  # of MS MARCO, about, cut at what a token store keeps
+TOKENS_OF_A_DOCUMENT = 1300  # roughly, in MS MARCO, cut at what a token store keeps
 
 # Of arXiv 2403.18276 (FirstP, 512 tokens) and the documents of arXiv 2412.14354 (LongP). Their tables were not seen: these are the
 # checkpoints and lengths that their text, their code and readers' notes name, and the other sizes of the same families.
@@ -61,7 +61,7 @@ class Rate(NamedTuple):
 
 
 class Download(NamedTuple):
-    """One file that a study needs: size in bytes, where it goes, whether it is there."""
+    """One file that a study needs: size in bytes, where it goes, whether it is there already."""
 
     what: str
     size: int
@@ -79,22 +79,18 @@ def paper_runs() -> list[Run]:
 
 
 def downloads(collections: Iterable[str]) -> list[Download]:
-    """Say which files ir_datasets fetches for some of its ids, by its own list; those of the package itself have none."""
+    """List the files that ir_datasets fetches for some ids; our own collections have none."""
     import ir_datasets
 
-    with ir_datasets.util.PackageDataFile("etc/downloads.json").stream() as stream:
-        files = json.load(stream)
+    from .collection import download_of
+
     found = {}
     for name in collections:
-        base, *subsets = name.split("/")
-        of_base = files.get(base, {})
         for kind in ("docs", "queries", "qrels", "scoreddocs"):
-            # ".../judged" has no files of its own: those above it count
-            keys = ("/".join([*subsets[:depth], kind]) for depth in range(len(subsets), -1, -1))
-            key = next((key for key in keys if key in of_base), None)
-            if key is not None and "cache_path" in of_base[key]:
-                place = ir_datasets.util.home_path() / base / of_base[key]["cache_path"]
-                found[key] = Download(f"{base}/{key}", of_base[key].get("size_hint", 0), place, place.exists())
+            key, file = download_of(name, kind)
+            if "cache_path" in file:
+                place = ir_datasets.util.home_path() / name.split("/")[0] / file["cache_path"]
+                found[key] = Download(key, file.get("size_hint", 0), place, place.exists())
     return list(found.values())
 
 
@@ -109,10 +105,10 @@ def parts(settings: dict) -> list[str]:
 def announce(settings: dict, yes: bool) -> None:
     """Before a study on a collection of gigabytes, say what it fetches and where to and how long it takes here, and ask.
 
-    Nothing is said of smaller ones. yes: do not ask; without a terminal nothing else goes on.
+    Smaller collections are passed over silently. yes: do not ask; without a terminal, only `yes` lets the study go on.
 
     Raises:
-        InputError: it was not agreed to.
+        InputError: the user did not agree.
     """
     files = downloads(parts(settings))
     if sum(file.size for file in files) < TELL:
@@ -176,7 +172,7 @@ def pairs(settings: dict) -> tuple[int, int]:
 
 
 def estimate(system: str, max_length: int, rates: dict[str, Rate], training: int, scoring: int) -> float:
-    """Estimate a run's hours from its stand-in's rate: a token's time is taken to grow with the parameters."""
+    """Estimate a run's hours from its stand-in's rate: the time per token is assumed to grow with the parameters."""
     from .backbones import find
 
     measured = stand_in(system)
@@ -186,9 +182,9 @@ def estimate(system: str, max_length: int, rates: dict[str, Rate], training: int
 
 
 def gigabytes(system: str) -> float:
-    """The most that a run's models take on the disk: the backbone, two checkpoints of the training and a third being written.
+    """The most that a run's models take on the disk, in GB: the backbone, two checkpoints of the training and a third being written.
 
-    A checkpoint has the weights and AdamW's two moments of those that are trained: with LoRA, next to none.
+    A checkpoint has the weights, and AdamW's two moments of those that are trained: with LoRA, hardly any.
     """
     from .systems import SYSTEMS
 

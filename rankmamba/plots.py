@@ -4,10 +4,9 @@ Figures are unknown to pyplot: none has to be closed, none leaks between cells. 
 has X's colour and an open marker.
 """
 
-import functools
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -33,6 +32,8 @@ from .evaluate import BASELINE, PRIMARY, Tables, by_seed, seeds_of, summarise
 from .files import replacing
 from .style import STYLE, base, brief, look, mixed, order
 
+styled = matplotlib.rc_context(STYLE)  # decorates what draws a figure
+
 
 class Chart(Figure):
     """A figure that notebooks show by themselves (IPython knows plain ones only once pyplot has chosen its backend)."""
@@ -53,22 +54,13 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
     return path
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    @functools.wraps(draw)
-    def styled(*arguments, **options):
-        with matplotlib.rc_context(STYLE):
-            return draw(*arguments, **options)
-
-    return styled
-
-
-@_styled
+@styled
 def forest(
     values: Mapping[str, Tables],
     measures: str | Sequence[str] = PRIMARY,
     shared: Mapping[str, int] | None = None,
 ) -> Figure:
-    """Mean and 95% interval of every system, a panel a measure; the baseline's as a line and a band across.
+    """Mean and 95% interval of every system, one panel per measure; the baseline's as a line and a band across.
 
     values: {system: its `per_query` table, or one for each seed}. A system and its mixture share a row; ticks are single seeds.
     shared: as in `evaluate.summarise`.
@@ -102,7 +94,7 @@ def forest(
     return figure
 
 
-@_styled
+@styled
 def cost(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     """Effectiveness against speed on a logarithmic axis, from one collection's final table; without a speed, a line across.
 
@@ -123,12 +115,12 @@ def cost(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     if low < high:
         axes.set(xscale="log", xlim=(low, high))
         axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter=EngFormatter())
-    _end_labels(axes, labels)
+    end_labels(axes, labels)
     _key(figure, table["system"])
     return figure
 
 
-@_styled
+@styled
 def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]], group_size: int | None = None) -> Figure:
     """Training loss of every system, smoothed over a twentieth of the run, 5 steps at least.
 
@@ -147,8 +139,8 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
         if len(tables) == 1:
             axes.plot(places, tables[0]["loss"], color=style.color, linewidth=0.6, alpha=0.15)
         axes.fill_between(places, smooth.min(axis=1), smooth.max(axis=1), color=style.color, alpha=0.25, linewidth=0)
-        line = {"linestyle": style.line, "linewidth": 1.8, "markevery": (turn * every // len(curves), every), "markersize": 6}
-        axes.plot(places, smooth.mean(axis=1), **_marker(system) | line)
+        line = {"linewidth": 1.8, "markevery": (turn * every // len(curves), every), "markersize": 6}
+        axes.plot(places, smooth.mean(axis=1), **line_style(system) | line)
         ends[system], stops[system] = float(smooth.iloc[-1].mean()), places.iloc[-1]
         top = max(top, smooth.iloc[len(smooth) // 50 :].mean(axis=1).max())  # the first steps would press the rest together
     if group_size is not None:
@@ -160,13 +152,13 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
         axes.plot([stops[system], last], [value, value], color=look(system).color, linewidth=1, linestyle=":")
     axes.set(ylim=(0, 1.1 * top), xlim=(0, last))
     axes.xaxis.set(major_locator=MaxNLocator(integer=True), major_formatter=EngFormatter(sep=""))
-    _end_labels(axes, ends)
+    end_labels(axes, ends)
     return figure
 
 
-@_styled
+@styled
 def wins_and_losses(values: Mapping[str, Tables], measure: str = PRIMARY, systems: Sequence[str] | None = None) -> Figure:
-    """Each query's difference to the baseline, sorted, a panel a system, with the shares of queries won, tied and lost."""
+    """Each query's difference to the baseline, sorted, one panel per system, with the shares of queries won, tied and lost."""
     systems = [system for system in values if system != BASELINE] if systems is None else list(systems)
     if not systems:
         raise InputError(
@@ -199,7 +191,7 @@ def wins_and_losses(values: Mapping[str, Tables], measure: str = PRIMARY, system
     return figure
 
 
-@_styled
+@styled
 def document_lengths(lengths: Sequence[int], limit: int) -> Figure:
     """How many tokens the documents have; those longer than `limit` are hatched. The last bar holds the longest hundredth."""
     lengths = np.asarray(lengths)
@@ -219,7 +211,7 @@ def document_lengths(lengths: Sequence[int], limit: int) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def weight_curves(tables: Mapping[str, pd.DataFrame], measure: str = PRIMARY) -> Figure:
     """A measure on dev against the weight of the model in the mixture with the first stage, the best weight of each marked.
 
@@ -234,13 +226,13 @@ def weight_curves(tables: Mapping[str, pd.DataFrame], measure: str = PRIMARY) ->
         axes.plot(best["weight"], best["value"], **_marker(system), clip_on=False)
         ends[system] = table["value"].iloc[-1]
     axes.set(xlim=(0, 1))
-    _end_labels(axes, ends)
+    end_labels(axes, ends)
     return figure
 
 
-@_styled
+@styled
 def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
-    """A measure by where in its document the answer starts: a panel a reading, a line a system, the first stage's in each.
+    """A measure by where in its document the answer starts: one panel per reading, one line per system, the first stage's in each.
 
     table: `transfer.by_start`.
     """
@@ -251,9 +243,7 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     for axes, reading in zip(panels, readings, strict=True):
         for system, part in table[table["reading"].isin([reading, ""])].groupby("system", sort=False):
             places = [groups.index(group) for group in part["words before the answer"]]
-            axes.plot(
-                places, part["mean"], **_marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}, label=brief(system)
-            )
+            axes.plot(places, part["mean"], **line_style(system) | {"linewidth": 1.8}, label=brief(system))
         axes.set(title=reading, xticks=range(len(groups)), xticklabels=[group.split()[0] for group in groups])
     lines = {line.get_label(): line for axes in panels for line in axes.lines}
     figure.legend(lines.values(), lines, loc="outside right center", frameon=False, handlelength=3)
@@ -264,9 +254,9 @@ def answer_positions(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
-    """Each system's difference to the baseline by the words of the relevant document: a line a system.
+    """Each system's difference to the baseline by the words of the relevant document: one line per system.
 
     table: `tables.by_words`. Below each group of queries stands the baseline's own mean.
     """
@@ -278,20 +268,20 @@ def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     axes.axhline(0, color=look(BASELINE).color, linestyle=look(BASELINE).line)
     ends = {}
     for system, part in table.groupby("system", sort=False):
-        axes.plot(range(len(groups)), part["difference"], **_marker(system) | {"linestyle": look(system).line})
+        axes.plot(range(len(groups)), part["difference"], **line_style(system))
         ends[system] = part["difference"].iloc[-1]
     ticks = [
         f"{words}\n{queries:,} queries\n{BASELINE} {own:.2f}"
         for words, queries, own in groups[["words", "queries", "of the baseline"]].itertuples(index=False, name=None)
     ]
     axes.set_xticks(range(len(groups)), ticks)
-    _end_labels(axes, ends)
+    end_labels(axes, ends)
     return figure
 
 
-@_styled
+@styled
 def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
-    """A measure by the tokens read of query and document together: a panel a collection, a line a system, the first stage's dotted.
+    """A measure by the tokens read of query and document together: one panel per collection, one line per system, the first stage's dotted.
 
     table: `transfer.by_reading`; its MaxP is left out.
     """
@@ -305,8 +295,7 @@ def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
             if part["tokens"].isna().all():
                 axes.axhline(part["mean"].iloc[0], color=look(system).color, linestyle=":", linewidth=1.8, label=brief(system))
             else:
-                style = _marker(system) | {"linestyle": look(system).line, "linewidth": 1.8}
-                axes.plot(part["tokens"], part["mean"], **style, label=brief(system))
+                axes.plot(part["tokens"], part["mean"], **line_style(system) | {"linewidth": 1.8}, label=brief(system))
         axes.set(title=brief(collection.removeprefix("rankmamba/").removesuffix("/test")), xscale="log")
         axes.xaxis.set(major_locator=FixedLocator(sorted(set(here["tokens"].dropna()))), minor_locator=NullLocator())
         axes.xaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"))
@@ -319,11 +308,11 @@ def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
-    """What a format changes in a measure, with its 95% interval, against its bytes; a line a system.
+    """What a format changes in a measure, with its 95% interval, against its bytes; one line per system.
 
-    table: the stored formats of `states.study.format_table`.
+    table: the stored formats of `states.trials.format_table`.
     """
     figure, axes = _figure(xlabel="bytes a document", ylabel=f"{measure} minus full scoring's")
     axes.axhline(0, color="#444444", linewidth=1)
@@ -344,21 +333,21 @@ def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
     return figure
 
 
-@_styled
+@styled
 def state_speed_up(table: pd.DataFrame) -> Figure:
     """How many times as fast as full scoring a query is from states in memory, by length of document.
 
-    table: `states.study.length_table`.
+    table: `states.trials.length_table`.
     """
     figure, axes = _figure(xlabel="tokens of the document", ylabel="full scoring / from states")
     ends = {}
     for system, part in table.groupby("system", sort=False):
-        axes.plot(part["tokens"], part["speed-up"], **_marker(system) | {"linestyle": look(system).line})
+        axes.plot(part["tokens"], part["speed-up"], **line_style(system))
         ends[system] = part["speed-up"].iloc[-1]
     axes.set(xscale="log", xticks=sorted(set(table["tokens"])), ylim=(0, None))
     axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
     axes.axhline(1, color="black", linestyle=":", linewidth=1.5)
-    _end_labels(axes, ends)
+    end_labels(axes, ends)
     return figure
 
 
@@ -373,6 +362,11 @@ def _marker(system: str) -> dict:
     return {"marker": style.marker, "color": style.color, "markerfacecolor": face, "markeredgewidth": 1.6, "linestyle": "none"}
 
 
+def line_style(system: str) -> dict:
+    """How a system's line is drawn, with its markers."""
+    return _marker(system) | {"linestyle": look(system).line}
+
+
 def _key(figure: Figure, systems: Sequence[str]) -> None:
     """Say what open markers mean, if there are any."""
     if any(map(mixed, systems)):
@@ -381,7 +375,7 @@ def _key(figure: Figure, systems: Sequence[str]) -> None:
         figure.legend(lines, looks, loc="outside upper right", ncols=2, frameon=False, fontsize=11)
 
 
-def _end_labels(axes: Axes, values: Mapping[str, float], gap: float = 0.06) -> None:
+def end_labels(axes: Axes, values: Mapping[str, float], gap: float = 0.06) -> None:
     """Write each name with its marker at the right edge beside its value, or near it where names would touch.
 
     gap: between names, a share of the panel's height.

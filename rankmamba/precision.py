@@ -1,4 +1,4 @@
-"""Which number format a device computes in, and why."""
+"""The number format that a device computes in, and why."""
 
 import torch
 
@@ -8,12 +8,12 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 
 
 def autocast_dtype(device: torch.device | str, asked: torch.dtype | str | None = None) -> tuple[torch.dtype, str]:
-    """Return (dtype for autocast, the reason): what was asked for, else bfloat16 where the device has matrix units for it.
+    """Return (dtype for autocast, the reason): the one asked for, else bfloat16 where the device has matrix units for it.
 
-    Weights, states, the head and the scores stay float32 either way. asked: also by its name, such as "float32".
+    Weights, states, the head and the scores stay float32 either way. asked: a dtype or its name, such as "float32".
 
     Raises:
-        InputError: it is none of `NAMES`.
+        InputError: it is not one of `NAMES`.
     """
     device = torch.device(device)
     if asked is not None:

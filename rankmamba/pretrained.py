@@ -1,4 +1,4 @@
-"""The pre-trained nano rerankers of data/checkpoints: how a study at scale pretrain becomes them.
+"""The pre-trained nano rerankers of data/checkpoints: how they are made from a study at scale pretrain.
 
 `python -m rankmamba.study --scale pretrain`, then `python -m rankmamba.pretrained results/pretrain` writes, for each system
 "nano-X-scratch" that was trained there, the folder data/checkpoints/nano-X: bfloat16 weights without the word embeddings, the record
@@ -45,7 +45,7 @@ def publish(results: Path, target: Path = CHECKPOINTS) -> list[Path]:
     """Write the checkpoints of all systems "...-scratch" that were trained to the end in the folder `results`; returns their folders.
 
     Raises:
-        InputError: there is none, or a model is missing.
+        InputError: there are none, or a model is missing.
     """
     trained = {r["system"]: r for r in read_records(results, "train") if r["system"].endswith(SCRATCH)}
     measured = {(r["system"], r["seed"]): r for r in read_records(results, "evaluate")}
@@ -71,7 +71,7 @@ def publish(results: Path, target: Path = CHECKPOINTS) -> list[Path]:
 
 
 def card(name: str, record: dict, measured: dict[tuple[str, int], dict], backbone) -> str:
-    """The model card: everything in it is from records, those of this training's own seed."""
+    """The model card, made from the records alone, those of this training's own seed."""
     config, result = record["config"], record["result"]
     curve = [row["loss"] for row in result["curve"]]
     window = max(1, len(curve) // 20)

@@ -1,9 +1,9 @@
-"""What one pre-training is worth: every nano system pre-trained from several seeds, then fine-tuned alike.
+"""How much one pre-training decides: every nano system pre-trained from several seeds, then fine-tuned alike.
 
 `python -m rankmamba.pretraining_seeds` pre-trains each system of scale pretrain with every seed but the one that data/checkpoints has
 (the seed draws the weights, the order of the queries and their negatives), fine-tunes all of them with one seed by the recipe of scale
 quick, and ranks every dev query; no test query is touched. If systems differ by no more than the pre-trainings of one of them do, their
-difference says nothing of the architectures. A run that was stopped goes on where it was.
+difference says nothing about the architectures. A run that was stopped resumes where it was.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .errors import InputError
 from .evaluate import PRIMARY, clusters
 from .experiment import Experiment, progress
 from .files import refusals
-from .learning_rates import last_quarter, measured_on, scale_config
+from .learning_rates import last_quarter, measured_on
 from .pairwise import pairwise
 from .parameters import ROOT, parse_parameters, settle
 from .pretrained import publish
@@ -30,7 +30,7 @@ from .reranker import Reranker
 from .results import environment, find_record, leave_record
 from .systems import CHECKPOINTS, SCRATCH
 from .tables import p_value
-from .train import TrainConfig, train
+from .train import TrainConfig, scale_config, train
 
 SEEDS = (0, 1, 2)
 WIKI = "rankmamba/wiki"
@@ -53,7 +53,7 @@ def pretrained(folder: Path, config: TrainConfig, collection: str) -> Path:
 def tried(folder: Path, before: TrainConfig, collection: str, after: TrainConfig, study: Experiment, top_k: int) -> dict:
     """Pre-train on `collection`, fine-tune as `study` does, and measure every dev query on the reranked `top_k`.
 
-    Returns the record, found again if it was done; the models stay in a folder of their own below `folder`.
+    Returns the record, found again if done before; the models stay in a folder of their own below `folder`.
     """
     settings = {"pretraining": dataclasses.asdict(before), "fine_tuning": dataclasses.asdict(after), "top_k": top_k}
     settings |= digest_of([f"{collection}/train", f"{study.collection}/train", f"{study.collection}/dev"])
@@ -75,7 +75,7 @@ def tried(folder: Path, before: TrainConfig, collection: str, after: TrainConfig
 
 
 def table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system: for each seed the loss over the last quarter of its pre-training and the mean on dev after fine-tuning."""
+    """One row per system: for each seed the loss over the last quarter of its pre-training and the mean on dev after fine-tuning."""
     rows = pd.DataFrame(
         [(r["system"], r["seed"], r["result"]["pretraining_loss"], r["result"]["mean"]) for r in records],
         columns=["system", "seed", "loss", PRIMARY],

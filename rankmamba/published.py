@@ -1,4 +1,4 @@
-"""Figures that others published, each with its source and how sure it is, beside our own on the same collection and measure."""
+"""Figures published by others, each with its source and how reliable it is, beside ours on the same collection and measure."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published.csv"
 SURE = {
     "read": "read in the source named",
     "second hand": "quoted by others; the source itself was not seen",
-    "contradicted": "second hand, and two who quote it differ",
+    "contradicted": "second hand, and two sources that quote it differ",
 }
 
 

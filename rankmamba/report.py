@@ -1,4 +1,4 @@
-"""The words of the report: sentences made from the records, and from nothing else."""
+"""The sentences of the report, made from the records and from nothing else."""
 
 import pandas as pd
 
@@ -64,7 +64,7 @@ def _differences(rows: pd.DataFrame) -> str:
 
 def provenance(records: list[dict], scale: str) -> str:
     """Say in Markdown where and how the records came about, and the command that makes them again."""
-    # of the study as a whole there is a record too, made without measuring anything
+    # the study as a whole has a record too, which measures nothing
     measured = [record for record in records if record["environment"]]
     trained = [record for record in records if record["kind"] == "train"]
     newest = max(measured, key=lambda record: record["created"])
@@ -90,4 +90,4 @@ def provenance(records: list[dict], scale: str) -> str:
     again = f"\nAgain: `python3 run.py study --scale {scale}`, with each `-p` that it was given"
     if len({record["seed"] for record in records}) > 1:
         again += ", once for each seed (`-p seed=0` and so on)"
-    return "\n".join([*dict.fromkeys(lines), again])  # seeds of a system say the same
+    return "\n".join([*dict.fromkeys(lines), again])  # the seeds of a system give equal lines

@@ -28,7 +28,7 @@ from .saved import carry_over, check_target
 from .threads import at_once, batch_cost, even_batches, side_by_side
 from .token_store import document_tokens
 
-# Tokens of a batch when scoring: for each thread of a CPU what stays in its cache, many for anything else.
+# Tokens of a batch when scoring: for each CPU thread as many as stay in its cache, many on any other device.
 TOKENS_PER_THREAD, TOKENS_ON_A_GPU = 2048, 16384
 
 _log = logging.getLogger(__name__)
@@ -48,20 +48,20 @@ class Cost:
 
 
 class Reranker:
-    """Scores how relevant a document is to a query; the higher the better. Scores are raw logits (float32), not probabilities.
+    """Scores how relevant a document is to a query; higher is better. Scores are raw logits (float32), not probabilities.
 
     >>> reranker = Reranker.from_pretrained("minilm-l6")
     >>> reranker.rank("who wrote hamlet", ["A play by Shakespeare.", "A small dog."], top_k=1)[0]["corpus_id"] in (0, 1)
     True
     """
 
-    num_labels = 1  # as sentence-transformers' evaluators ask: one score a pair
+    num_labels = 1  # asked for by sentence-transformers' evaluators: one score per pair
 
     def __init__(
         self, model: RerankerModel, tokenizer, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ):
-        """device: default CUDA if there is one, else the CPU. dtype: what matrix products run in; default by the device
-        (`precision.autocast_dtype`); weights stay as they are."""
+        """device: default CUDA if available, else the CPU. dtype: of matrix products; the default depends on the device
+        (`precision.autocast_dtype`). Weights stay as they are."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype, self.precision = autocast_dtype(self.device, dtype)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
@@ -76,9 +76,9 @@ class Reranker:
     def from_pretrained(
         cls, path_or_id: str | Path, device=None, dtype=None, max_length: int | None = None, max_query_length: int | None = None
     ) -> "Reranker":
-        """Load a folder of ours, a name in the table of systems, or a checkpoint (Hub id or folder) that gets a new head.
+        """Load a saved reranker's folder, a name in the table of systems, or a checkpoint (Hub id or folder) that gets a new head.
 
-        max_length, max_query_length: tokens; default what the folder says, or 512 and 50.
+        max_length, max_query_length: tokens; by default the folder's own, or 512 and 50.
 
         Raises:
             InputError: there is no such system, folder or checkpoint, it is damaged, or it is not a language model.
@@ -90,7 +90,7 @@ class Reranker:
 
     @property
     def setup(self) -> dict[str, str]:
-        """What it computes with, and why: "precision", "attention", "fused" (`fused.runs`: "native" or "none"), "scan" and, where
+        """What the reranker computes with, and why: "precision", "attention", "fused" (`fused.runs`: "native" or "none"), "scan" and, where
         there is a scan, "scan_reason"."""
         kernel = {"scan": "none"}
         if self.has_scan:
@@ -101,12 +101,12 @@ class Reranker:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens that are computed at a time where nothing else is said."""
+        """The default number of tokens computed at a time."""
         return TOKENS_PER_THREAD * torch.get_num_threads() if self.device.type == "cpu" else TOKENS_ON_A_GPU
 
     @property
     def model_card_data(self):
-        """What sentence-transformers' evaluators want of a model (`cross_encoder.NoModelCard`)."""
+        """What sentence-transformers' evaluators expect of a model (`cross_encoder.NoModelCard`)."""
         from .cross_encoder import NoModelCard
 
         return NoModelCard()
@@ -114,10 +114,10 @@ class Reranker:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors), configuration with the template, and tokenizer; the folder is whole or absent.
 
-        Over a saved reranker it keeps what is not part of one.
+        Where it replaces a saved reranker, other files in the folder are kept.
 
         Raises:
-            InputError: the folder holds something else than a saved reranker, or cannot be written.
+            InputError: the folder holds something other than a saved reranker, or cannot be written.
         """
         from .cross_encoder import write_files
 
@@ -133,9 +133,12 @@ class Reranker:
     ) -> np.ndarray:
         """Score [(query, document)]: float32 (n,), raw logits, in the order given.
 
-        batch_tokens: tokens computed at a time after padding (on a CPU in a batch a thread), default `self.batch_tokens`; it changes
-        speed and memory, not the scores.
-        cross_encoder: what else `CrossEncoder.predict` has, see `cross_encoder.conversion`; with it the scores may be a tensor.
+        batch_tokens: tokens computed at a time after padding (on a CPU in one batch per thread), default `self.batch_tokens`; it
+        changes speed and memory, not the scores.
+        cross_encoder: further keywords of `CrossEncoder.predict`, see `cross_encoder.conversion`; with them the scores may be a tensor.
+
+        Raises:
+            InputError: a pair is not two strings, a keyword is unknown, or one pair does not fit into the memory.
         """
         convert = None
         if cross_encoder:
@@ -147,8 +150,8 @@ class Reranker:
             ordered = isinstance(pair, Sequence | np.ndarray) and not isinstance(pair, str)
             if not ordered or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise InputError(f"expected pairs (query, document) of strings, got {pair!r}")
-        queries, query_of = _unique(query for query, _ in pairs)
-        documents, document_of = _unique(document for _, document in pairs)
+        queries, query_of = unique(query for query, _ in pairs)
+        documents, document_of = unique(document for _, document in pairs)
         scores = self._score(
             self.inputs.queries(queries), self.inputs.documents(documents), query_of, document_of, batch_tokens, show_progress_bar
         )
@@ -159,10 +162,10 @@ class Reranker:
     ) -> list[dict]:
         """Rank documents for a query: [{'corpus_id', 'score', 'text'?}] best first; equal scores keep the given order.
 
-        predict: what else `predict` takes.
+        predict: further keywords of `predict`.
 
         Raises:
-            InputError: a text is no string, documents are a mapping or one text, or `top_k` is negative.
+            InputError: a text is not a string, documents are a mapping or a single text, or `top_k` is negative.
         """
         if isinstance(documents, Mapping):
             raise InputError("expected a sequence of texts, got a mapping; pass list(documents.values())")
@@ -191,11 +194,11 @@ class Reranker:
     ) -> pd.DataFrame:
         """Rerank the `top_k` best candidates of each query: run -> run of those documents, scores raw logits.
 
-        Where torch.distributed is initialised, all processes call it alike and share the work; each gets the whole run, and it is
-        the run of one process.
+        Where torch.distributed is initialised, all processes call it alike and share the work; each gets the whole run, the same that
+        one process would give.
 
-        max_passages: 1 reads the beginning of a document (FirstP; LongP if the reranker's max_length is long), more score so many
-        passages of it and take the best (MaxP); `cost` then counts passages.
+        max_passages: 1 reads the beginning of a document (FirstP; LongP if the reranker's max_length is long); a larger number scores
+        that many passages and takes the best (MaxP); `cost` then counts passages.
 
         Raises:
             InputError: the run names a query or a document that the collection does not have, or a number is below 1.
@@ -205,8 +208,8 @@ class Reranker:
         candidates = candidates if "rank" in candidates else sort_run(candidates)
         head = candidates[candidates["rank"] <= top_k]
         check_run(head, collection, columns=["query_id"])
-        query_ids, query_of = _unique(head["query_id"])
-        doc_ids, document_of = _unique(head["doc_id"])
+        query_ids, query_of = unique(head["query_id"])
+        doc_ids, document_of = unique(head["doc_id"])
         tokens = document_tokens(collection.documents, doc_ids, self.inputs, tokens_needed(self.inputs, max_passages))
         cuts = [cut(tokens[doc_id], self.inputs, max_passages) for doc_id in doc_ids]
         query_of, passage_of, per_pair = spread(cuts, query_of, document_of)
@@ -234,7 +237,7 @@ class Reranker:
     def _score(self, queries, documents, query_of, document_of, batch_tokens, show_progress_bar, share=False) -> np.ndarray:
         """Score pairs given as two index arrays into tokenised queries and documents; a pair that recurs is computed once.
 
-        share: each process computes some of the batches. They are the batches of one process, so the scores are too.
+        share: each process computes some of the batches, which are those of a single process, so the scores are the same too.
         """
         started = time.perf_counter()
         distinct, recurring = np.unique(np.stack([query_of, document_of]), axis=1, return_inverse=True)
@@ -245,7 +248,7 @@ class Reranker:
         lengths = query_lengths[query_of] + document_lengths[document_of] + specials
         count = at_once(self.device)
         budget = [batch_tokens or self.batch_tokens, count, batch_cost(self.device, count)]
-        if share:  # processes may have different numbers of threads; all have to cut alike
+        if share:  # processes may have different numbers of threads; all must cut alike
             dist.broadcast_object_list(budget, src=0, device=self.device)
         batches = even_batches(lengths, *budget)
         if share:
@@ -278,10 +281,10 @@ class Reranker:
         return scores[recurring]
 
     def _score_batch(self, pairs: Sequence[Pair], alone: bool) -> tuple[np.ndarray, int] | None:
-        """Score a batch: float32 (B,) and its padded tokens, or None if the memory is too small for it.
+        """Score a batch: float32 (B,) and the number of padded tokens, or None if the memory is too small for it.
 
         Raises:
-            InputError: the memory is too small for one pair, and it was `alone`: no other batch was being computed.
+            InputError: the memory is too small even for one pair `alone`, with no other batch being computed.
         """
         try:
             features = {name: tensor.to(self.device) for name, tensor in self.inputs.collate(pairs).items()}
@@ -297,25 +300,25 @@ class Reranker:
         return None
 
     def _smaller(self, batches: list[np.ndarray], lengths: np.ndarray) -> list[np.ndarray]:
-        """Cut the batches that are left anew, with half the tokens of the first one, which did not fit into memory."""
+        """Cut the remaining batches again, with half the tokens of the first one, which did not fit into memory."""
         free_memory()
         batch_tokens = int(lengths[batches[0]].max()) * len(batches[0]) // 2
         if not self._said_smaller:
             self._said_smaller = True
-            _log.warning("a batch does not fit into the memory of %s: going on with batch_tokens=%d", self.device, batch_tokens)
+            _log.warning("a batch does not fit into the memory of %s: continuing with batch_tokens=%d", self.device, batch_tokens)
         left = np.concatenate(batches)
         return [left[batch] for batch in token_batches(lengths[left], batch_tokens, batch_cost(self.device))]
 
 
 def _sum_over_processes(scores: np.ndarray, count: int, device: torch.device) -> tuple[np.ndarray, int]:
-    """Put together what the processes have computed; what one has not is 0."""
+    """Put together what the processes have computed; what a process has not computed is 0 there."""
     scores, count = torch.from_numpy(scores).to(device), torch.tensor(count, device=device)
     for tensor in (scores, count):
         dist.all_reduce(tensor)
     return scores.cpu().numpy(), int(count)
 
 
-def _unique(values: Iterable[str]) -> tuple[list[str], np.ndarray]:
+def unique(values: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """Return the distinct values in order of first appearance, and for each value its place among them."""
     index, distinct = pd.factorize(np.array(list(values), dtype=object))
     return list(distinct), index

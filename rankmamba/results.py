@@ -1,8 +1,8 @@
-"""Records: one JSON file a run. Every table and figure (`tables`, `plots`) is made from records and from nothing else.
+"""Records: one JSON file per run. Every table and figure (`tables`, `plots`) is made from records and from nothing else.
 
-`config` and `result` of a record are deterministic: the same seed gives the same ones. What varies stands in `timing`,
+`config` and `result` of a record are deterministic: the same seed gives the same ones. What varies is in `timing`,
 `environment` and `created`. `python -m rankmamba.results FOLDER [--baseline SYSTEM | --csv]` prints the final table, or its tidy
-numbers. A record may lie gzipped (`gzip -9n FOLDER/records/*.json`), as those that are kept for long do.
+numbers. Records may be gzipped (`gzip -9n FOLDER/records/*.json`), as those kept for the long term are.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 
 from . import __version__
 from .errors import InputError
-from .files import slug, write_text
+from .files import json_sha256, slug, write_text
 
 IDENTITY = ("kind", "system", "collection", "seed")
 FIELDS = {
@@ -32,7 +32,7 @@ FIELDS = {
     **dict.fromkeys(("config", "result", "timing", "environment"), dict),
     "seed": int,
 }
-# What the tables read from each kind of record; other kinds are free.
+# What the tables read from each kind of record; other kinds hold what they like.
 NEEDED = {
     "train": {"result": {"tokens": int, "parameters_outside_embeddings": int, "curve": list}, "timing": {"seconds": float}},
     **dict.fromkeys(("rerank", "states"), {"timing": {"pairs_per_s": float}}),
@@ -95,7 +95,7 @@ def write_record(folder: str | Path, record: Mapping) -> Path:
     paths are written as plain JSON; floats keep all their digits.
 
     Raises:
-        InputError: a key is missing or of a wrong type, a value is NaN, infinite or no JSON, or another run has that file name.
+        InputError: a key is missing or of the wrong type, a value is NaN, infinite or not JSON, or another run has that file name.
     """
     record = _plain(record, "")
     _check(record, "the record")
@@ -105,7 +105,7 @@ def write_record(folder: str | Path, record: Mapping) -> Path:
             other = json.loads(path.read_bytes() if path.is_file() else gzip.decompress(_gzipped(path).read_bytes()))
             taken = any(other[key] != record[key] for key in IDENTITY)
         except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error):
-            taken = False  # a broken file is mended by replacing it
+            taken = False  # a broken file is replaced
         if taken:
             mine, theirs = ([found[key] for key in IDENTITY] for found in (record, other))
             raise InputError(f"expected another name than {path.name} for {mine}, got one that {theirs} has; rename the system")
@@ -128,14 +128,16 @@ def _gzipped(path: Path) -> Path:
 def read_records(folder: str | Path, kind: str | None = None) -> list[dict]:
     """Read the records of a results folder, in the order of their file names; `kind` picks one kind. No records: an empty list.
 
-    Where a record is there twice, gzipped and not, the gzipped one is the older and is left out.
+    Where a record exists twice, gzipped and plain, the gzipped one is older and is left out.
 
     Raises:
-        InputError: the folder is missing, or a file is truncated, not JSON, lacks a key, has a wrong type or a foreign name.
+        InputError: the folder is missing, or a file is truncated, not JSON, lacks a key, has a wrong type or another record's name.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"expected a results folder, got {str(folder)!r}, which is none; run the study first, or check the path")
+        raise InputError(
+            f"expected a results folder, got {str(folder)!r}, which is not one; run the study first, or check the path"
+        )
     pattern = f"{slug(kind)}-*.json" if kind else "*.json"
     plain = set((folder / "records").glob(pattern))
     zipped = {path for path in (folder / "records").glob(pattern + ".gz") if path.with_suffix("") not in plain}
@@ -160,7 +162,7 @@ def _read(path: Path) -> dict:
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
@@ -191,7 +193,7 @@ def _check_keys(values: dict, types: dict, prefix: str, where: str) -> None:
 
 
 def _plain(value: object, key: str):
-    """The value in JSON's own types; `key` says where in the record it is."""
+    """The value in JSON's own types; `key` is its place in the record, for messages."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
@@ -221,10 +223,10 @@ def find_record(folder: str | Path, kind: str, **wanted) -> dict | None:
 
 
 def check_collection(folder: str | Path, collection: str) -> None:
-    """Refuse a results folder of another collection, whose models and runs have the same names.
+    """Refuse a results folder of another collection, whose models and runs would have the same names.
 
     Raises:
-        InputError: there is a record of a first stage, a training or a reranking of one.
+        InputError: the folder has a first stage, a training or a reranking on another collection.
     """
     kinds = ("first_stage", "train", "rerank") if Path(folder).is_dir() else ()
     for record in (record for kind in kinds for record in read_records(folder, kind)):
@@ -236,16 +238,15 @@ def check_collection(folder: str | Path, collection: str) -> None:
 
 
 def remove_record(folder: str | Path, record: Mapping) -> None:
-    """Remove a record that `write_record` wrote, before what it speaks of is replaced."""
+    """Remove a record that `write_record` wrote, before the files it describes are replaced."""
     path = Path(folder) / "records" / _file_name(record)
     for place in (path, _gzipped(path)):
         place.unlink(missing_ok=True)
 
 
 def fingerprint(record: Mapping) -> str:
-    """SHA-256 of what is deterministic in a record: what it is of, `config` and `result`. Runs with the same seed agree in it."""
-    part = _plain({key: record[key] for key in (*IDENTITY, "config", "result")}, "")
-    return hashlib.sha256(json.dumps(part, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    """SHA-256 of what is deterministic in a record: its identity, `config` and `result`. Runs with the same seed agree in it."""
+    return json_sha256(_plain({key: record[key] for key in (*IDENTITY, "config", "result")}, ""))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -254,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", action="store_true", help="print system, seed, collection, measure and value instead")
     parser.add_argument("--baseline", metavar="SYSTEM", help="what the others are compared with (default: bm25)")
     options = parser.parse_args(arguments)
-    from .evaluate import BASELINE  # with scipy and pandas more than a second
+    from .evaluate import BASELINE  # importing scipy and pandas takes more than a second
     from .tables import chosen_measure, final_table, format_table, tidy
 
     try:
@@ -268,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise InputError(f"expected a baseline among {systems}, got {options.baseline!r}")
             print(format_table(table))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has had enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

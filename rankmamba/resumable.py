@@ -1,4 +1,4 @@
-"""Reranking that survives a kill: what is finished is on the disk, piece by piece, and is not done again."""
+"""Reranking that survives being killed: finished pieces are on the disk and are not computed again."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from .files import refusals
 from .formats import sort_run
 from .reranker import Cost, Reranker
 
-PAIRS = 1000  # (query, document) pairs of a piece: seconds of work, and enough to batch texts of like length
+PAIRS = 1000  # (query, document) pairs of a piece: seconds of work, and enough to batch texts of similar length
 
 
 class Journal:
     """The finished pieces of a long computation, in order: a line of JSON each, which is on the disk when `add` returns.
 
-    of: what is computed, and from what; a file that is of something else is begun anew. A line that a kill left unfinished is cut
+    of: what is computed, and from what; a file of something else is started over. A line that a kill left unfinished is cut
     off when the file is opened again.
 
     Raises:
-        InputError: the disk is full or may not be written.
+        InputError: the disk is full or not writable.
     """
 
     def __init__(self, path: str | Path, of: dict):
@@ -76,13 +76,13 @@ def rerank(
     show_progress_bar: bool = False,
     max_passages: int = 1,
 ) -> tuple[pd.DataFrame, Cost]:
-    """As `Reranker.rerank`, a few queries at a time: (run, cost). What `path` holds of the same work is not done again.
+    """As `Reranker.rerank`, a few queries at a time: (run, cost). What `path` already holds of this work is not done again.
 
     path: of the journal; the caller deletes it when the run is safe elsewhere. of: what else the scores depend on, such as the
     model. The pieces do not depend on where a run was stopped, so neither do the scores.
 
     Raises:
-        InputError: as `Reranker.rerank`; the disk is full or may not be written.
+        InputError: as `Reranker.rerank`; or the disk is full or not writable.
     """
     head = candidates[candidates["rank"] <= top_k]
     digest = hashlib.sha256(pd.util.hash_pandas_object(head, index=False).to_numpy().tobytes()).hexdigest()

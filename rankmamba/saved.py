@@ -1,4 +1,4 @@
-"""Loading a saved reranker whose folder nobody need trust: weights as safetensors only, all of them, and no code of its own."""
+"""Loading a saved reranker from a folder that need not be trusted: all weights, as safetensors only, and no code of its own."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from .errors import InputError
 from .model import RerankerConfig, RerankerModel
 
 WEIGHTS = "model.safetensors"
-# what a saved reranker is made of; all else in its folder is somebody's own
+# what a saved reranker consists of; anything else in its folder is the user's own
 FILES = (
     "config.json config_sentence_transformers.json modules.json *.safetensors *.safetensors.index.json tokenizer* vocab.* merges.txt "
     "*.model special_tokens_map.json added_tokens.json records"
@@ -24,7 +24,7 @@ def is_saved(folder: Path) -> bool:
     """Whether a folder holds a reranker of ours, by its config.json.
 
     Raises:
-        InputError: config.json is no JSON object.
+        InputError: config.json is not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -36,7 +36,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def check_target(folder: str | Path) -> None:
-    """Check that a reranker may be saved as `folder`: there is nothing, or a saved reranker, which it replaces.
+    """Check that a reranker may be saved as `folder`: nothing is there, or a saved reranker, which it replaces.
 
     Raises:
         InputError: it is a file, or holds something else.
@@ -47,7 +47,7 @@ def check_target(folder: str | Path) -> None:
 
 
 def carry_over(folder: str | Path, to: Path) -> None:
-    """Copy what lies beside a saved reranker and is none of its files (notes, .git) to the folder that takes its place."""
+    """Copy the user's own files beside a saved reranker (notes, .git) to the folder that takes its place."""
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
         if not (to / path.name).exists() and not any(fnmatch(path.name, pattern) for pattern in FILES):
             if path.is_dir() and not path.is_symlink():
@@ -60,17 +60,17 @@ def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that a tokenizer's words came from its folder.
 
     Raises:
-        FileNotFoundError: there are none in it; transformers would go on with an empty vocabulary.
+        FileNotFoundError: the folder has none; transformers would go on with an empty vocabulary.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
         raise FileNotFoundError("no vocabulary")
 
 
 def load_saved(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer; limits: what takes the place of the folder's own, see `RerankerConfig`.
+    """Load model and tokenizer; limits: override the folder's own, see `RerankerConfig`.
 
     Raises:
-        InputError: a file is missing or damaged, or the weights are not all there, of these shapes and finite.
+        InputError: a file is missing or damaged, or weights are missing, of other shapes or not finite.
     """
     # damaged files surface in transformers, tokenizers and safetensors as errors of every class
     try:

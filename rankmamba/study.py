@@ -1,7 +1,7 @@
 """Run the numbered notebooks at a scale, strictly: `python -m rankmamba.study --scale quick [--only 02,03] [-p name=value]`.
 
 Strictly: a parameter that no notebook has, a missing record or a failing cell ends the run with a clear message and a non-zero
-exit. The executed notebooks, records, runs, models and figures go to `results/<scale>/`. With `-f sweep.yaml` the same is done
+exit status. The executed notebooks, records, runs, models and figures go to `results/<scale>/`. With `-f sweep.yaml` the same is done
 for many sets of parameters (`sweep`).
 """
 
@@ -22,7 +22,7 @@ from .sources import say
 
 REPORT = "07_report"
 clock = tqdm.format_interval  # mm:ss, or h:mm:ss
-# The final table has eleven columns, which have to fit the window and the page; on paper nothing scrolls.
+# The final table has eleven columns, which must fit the window and the printed page, where nothing scrolls.
 REPORT_STYLE = """
 #notebook-container { width: auto; max-width: 1300px }
 .rendered_html table { font-size: 10px }
@@ -46,7 +46,7 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
     """Execute the notebooks at a scale and return the results folder; leaves a record of kind "study" when all are done.
 
     Raises:
-        InputError: an unknown scale, notebook or parameter, or a cell that failed; the executed copy up to there is kept.
+        InputError: a scale, notebook or parameter is unknown, or a cell failed; the executed copy up to that cell is kept.
     """
     from .results import check_collection
 
@@ -57,7 +57,7 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
         (folder / "notebooks").mkdir(parents=True, exist_ok=True)
     with alone(folder / ".lock", f"another study writes to {folder}; waiting for it"):
         if any("collection" in declared(path) for path in paths):
-            check_collection(folder, settings["collection"])  # before a notebook's earlier copy is replaced
+            check_collection(folder, settings["collection"])  # before an earlier executed copy is replaced
         started, planned = time.monotonic(), [60 * minutes.get(path.stem, 0) for path in paths]
         for place, path in enumerate(paths, 1):
             elapsed = time.monotonic() - started
@@ -77,12 +77,12 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
     """Execute one notebook into `output`.
 
     Raises:
-        InputError: a cell failed, its process died, or the disk takes no more; the copy up to there is kept.
+        InputError: a cell failed, its process died, or the disk is full; the copy up to that cell is kept.
     """
-    import papermill  # here and below: what is wrong with the arguments should be said before these are loaded
+    import papermill  # here and below: mistakes in the arguments should be reported before these are loaded
 
     def interruptible(**_) -> None:
-        """Let Ctrl-C raise here: the notebook client would take it, stop the kernel and call that a dead kernel."""
+        """Let Ctrl-C raise here: the notebook client would catch it, stop the kernel and report a dead kernel."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -96,17 +96,17 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
                 cwd=str(NOTEBOOKS),
                 progress_bar=False,
                 stderr_file=sys.stderr,  # the progress bars of the cells
-                coalesce_streams=True,  # of which the copy keeps the last state
+                coalesce_streams=True,  # the copy keeps only their last state
                 extra_arguments=["--IPKernelApp.log_level=40"],  # no warning that the local connection is not encrypted
                 on_notebook_start=interruptible,
-                shutdown_kernel="immediate",  # a busy kernel would be waited for
+                shutdown_kernel="immediate",  # it would wait for a busy kernel
             )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}" if error.ename != "InputError" else error.evalue
         raise InputError(
             f"{notebook.name} failed in cell {error.exec_count}: {reason}\n  the copy up to there: {output}"
         ) from error
-    except RuntimeError as error:  # the client's for a kernel that is gone
+    except RuntimeError as error:  # what the client raises when the kernel is gone
         raise InputError(
             f"{notebook.name} ended early: the Python process that ran it died ({error}); if the machine was out of memory, close "
             f"other programs or choose smaller batches, and start the same command again\n  the copy up to there: {output}"
@@ -114,7 +114,7 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
 
 
 def record_config(only: str | None, settings: dict) -> dict:
-    """The `config` of a "study" record: which notebooks, with which parameters, on which files of one's own."""
+    """The `config` of a "study" record: which notebooks, with which parameters, on which of the user's own files."""
     config = {"notebooks": [path.stem for path in notebooks(only)], "parameters": settings}
     collection = settings.get("collection")
     if collection is None or not Path(collection).is_dir():
@@ -125,6 +125,7 @@ def record_config(only: str | None, settings: dict) -> dict:
 
 
 def leave_record(folder: Path, scale: str, only: str | None, settings: dict, seconds: float) -> None:
+    """Leave the record of kind "study", by which a sweep knows that these notebooks ran to the end."""
     from . import results
 
     made = folder, "study", "study", settings.get("collection", ""), scale, settings.get("seed", 0)
@@ -143,8 +144,8 @@ def export_report(executed: Path, target: Path) -> None:
 
 
 def remaining(elapsed: float, done: list[float], left: list[float]) -> float:
-    """Estimate the seconds that are left: as planned, or slower where this machine was slower so far; what an earlier run had done
-    takes no time and makes no machine faster."""
+    """Estimate the seconds that are left: as planned, or longer where this machine has been slower so far. Never shorter: steps that an
+    earlier run finished take no time and say nothing about the machine."""
     return sum(left) * (max(1.0, elapsed / sum(done)) if sum(done) else 1.0)
 
 
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--yes", action="store_true", help="fetch gigabytes without asking")
     sweep = parser.add_argument_group("many sets of parameters")
     sweep.add_argument("-f", dest="sweep", type=Path, metavar="SWEEP.YAML", help="{name: [values]} or [{name: value}, ...]")
-    sweep.add_argument("--jobs", type=int, help="so many sets at once, the threads divided among them (default: 1)")
+    sweep.add_argument("--jobs", type=int, help="how many sets run at once, sharing the threads (default: 1)")
     sweep.add_argument(
         "--submitit", nargs="*", metavar="NAME=VALUE", help="hand the sets to a Slurm cluster, e.g. timeout_min=60"
     )

@@ -14,7 +14,7 @@ class Look(NamedTuple):
     line: str | tuple
 
 
-# In the order of every table and figure; the longest word that is in a system's name decides. Colours after Okabe & Ito and P. Tol.
+# In the order of every table and figure; the longest word found in a system's name decides. Colours after Okabe & Ito and P. Tol.
 FAMILIES = {
     ("bm25",): Look("#222222", "D", (0, (1, 1.2))),
     ("minilm",): Look("#56B4E9", "P", (0, (2, 1))),

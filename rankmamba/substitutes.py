@@ -1,7 +1,7 @@
 """Which of Hugging Face's modules get a forward pass of ours.
 
-`use_kernels` swaps it in, module by module: parameters and their names stay what they are, so weights load and save as before, and
-transformers itself is left alone.
+`use_kernels` swaps it in, module by module: parameters and their names stay the same, so weights load and save as before, and
+transformers itself is not patched.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ def use_kernels(backbone: nn.Module) -> nn.Module:
     """Let our kernels compute the mixers and norms of Mamba, FalconMamba and Mamba-2 (also NemotronH's) in `backbone`, and what BERT
     (RoBERTa, ELECTRA) and GPT-NeoX compute between their products; return it.
 
-    Other models come back unchanged. A Mamba's `attention_mask` (B, L), or longer and then its last L columns, becomes exact: a
-    token where it is 0 touches no other token and no state.
-    Its `cache_params` may be a `MambaState`: the tokens then continue what the state has read, whatever their number.
+    Other models come back unchanged. A Mamba's `attention_mask`, (B, L), or longer, of which the last L columns count, becomes exact:
+    a token where it is 0 affects no other token and no state. Its `cache_params` may be a `MambaState`: any number of tokens then
+    continue what the state has read.
     """
     for name, module in backbone.named_modules():
         ours = _OURS.get((type(module).__module__, type(module).__name__))
         if ours is not None:
             module.__class__ = _class(ours)  # the same object: hooks, sharing and the optimizer's parameters survive
             if isinstance(module, ScanRMSNorm):
-                module.before_products = name.endswith(".norm")  # a block's norm, not the one behind all blocks
+                module.before_products = name.endswith(".norm")  # a block's norm, not the one after all blocks
     return backbone
 
 
@@ -58,7 +58,7 @@ _OURS = {(module, name): ours for ours, (module, name, *_) in _SUBSTITUTES.items
 def _class(ours: str) -> type:
     """A subclass of transformers' class: its modules and initialisation, our forward pass; offloaded weights are fetched first.
 
-    Made when a model needs it, because importing transformers' file imports the CUDA packages wherever they are installed.
+    Made only when a model needs it: importing transformers' file imports the CUDA packages wherever they are installed.
     """
     module, name, mixin, read_directly = _SUBSTITUTES[ours]
     theirs = getattr(importlib.import_module(module), name)

@@ -1,7 +1,7 @@
 """Many studies from one file of parameter sets: `python -m rankmamba.study -f sweep.yaml [--jobs 2 | --submitit ...]`.
 
 The file is a grid, {name: [value, ...]}, of which every combination runs, or a list of sets, [{name: value}, ...]. Each set is a
-study of its own in a folder of its own. What is finished is known by its record, so the same command goes on where it was.
+study of its own in a folder of its own. What is finished has a record, so the same command resumes where it stopped.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """One set of parameters: what the file gives, what then holds, where it goes, the arguments of `rankmamba.study`."""
+    """One set of parameters: what the file gives, the configuration that results, its folder, the arguments of `rankmamba.study`."""
 
     given: dict
     config: dict
@@ -86,10 +86,10 @@ def read_sweep(path: str | Path, fits: dict[str, tuple]) -> list[dict]:
 
 
 def plan(path: Path, scale: str, only: str | None, overrides: dict, folder: Path) -> list[Run]:
-    """Return the runs of a sweep, each in a folder called after what the file gives it and a hash of all that it is given.
+    """Return the runs of a sweep, each in a folder named after what the file gives it and a hash of everything that it is given.
 
     Raises:
-        InputError: as in `read_sweep` and `parameters.settle`; or the overrides name what the file varies.
+        InputError: as in `read_sweep` and `parameters.settle`; or the overrides name a parameter that the file varies.
     """
     settle(scale, only, overrides)
     runs = []
@@ -117,9 +117,9 @@ def finished(run: Run) -> bool:
 
 
 def start_here(jobs: int) -> Callable[[list[str], Path], subprocess.Popen]:
-    """Return what starts a study, given its arguments and its log, as a process of this machine with its share of the threads."""
+    """Return a function that starts a study, given its arguments and its log, as a local process with its share of the threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])  # the others are of nested regions
+    threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])  # the other numbers are for nested regions
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // jobs))}
 
     def start(arguments: list[str], log: Path) -> subprocess.Popen:
@@ -148,7 +148,7 @@ def carry_out(runs: list[Run], start: Callable, jobs: int) -> dict[str, str]:
                     failed[str(run)] = reason(run, code)
                 word = "FAILED" if str(run) in failed else "done"
                 say(f"[{done}/{len(runs)}] {run}  {word} after {clock(time.monotonic() - began)}")
-    finally:  # interrupted: the others end, too
+    finally:  # when interrupted, end the others too
         for _, process, _ in running:
             process.terminate()
     return failed
@@ -164,7 +164,7 @@ def reason(run: Run, code: int) -> str:
 
 
 def measures(runs: list[Run]) -> "pd.DataFrame":
-    """The measures of the finished runs: the parameters that vary (as text), collection, system, a column a measure."""
+    """The measures of the finished runs: the parameters that vary (as text), collection, system, one column per measure."""
     import pandas as pd
 
     from .results import read_records
@@ -184,7 +184,7 @@ def measures(runs: list[Run]) -> "pd.DataFrame":
 
 
 def over_seeds(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The means of `measures` over seeds, and how many there are; the table itself where the seed does not vary."""
+    """The means of `measures` over seeds, and the number of seeds; the table itself where the seed does not vary."""
     if "seed" not in table:
         return table
     names = [name for name in table.columns[: list(table.columns).index("system") + 1] if name != "seed"]
@@ -197,13 +197,13 @@ def over_seeds(table: "pd.DataFrame") -> "pd.DataFrame":
 def run_sweep(
     path: Path, scale: str, only: str | None, overrides: dict, folder: Path | None, jobs: int | None, cluster: dict | None
 ) -> int:
-    """Do what is not finished of a sweep and print its measures; returns 0, or 1 if a run failed.
+    """Run what is unfinished of a sweep and print its measures; returns 0, or 1 if a run failed.
 
-    folder: default results/<scale>/sweeps/<name of the file>. jobs: so many at once; default 1 here, all on a cluster.
+    folder: default results/<scale>/sweeps/<name of the file>. jobs: how many run at once; default 1 here, all on a cluster.
     cluster: None for this machine, or settings of submitit's AutoExecutor.
 
     Raises:
-        InputError: the sweep's file, a parameter or a setting cannot be used; nothing was started then.
+        InputError: the sweep's file, a parameter or a setting cannot be used; nothing is started then.
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"expected --jobs of at least 1, got {jobs}")

@@ -1,4 +1,4 @@
-"""The table of systems: one line each, and what all checkpoints of one family share."""
+"""The table of systems, one line each, and what all checkpoints of a family share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ FLASH = (*SDPA, "flash_attention_2")
 class Family:
     """What all checkpoints of one `model_type` (transformers' name) share.
 
-    kind: one of `inputs.KINDS`, which decides template, special tokens and pooling. attention: the implementations it runs, none
+    kind: one of `inputs.KINDS`, which decides template, special tokens and pooling. attention: the implementations it runs; empty
     where it has no attention. lora_targets: the linear maps that LoRA adapts, by the last part of their names, or "all-linear".
     hybrid: of state-space and attention layers.
     """
@@ -64,9 +64,9 @@ class ModelSpec:
     """One system: a backbone and what makes it a reranker.
 
     name: its row in the results table. source: a Hub id, a (package, folder) that carries weights, a `Packed` file, the Path of a
-    reranker of ours, or a function that returns the configuration of a backbone to be started from random weights. millions: of
-    parameters; 0 if unknown. max_length: the tokens it has positions for, None for any number. tokenizer: like source; None means
-    the source's own. overrides: changes to the backbone's configuration. note: a footnote for every table.
+    reranker of ours, or a function that returns the configuration of a backbone with random weights. millions: of
+    parameters; 0 if unknown. max_length: the tokens it has positions for; None: any number. tokenizer: like source; None means
+    the source's own. overrides: changes to the backbone's configuration. note: its footnote in every table.
     """
 
     name: str
@@ -85,7 +85,7 @@ class ModelSpec:
 
     @property
     def has_states(self) -> bool:
-        """Whether what it knows after a document can be stored (`states.DocumentStates`)."""
+        """Whether its state after a document can be stored (`states.DocumentStates`)."""
         return self.kind == "causal" and not self.family.hybrid
 
     @property
@@ -167,7 +167,7 @@ SYSTEMS = {
             MINILM,
             22.7,
             512,
-            # torch has no fast CPU attention with dropout, and training would take a third longer
+            # torch has no fast CPU attention with dropout: training would take a third longer
             overrides={"attention_probs_dropout_prob": 0.0},
             note="its authors trained it on Natural Questions, SQuAD and MS MARCO: a reference line, not part of the comparison",
         ),

@@ -23,12 +23,12 @@ def measured(table: pd.DataFrame, shared: Mapping[str, int] | None = None) -> di
 
 
 def per_query_values(records: list[dict], collection: str | None = None) -> dict[str, Tables]:
-    """{system: [its `per_query` table, one a seed]} from "evaluate" records; what `evaluate.compare` and `plots` take.
+    """{system: [its `per_query` table, one per seed]} from "evaluate" records; what `evaluate.compare` and `plots` take.
 
-    collection: whose queries; None if there is but one.
+    collection: whose queries; None if there is only one.
 
     Raises:
-        InputError: no such records, or several collections and none chosen.
+        InputError: there are no such records, or several collections and none is chosen.
     """
     found = [record for record in records if record["kind"] == "evaluate" and collection in (None, record["collection"])]
     collections = sorted({record["collection"] for record in found})
@@ -46,7 +46,7 @@ def per_query_values(records: list[dict], collection: str | None = None) -> dict
 def shared_documents(records: list[dict], collection: str | None = None) -> dict[str, int] | None:
     """The `evaluate.clusters` of a collection's queries from its record of kind "queries"; None if there is none.
 
-    collection: None if there is but one that was evaluated.
+    collection: None if only one was evaluated.
     """
     found = [record for record in records if record["kind"] == "queries" and collection in (None, record["collection"])]
     return found[0]["result"]["clusters"] if found else None
@@ -66,7 +66,7 @@ def tidy(records: list[dict]) -> pd.DataFrame:
 def seed_by_seed(records: list[dict], measure: str = PRIMARY) -> pd.DataFrame:
     """Compare with the baseline once for each seed alone: collection, seed, and the columns of `evaluate.compare`.
 
-    p_holm is corrected within a seed. A baseline without a record of that seed is taken from the first seed that has one.
+    p_holm is corrected within a seed. Where the baseline has no record of that seed, its first seed's is used.
     """
     parts = []
     evaluated = [record for record in records if record["kind"] == "evaluate"]
@@ -82,7 +82,7 @@ def seed_by_seed(records: list[dict], measure: str = PRIMARY) -> pd.DataFrame:
 
 
 def readable_seeds(seeds: pd.DataFrame) -> pd.DataFrame:
-    """The table of `seed_by_seed` as text: a row a system, a column a seed, cells such as "+0.044 [+0.032, +0.057], p <0.001"."""
+    """The table of `seed_by_seed` as text: one row per system, one column per seed, cells such as "+0.044 [+0.032, +0.057], p <0.001"."""
     cells = [f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p {p_value(row.p_holm)}" for row in seeds.itertuples()]
     index = ["collection", "system"] if seeds["collection"].nunique() > 1 else "system"
     return (
@@ -101,10 +101,10 @@ def by_words(
     parts: int = 4,
     shared: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
-    """Compare with the baseline apart for short and for long relevant documents: words, queries, and columns of `evaluate.compare`.
+    """Compare with the baseline separately for short and long relevant documents: words, queries, and columns of `evaluate.compare`.
 
-    words: {query_id: words of its relevant document}; the queries are cut into `parts` of about the same number. The column words
-    is such as "45 to 75", the shortest first; "of the baseline" is the baseline's own mean. shared: as in `evaluate.compare`.
+    words: {query_id: words of its relevant document}; the queries are cut into `parts` of about equal size. The column words reads
+    "45 to 75", the shortest first; "of the baseline" is the baseline's own mean. shared: as in `evaluate.compare`.
     """
     counts = pd.Series(words)
     bounds = np.quantile(counts, np.linspace(0, 1, parts + 1)[1:-1])
@@ -119,7 +119,7 @@ def by_words(
 
 
 def curves(records: list[dict]) -> dict[str, list[pd.DataFrame]]:
-    """{system: [its training curve, one a seed]} from "train" records; what `plots.training_curves` takes."""
+    """{system: [its training curve, one per seed]} from "train" records; what `plots.training_curves` takes."""
     found: dict[str, list[pd.DataFrame]] = {}
     for record in sorted(records, key=lambda record: (order(record["system"]), record["seed"])):
         if record["kind"] == "train":
@@ -128,14 +128,14 @@ def curves(records: list[dict]) -> dict[str, list[pd.DataFrame]]:
 
 
 def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BASELINE) -> pd.DataFrame:
-    """The study's table, one row a collection and system, the baseline first. Numbers only: see `readable` and `format_table`.
+    """The study's table, one row per collection and system, the baseline first. Numbers only: see `readable` and `format_table`.
 
     Columns: collection, system, queries, seeds, parameters (outside embeddings); of every measure the mean, "<measure> low" and
-    "<measure> high"; difference, low, high, effect, p and p_holm of `measure` to `baseline` (NaN without one); tokens and minutes
+    "<measure> high"; difference, low, high, effect, p and p_holm of `measure` against `baseline` (NaN without one); tokens and minutes
     of training; pairs_per_s, pairs_per_s_from_states; note; clusters (`evaluate.clusters`, how many; 0 if not recorded); timed_on;
     measure; baseline.
     Means over seeds, 95% intervals. A system "X + Y" is X mixed with Y and has X's size and costs. Where seeds ran on several
-    devices, times are of the one of most trainings, `timed_on`; else that is empty.
+    devices, times are of the device with most trainings, `timed_on`; otherwise that is empty.
 
     Raises:
         InputError: there are no "evaluate" records, or the systems of a collection were measured on different queries.
@@ -165,12 +165,12 @@ def chosen_measure(records: list[dict]) -> str:
 
 
 def _devices(records: list[dict]) -> list[str]:
-    """What trainings ran on, the device of most of them first."""
+    """The devices that trainings ran on, the most frequent first."""
     return [name for name, _ in Counter(r["environment"].get("device") for r in records if r["kind"] == "train").most_common()]
 
 
 def _costs(records: list[dict], system: str, collection: str, device: str | None) -> dict:
-    """Size, training and speed of a system; means over seeds, of times only those on `device`; NaN where nothing is recorded."""
+    """Size, training and speed of a system; means over seeds, of times only those on `device`; NaN where nothing was recorded."""
     own = [record for record in records if record["system"] == base(system)]
     # /train, /dev and /test of one collection belong together; a system tested elsewhere was trained where it was trained
     here = [record for record in own if PurePosixPath(record["collection"]).parent == PurePosixPath(collection).parent]
@@ -203,7 +203,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def caption(table: pd.DataFrame) -> str:
-    """What belongs below the final table: queries, intervals, the test, and the notes on systems."""
+    """The text below the final table: queries, intervals, the test, and the notes on systems."""
     lines = []
     for collection, part in table.groupby("collection", sort=False):
         first = part.iloc[0]
@@ -273,7 +273,7 @@ def _notes(table: pd.DataFrame) -> list[str]:
 
 
 def _cells(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """The table as text: a column a heading of two lines, a cell (value,) or (value, low, high)."""
+    """The table as text: one column per heading of two lines, a cell (value,) or (value, low, high)."""
     marks = [f" [{notes.index(note) + 1}]" if note else "" for note in table["note"]]
     cells = {"system\n": [(system + mark,) for system, mark in zip(table["system"], marks, strict=True)]}
     if (table["seeds"] > 1).any():

@@ -1,6 +1,6 @@
-"""Batches side by side on the threads of a CPU: a batch a thread, where one batch on all threads would wait at every small operation.
+"""Batches side by side on the threads of a CPU, one per thread: one batch on all threads would wait at every small operation.
 
-Measured on two cores: `Reranker.predict` is 1.1 to 1.3 times as fast so, and as much again because batches may then be larger.
+Measured on two cores: this makes `Reranker.predict` 1.1 to 1.3 times as fast, and as much again because batches may be larger.
 """
 
 import math
@@ -24,17 +24,17 @@ def at_once(device: torch.device) -> int:
 
 
 def batch_cost(device: torch.device, count: int = 1) -> int:
-    """What a batch takes beside its tokens, in tokens that could be computed meanwhile, where `count` batches run side by side.
+    """The fixed cost of a batch, in tokens that could be computed in that time, where `count` batches run side by side.
 
-    On a CPU small operations, which more threads do not shorten; on a GPU the launching of kernels, a guess from how its speed grows
-    with the batch (LOG.md).
+    On a CPU: small operations, which more threads do not speed up. On a GPU: launching kernels; a guess from how its speed grows with
+    the batch (LOG.md).
     """
     return COST_OF_A_THREAD * torch.get_num_threads() // count if device.type == "cpu" else COST_ON_A_GPU
 
 
 def even_batches(lengths: np.ndarray, batch_tokens: int, count: int, cost: int) -> list[np.ndarray]:
     """Cut sequences into batches (`inputs.token_batches`), `count` of which together have at most `batch_tokens` tokens; those of the
-    last round are smaller and alike, so that all threads end together."""
+    last round are smaller and of equal size, so that all threads finish together."""
     most = max(1, batch_tokens // count)
     batches = token_batches(lengths, most, cost)
     whole = len(batches) // count * count
@@ -48,24 +48,24 @@ def even_batches(lengths: np.ndarray, batch_tokens: int, count: int, cost: int) 
 def side_by_side(
     compute: Callable, items: Sequence, count: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[int, object]]:
-    """Yield (place, compute(items[place])) as they come, `count` of them at a time, each on its share of torch's threads, without
-    gradients and in autocast to `dtype`. Once it is closed nothing more is computed."""
+    """Yield (place, compute(items[place])) as they finish, `count` at a time, each on its share of torch's threads, without
+    gradients and in autocast to `dtype`. Once the generator is closed nothing more is computed."""
     if count == 1:
         yield from enumerate(map(compute, items))
         return
     threads = torch.get_num_threads()
 
-    def begin() -> None:  # all of this is a thread's own
+    def begin() -> None:  # all of these settings are per thread
         torch.set_grad_enabled(False)
         torch.set_num_threads(threads // count)
-        autocast(device, dtype).__enter__()  # ends with the thread; the weights that it converts are everyone's
+        autocast(device, dtype).__enter__()  # ends with the thread; converted weights are shared by all
 
     pool = ThreadPoolExecutor(count, initializer=begin)
     try:
-        # a thread has no context of its own: `scan.forced` is in the caller's
+        # threads do not inherit the caller's context, which `scan.forced` is in
         places = {pool.submit(copy_context().run, compute, item): place for place, item in enumerate(items)}
         for future in as_completed(places):
             yield places[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # for threads that are still to come
+        torch.set_num_threads(threads)  # for threads started later

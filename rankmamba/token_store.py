@@ -1,11 +1,10 @@
-"""The documents of a large collection, tokenised once into files that training and scoring map, so none of it sits in memory.
+"""The documents of a large collection, tokenised once into files that training and scoring map, so none of them sit in memory.
 
-A store is a folder of shards, each of 65,536 documents and each whole or absent, so a build that was killed goes on behind its last
+A store is a folder of shards, each of 65,536 documents and each whole or absent, so a build that was killed resumes after its last
 shard. A shard holds tokens.npy (one document after another), ends.npy, ids.npy and the SHA-256 of the three; lookup.npy leads from
 the hash of a doc_id to its row; manifest.json, written last, says that the store is whole.
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,12 +16,12 @@ from tqdm.std import tqdm
 
 from . import lookup
 from .errors import InputError
-from .files import alone, replacing, sha256, write_text
+from .files import alone, json_sha256, replacing, sha256, write_text
 from .formats import Documents
 from .inputs import PairTokenizer
 
-LARGE = 500_000  # documents; fewer are tokenised for each run, in seconds
-LONGEST = 4096  # tokens that are kept of a document: as many as the longest setting reads
+LARGE = 500_000  # documents; smaller collections are tokenised for each run, in seconds
+LONGEST = 4096  # tokens kept of a document: as many as the longest setting reads
 SHARD, BATCH = 1 << 16, 1024  # documents
 PARTS = ("tokens.npy", "ends.npy", "ids.npy")
 
@@ -32,10 +31,10 @@ def document_tokens(
 ) -> Mapping[str, np.ndarray]:
     """Return the token ids of some documents by doc_id, at most `limit` each (default: what a pair has room for).
 
-    Those of a large ir_datasets collection come from its store, which is made at the first use; others are tokenised now.
+    Those of a large ir_datasets collection come from its store, which is made on first use; others are tokenised now.
 
     Raises:
-        InputError: a doc_id is unknown, or `limit` is more than a store holds.
+        InputError: a doc_id is unknown, or `limit` exceeds what a store holds.
     """
     limit = limit or inputs.document_limit
     store = stored(documents, inputs)
@@ -67,10 +66,10 @@ def _refuse_unknown(doc_ids: Sequence[str], known: Mapping) -> None:
 
 
 def place(namespace: str, inputs: PairTokenizer) -> Path:
-    """Return the folder of a collection's tokens, as one tokenizer and one template make them."""
+    """Return the folder of a collection's tokens, which depend on tokenizer and template."""
     import ir_datasets
 
-    digest = hashlib.sha256(json.dumps([inputs.vocabulary_digest, inputs.document_prefix, LONGEST]).encode()).hexdigest()
+    digest = json_sha256([inputs.vocabulary_digest, inputs.document_prefix, LONGEST])
     return ir_datasets.util.home_path() / "rankmamba" / "tokens" / f"{namespace.replace('/', '-')}-{digest[:12]}"
 
 
@@ -101,10 +100,10 @@ class TokenStore(Mapping[str, np.ndarray]):
 
     @classmethod
     def build(cls, documents: Documents, inputs: PairTokenizer, folder: Path) -> "TokenStore":
-        """Open the store in `folder`, made or finished first if need be; another process that wants it meanwhile waits.
+        """Open the store in `folder`, made or finished first if need be; any other process that wants it waits.
 
         Raises:
-            InputError: the shards that are there are of other documents, a doc_id occurs twice, or the disk is full.
+            InputError: the existing shards are of other documents, a doc_id occurs twice, or the disk is full.
         """
         if not (folder / "manifest.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +147,7 @@ class TokenStore(Mapping[str, np.ndarray]):
         return self._open[shard]
 
     def __reduce__(self):
-        return TokenStore, (self.folder,)  # another process maps the files itself
+        return TokenStore, (self.folder,)  # pickled by path: another process maps the files itself
 
 
 @lru_cache(maxsize=4)
@@ -230,7 +229,7 @@ def _write_shard(target: Path, pairs: Iterable[tuple[str, str]], inputs: PairTok
 
 
 def _finished(target: Path, pairs: Iterable[tuple[str, str]], bar) -> np.ndarray:
-    """The ids of a shard that an earlier build finished, if it is of these documents."""
+    """Return the ids of a shard that an earlier build finished, which must be of these documents."""
     ids = np.load(target / "ids.npy")
     here = np.array([doc_id.encode() for doc_id, _ in pairs])
     if not np.array_equal(ids, here):

@@ -3,7 +3,7 @@
 Each query comes as a group of 1 positive and G-1 BM25 negatives; the loss is the cross entropy of the positive among its group
 (arXiv 2101.08751; the recipe of arXiv 2403.18276).
 
-`python -m rankmamba.train --config FILE.yaml` trains one system; the same under `accelerate launch -m` or `torchrun -m` runs on many
+`python -m rankmamba.train --config FILE.yaml` trains one system; under `accelerate launch -m` or `torchrun -m` it runs on many
 devices, with the same groups, steps and loss.
 """
 
@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from .backbones import find
 from .collection import Collection, check_run, load
 from .errors import InputError
 from .files import check_room
@@ -39,16 +40,16 @@ from .training.lora import add_lora, merge_lora
 from .training.progress import Progress, Stopped
 from .training.trainer import LCETrainer
 
-OPTIMIZER = "adamw_torch_fused"  # one kernel for all weights, on a CPU too
+OPTIMIZER = "adamw_torch_fused"  # one kernel for all weights, also on a CPU
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainResult:
-    """A trained reranker and how it came about.
+    """A trained reranker and how it was made.
 
-    curve: one row a step, {"step", "loss" (nats), "accuracy" (share of groups whose positive scores highest), "tokens" so far,
-    "seconds" so far}. seconds: restarts included. stopped: ended before its last step, because it was asked to. setup: what it was
+    curve: one row per step, {"step", "loss" (nats), "accuracy" (share of groups whose positive scores highest), "tokens" so far,
+    "seconds" so far}. seconds: restarts included. stopped: ended early because it was asked to. setup: what it was
     computed with, and why.
     """
 
@@ -83,6 +84,19 @@ class TrainResult:
         return {"seconds": self.seconds, "tokens_per_s": self.tokens / self.seconds}
 
 
+def scale_config(given: Mapping, system: str) -> TrainConfig:
+    """The configuration that a scale's parameters (`parameters.settle`) give a system; LoRA above 700 M parameters, as in the paper."""
+    rates, steps = given["learning_rates"], given["max_steps"]
+    names = ("batch_size", "group_size", "epochs", "warmup", "seed", "max_length", "max_query_length")
+    return TrainConfig(
+        system,
+        learning_rate=rates.get(system, rates["default"]),
+        max_steps=steps.get(system, steps["default"]),
+        lora_r=find(system).lora_r,
+        **{name: given[name] for name in names},
+    )
+
+
 def total_steps(config: TrainConfig, groups_per_epoch: int) -> int:
     """The optimizer steps of a run: epochs times groups over batch size, capped by `max_steps`."""
     steps = max(1, int(config.epochs * groups_per_epoch / config.batch_size))
@@ -100,29 +114,29 @@ def train(
     checkpoint_steps: int = 0,
     tensorboard: str | Path | None = None,
 ) -> TrainResult:
-    """Train one system on a collection and save it as `folder`; a training that was interrupted goes on where it was.
+    """Train one system on a collection and save it as `folder`; a training that was interrupted resumes where it was.
 
     candidates: the first-stage run that negatives come from; default the collection's own. on_step: called after each step with
-    its row of the curve and "of", the number of steps in all. stop: set it from another thread to end within the current step, which
-    is given up (on a GPU or with other processes: finished); what was learnt so far is saved, and the same call later goes on from
-    there. checkpoint_seconds: between two checkpoints. checkpoint_steps: also every so many steps, 0 for not. Checkpoints are in
-    checkpoints/ beside `folder` until the training is done.
+    its row of the curve and "of", the total number of steps. stop: set it from another thread to end within the current step, which
+    is abandoned (on a GPU or with other processes: finished); what was learnt so far is saved, and the same call later resumes
+    there. checkpoint_seconds: between two checkpoints. checkpoint_steps: also after this many steps, 0 for never. Checkpoints are
+    kept in checkpoints/ beside `folder` until the training is done.
     tensorboard: a folder for what the Trainer logs of each step (loss, learning rate, norm of the gradient).
 
     Under torchrun or accelerate launch all processes call it alike; the first one writes.
 
     Raises:
         InputError: the collection has no judged relevant document, or no candidates for the queries that have one; the configuration
-            does not fit, or the memory or the disk is too small.
+            is invalid, or the memory or the disk is too small.
         FloatingPointError: the loss or a gradient is NaN or infinite.
-        KeyboardInterrupt: after Ctrl-C, heard as `stop` is; a checkpoint keeps what was learnt, the model is not saved.
+        KeyboardInterrupt: after Ctrl-C, which is handled like `stop`; a checkpoint keeps what was learnt, the model is not saved.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     candidates = collection.candidates if candidates is None else candidates
     if candidates is None:
         raise InputError(
             f"expected candidates to draw negatives from, got none in {collection.name}; "
-            "lay a candidates.run in its folder, or pass a first-stage run"
+            "put a candidates.run in its folder, or pass a first-stage run"
         )
     config.check(processes.num_processes)
     check_target(folder)
@@ -146,7 +160,7 @@ def train(
     progress = Progress(on_step, stop, checkpoint_seconds, checkpoint_steps)
     if resume is not None:
         progress.load(resume)
-        _log.warning("training %s goes on after step %d of %d", config.system, len(progress.curve), steps)
+        _log.warning("training %s resumes after step %d of %d", config.system, len(progress.curve), steps)
     trainer = LCETrainer(
         reranker,
         _arguments(config, reranker, steps, processes.num_processes, checkpoints, "no" if tensorboard is None else "steps"),
@@ -167,7 +181,7 @@ def train(
             trainer.keep_last_step()
     setup = reranker.setup | {"optimizer": OPTIMIZER, "processes": processes.num_processes}
     sharded = trainer.is_fsdp_enabled
-    if sharded:  # each process has a part of the weights: the first one puts them together
+    if sharded:  # each process has a part of the weights: the first one assembles them
         weights = trainer.accelerator.get_state_dict(trainer.model)
         reranker, adapted = _student(config, torch.device("cpu"))
         if processes.is_main_process:
@@ -187,20 +201,20 @@ def train(
 
 
 def _student(config: TrainConfig, device: torch.device):
-    """Load what is to be trained; returns the reranker, and what `merge_lora` takes or None."""
+    """Load the model to be trained; returns the reranker, and what `merge_lora` takes or None."""
     set_seed(config.seed)
     dtype = {None: None, True: torch.bfloat16, False: torch.float32}[config.bf16]
     reranker = Reranker.from_pretrained(
         config.system, device, dtype, max_length=config.max_length, max_query_length=config.max_query_length
     )
     adapted = add_lora(reranker.model, config.lora_r, config.lora_alpha) if config.lora_r else None
-    # both losses are the same for any bias of the head; AdamW would make steps of the rounding of its zero gradient
+    # neither loss depends on the head's bias; AdamW would turn rounding in its zero gradient into steps
     reranker.model.score.bias.requires_grad_(False)
     return reranker, adapted
 
 
 def _check_room(folder: Path, model: torch.nn.Module) -> None:
-    """Refuse to begin a training whose model, to be saved as `folder`, and one checkpoint of it the disk has no room for."""
+    """Refuse to begin a training if the disk has no room for its model, to be saved as `folder`, and one checkpoint of it."""
     weights = sum(weight.nbytes for weight in model.parameters())
     moments = 2 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)  # AdamW's
     remedy = "free some space, or choose a folder on a larger disk"
@@ -220,7 +234,7 @@ def _arguments(
         weight_decay=config.weight_decay,
         optim=OPTIMIZER,
         bf16=reranker.dtype == torch.bfloat16,
-        gradient_checkpointing=config.gradient_checkpointing or None,  # every transformers 5 knows this name
+        gradient_checkpointing=config.gradient_checkpointing or None,  # a name that every transformers 5 knows
         torch_compile=config.compile,
         seed=config.seed,
         use_cpu=reranker.device.type == "cpu",
@@ -251,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         candidates = None
         if where["candidates"] is not None:
             candidates = read_run(where["candidates"])
-            # documents are checked when they are drawn: all of a large collection's would be looked up for it
+            # documents are checked when drawn: checking all here would look up those of a large collection
             check_run(candidates, collection, where["candidates"], columns=["query_id"])
         first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
         trained = train(config, collection, where["folder"], candidates, on_step=print_step, tensorboard=options.tensorboard)
@@ -263,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; start the same command again, it goes on where it was", file=sys.stderr)
+        print("interrupted; start the same command again to resume", file=sys.stderr)
         return 130
     return 0
 

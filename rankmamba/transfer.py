@@ -1,4 +1,4 @@
-"""A trained system elsewhere: on collections, domains and document lengths that it was not trained on."""
+"""Trained systems on collections, domains and document lengths that they were not trained on."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,7 +17,7 @@ from .results import environment, find_record, fingerprint, leave_record
 from .tables import measured
 
 DOMAINS = 8  # more first words of query ids than these are no domains
-STARTS = (0, 128, 256, 512, 1024)  # words of a document before what answers the query
+STARTS = (0, 128, 256, 512, 1024)  # words of a document before the paragraph that answers the query
 
 
 def reading(max_length: int, max_passages: int = 1) -> str:
@@ -72,7 +72,7 @@ def everywhere(
 ) -> dict[str, list[dict]]:
     """Transfer every system to every collection, read in every way (max_length, max_passages): {collection: its records}.
 
-    A reading of more tokens than a system has positions for is left out.
+    Readings of more tokens than a system has positions for are left out.
     """
     return {
         collection: [
@@ -104,10 +104,10 @@ def values(records: Sequence[dict], measure: str = PRIMARY) -> dict[str, pd.Seri
 
 
 def by_domain(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
-    """Mean and 95% interval by domain, what a query's id has before its first "-"; ids without one, or of more than `DOMAINS`, are
+    """Mean and 95% interval by domain, the part of a query's id before its first "-"; ids without "-", or of more than `DOMAINS`, are
     of one domain, "all".
 
-    A row each: domain, queries, reading (how documents were read; empty for the first stage), system, mean, low, high.
+    Columns: domain, queries, reading (how documents were read; empty for the first stage), system, mean, low, high.
     """
     found = values(records, measure)
     domains = {
@@ -132,10 +132,10 @@ def by_start(records: Sequence[dict], starts: Mapping[str, int], measure: str = 
 
 
 def by_reading(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
-    """Mean and 95% interval by how documents were read: what a longer look gains or costs.
+    """Mean and 95% interval by how documents were read: what reading more gains or costs.
 
-    A row each: collection, reading, tokens read of a document's beginning (NaN for MaxP and for the first stage, "bm25", which is
-    the same beside every reading), system, mean, low, high. Shorter readings come first.
+    Columns: collection, reading, tokens read of a document's beginning (NaN for MaxP and for the first stage, "bm25", which is
+    repeated beside every reading), system, mean, low, high. Shorter readings come first.
     """
     rows = []
     # by the name's length: squad, squad-long/600, squad-long/1500
@@ -154,9 +154,9 @@ def by_reading(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
 
 
 def gains(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
-    """What each system gains, query by query, by reading as many tokens as it did instead of as few: mean and 95% interval as text.
+    """What each system gains, query by query, from its longest reading over its shortest: mean and 95% interval as text.
 
-    A row a system, a column a collection, with the two lengths of a document's beginning; only systems read at several lengths.
+    One row per system, one column per collection, with the two lengths of a document's beginning; only systems read at several lengths.
     """
     cells = []
     firsts = [record for record in records if record["config"]["max_passages"] == 1]
@@ -177,14 +177,14 @@ def gains(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
-    """The means of `by_reading` as text: a row a system, a column a collection and reading."""
+    """The means of `by_reading` as text: one row per system, one column per collection and reading."""
     cells = table.assign(cell=table["mean"].map("{:.3f}".format), collection=table["collection"].str.removeprefix("rankmamba/"))
     wide = cells.pivot(index="system", columns=["collection", "reading"], values="cell").fillna("")
     return wide[pd.MultiIndex.from_frame(cells[["collection", "reading"]].drop_duplicates())]
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of `by_domain` or `by_start` as text: a row a reading and system, a column a group of queries."""
+    """The table of `by_domain` or `by_start` as text: one row per reading and system, one column per group of queries."""
     title = table.columns[0]
     heads = [f"{group} (n={count})" for group, count in zip(table[title], table["queries"], strict=True)]
     cells = [f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table[["mean", "low", "high"]].itertuples()]

@@ -139,9 +139,9 @@ def test_a_negative_relevance_counts_as_none_and_grades_that_trec_eval_cannot_ho
 
 def test_a_repeated_rank_or_document_is_refused():
     run, qrels = make_run({"a": {"d1": 2, "d2": 1}}), make_qrels({"a": {"d1": 1}})
-    with pytest.raises(InputError, match="rank once a query"):
+    with pytest.raises(InputError, match="rank once per query"):
         per_query(run.assign(rank=1), qrels)
-    with pytest.raises(InputError, match="doc_id once a query"):
+    with pytest.raises(InputError, match="doc_id once per query"):
         per_query(run.assign(doc_id="d1"), qrels)
     with pytest.raises(InputError, match="empty qrels"):
         per_query(run, qrels.iloc[:0])

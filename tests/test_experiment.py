@@ -14,7 +14,7 @@ from rankmamba.experiment import Experiment
 from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.interpolation import interpolate_tuned, weight_values
 from rankmamba.reranker import Reranker
-from rankmamba.states.study import trial
+from rankmamba.states.trials import trial
 from rankmamba.tables import measured
 from rankmamba.train import TrainConfig
 

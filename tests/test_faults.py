@@ -147,7 +147,7 @@ def test_a_file_never_takes_the_place_of_a_folder_and_a_folder_in_a_file_is_refu
     write_text(tmp_path / "folder" / "precious", "years of work")
     with pytest.raises(InputError, match="the folder .*; name a file in it"):
         write_text(tmp_path / "folder", "text")
-    with pytest.raises(InputError, match="choose a folder that is no file"):
+    with pytest.raises(InputError, match="choose a folder that is not a file"):
         write_text(tmp_path / "folder" / "precious" / "new", "text")
     assert (tmp_path / "folder" / "precious").read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

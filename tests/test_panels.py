@@ -23,7 +23,7 @@ from rankmamba.panels.pages import document_html, lists_html
 from rankmamba.panels.training import TrainingPanel, runs_table
 from rankmamba.results import read_records
 from rankmamba.search import Ranking, Search, query_words, sentences
-from rankmamba.states import study as state_study
+from rankmamba.states import trials
 from rankmamba.style import FAMILIES, look
 from rankmamba.train import TrainConfig
 
@@ -365,7 +365,7 @@ def test_the_ranking_panel_stores_states_and_then_answers_from_them(experiment, 
 def test_the_states_panel_shows_what_the_record_says_of_the_chosen_format(experiment):
     experiment.first_stage("bm25", k1=0.9, b=0.4)
     experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
-    record = state_study.trial(experiment, "tiny-mamba", "bm25", 3, 2, ["float32", "int8"], [32])
+    record = trials.trial(experiment, "tiny-mamba", "bm25", 3, 2, ["float32", "int8"], [32])
     panel = panels.StatesPanel([record], 2_000_000)
     seen = {}
     for name in panel.format.options:

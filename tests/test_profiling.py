@@ -12,8 +12,7 @@ import torch
 from rankmamba import profiling, scan
 from rankmamba.errors import InputError
 from rankmamba.inputs import token_batches
-from rankmamba.profiling import MODES, Subject, build, measure
-from rankmamba.profiling import study as profile_study
+from rankmamba.profiling import MODES, Subject, build, measure, measurements
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.profiling.flops import forward_flops
 from rankmamba.profiling.parts import TextPass, breakdown, padded_tokens
@@ -133,7 +132,7 @@ def test_a_training_step_is_timed_twice_and_what_is_worked_out_from_two_depths_t
 
 def test_a_measurement_is_a_record_that_says_how_it_was_made_and_a_second_run_finds_it(tmp_path):
     cases = [(2, 64), (2, 64)]  # a further batch that is that of the length: one row
-    again = [profile_study.speed(tmp_path, "tiny", ["tiny-mamba", "tiny-neox"], cases, seconds=0.05) for _ in range(2)]
+    again = [measurements.speed(tmp_path, "tiny", ["tiny-mamba", "tiny-neox"], cases, seconds=0.05) for _ in range(2)]
     assert again[0] == again[1] == read_records(tmp_path, "profile")
     mamba, neox = again[0]
     for record in again[0]:
@@ -149,7 +148,7 @@ def test_a_measurement_is_a_record_that_says_how_it_was_made_and_a_second_run_fi
     attention = "rankmamba_native" if scan.kernel("cpu").name == "native" else "sdpa"
     assert [record["environment"]["attention"].split(":")[0] for record in (mamba, neox)] == ["none", attention]
     assert fingerprint(mamba) == fingerprint(
-        profile_study.speed(tmp_path / "b", "tiny", ["tiny-mamba"], [(2, 64)], seconds=0.05)[0]
+        measurements.speed(tmp_path / "b", "tiny", ["tiny-mamba"], [(2, 64)], seconds=0.05)[0]
     )
 
 

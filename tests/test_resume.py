@@ -348,7 +348,7 @@ def with_little_memory(folder: Path) -> None:
 
     LCETrainer.training_step = limited_step
     limited = train(config, texts, folder / "limited")
-    assert "a step does not fit into memory: it runs in 8 chunks" in said[0]
+    assert "a step does not fit into memory: from now on it runs in 8 chunks" in said[0]
     assert limited.curve[0]["loss"] == pytest.approx(whole.curve[0]["loss"], abs=1e-6)
     said.clear()
     limit_memory(8)

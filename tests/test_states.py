@@ -32,7 +32,7 @@ from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
 from rankmamba.states import DocumentStates
 from rankmamba.states import build as state_build
-from rankmamba.states.formats import ids_bytes, record_bytes
+from rankmamba.states.encoding import ids_bytes, record_bytes
 
 OTHERS = {
     "bloom": lambda: BloomConfig(vocab_size=30522, hidden_size=32, n_layer=2, n_head=2, pad_token_id=0),
@@ -126,7 +126,7 @@ def test_states_take_the_place_of_nothing_but_states_and_ids_and_texts_are_strin
         tmp_path / "s",
         tmp_path / "repository",
     ):  # a conversion takes not even the place of states, its own among them
-        with pytest.raises(InputError, match="which holds something"):
+        with pytest.raises(InputError, match="new or empty folder"):
             states.convert(folder, "int8")
     assert (tmp_path / "repository" / ".git").is_dir() and DocumentStates.open(tmp_path / "s", mamba).dtype == "float32"
     with pytest.raises(InputError, match="expected text that is UTF-8"):

@@ -135,7 +135,7 @@ def test_a_folder_named_from_the_current_one_is_found_from_the_notebooks_and_an_
 def test_a_results_folder_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "notes").write_text("mine")
     assert study.main(["--scale", "tiny", "--results", str(tmp_path / "notes")]) == 1
-    assert "choose a folder that is no file" in capsys.readouterr().err and (tmp_path / "notes").read_text() == "mine"
+    assert "choose a folder that is not a file" in capsys.readouterr().err and (tmp_path / "notes").read_text() == "mine"
 
 
 def test_two_studies_in_one_folder_go_one_after_another(tmp_path, capsys):

@@ -220,7 +220,7 @@ def test_a_grid_runs_every_combination_and_a_list_its_sets(text, sets, tmp_path)
         ("seed: [1\nrate: [", "expected YAML", 2),
         ("seed: &a [1]\nrate: *a", "the reference *a", 2),
         ("seed: [!!python/object:os.system 1]", "expected YAML", 1),
-        ("1: [2]", "is no text", 1),
+        ("1: [2]", "is not text", 1),
     ],
 )
 def test_a_wrong_sweep_is_refused_with_its_line(text, says, line, tmp_path):

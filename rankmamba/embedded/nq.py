@@ -3,7 +3,7 @@
 The archive (bigbench 1.0.0 of the Python Package Index) carries 17,528 search queries, each with its Wikipedia passage in which
 the answer is swapped for another name; the true name is stored beside it. What is done, in order: the answer is put back
 (`read_examples`), the tokenised text is joined again (`tidy`), equal passages become one, revisions of one passage are found
-(`near_copies`), and groups of them are dealt to train, dev and test (`split`).
+(`near_copies`), and groups of them are assigned to train, dev and test (`deal`).
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def read_examples(archive: Path) -> list[Example]:
             raise InputError(
                 f"expected a question, a context and a true answer, got {example!r:.200} (example {number} of {MEMBER})"
             )
-        # the task swapped the name by a plain string replacement, inside longer words too; the reverse undoes exactly that
+        # the task swapped the name by plain string replacement, inside longer words too; the reverse undoes exactly that
         examples.append(Example(match[1], match[2].replace(swapped, answer), answer))
     return examples
 
@@ -100,7 +100,7 @@ _PAIRS = frozenset("and/or he/she she/he him/her his/her km/h m/s mi/h w/o ac/dc
 def tidy(text: str) -> str:
     """Join tokenised English again: do n't -> don't, `` so '' -> "so", ( 3 : 09 ) -> (3:09), 1980 -- 1989 -> 1980–1989.
 
-    List items, which the source parts by three spaces or HTML list tags, become lines.
+    List items, which the source separates by three spaces or HTML list tags, become lines.
     """
     text = re.sub(" ?\xa0 ?", " ", _INVISIBLE.sub("", text))
     text = _SORT_KEY.sub("", _LIST_TAG.sub("   ", text))
@@ -237,7 +237,7 @@ def near_copies(fingerprints: Sequence[str]) -> tuple[list[int], list[tuple[int,
 
 
 def deal(fingerprints: Sequence[str], groups: Sequence[int]) -> list[str]:
-    """Deal whole groups of passages to the splits in the order of a hash of their text: test, dev, and train the rest."""
+    """Assign whole groups of passages to the splits in the order of a hash of their text: test, then dev, and the rest to train."""
     members = defaultdict(list)
     for i, group in enumerate(groups):
         members[group].append(i)
@@ -263,7 +263,7 @@ def prepare(examples: Sequence[Example]) -> Prepared:
     """Tidy, drop repetitions, and split.
 
     Passages with the same words are one document. A query that occurs in two splits stays in the one that is held out more (test,
-    dev, train). Relevant to a query are its passage and those copies of it that hold the answer too.
+    dev, train). Relevant to a query are its passage and those copies of it that contain the answer too.
     """
     doc_of: dict[str, int] = {}
     texts: list[str] = []

@@ -2,7 +2,7 @@
 
 The paragraphs come in a task of the BIG-bench source archive that `nq` takes its queries from (SQuAD 1.1's development part and the
 four sets of "The Effect of Natural Distribution Shift on Question Answering Models", arXiv 2004.14444). They keep their article, so
-consecutive ones can be joined into long documents in which the answer often lies far from the beginning. Nothing is trained on them.
+consecutive ones can be joined into long documents in which the answer is often far from the beginning. Nothing is trained on them.
 """
 
 import json
@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
 
 
 def read_paragraphs(archive: Path) -> list[Paragraph]:
-    """Stream the five sets out of the archive; a question comes once a paragraph.
+    """Stream the five sets out of the archive; a question comes once per paragraph.
 
     Raises:
         InputError: the archive does not hold them, or not in SQuAD's format.

@@ -3,7 +3,7 @@
 The text (CC BY-SA 4.0) comes in a package of the Python Package Index. Nobody searched with these queries (weak supervision): one
 of an article's four is the short description that Wikipedia gives it, the others are words of one of its sentences, nearly half of
 them replaced by words of other articles. So about three in five query words are in the relevant document, as in Natural Questions;
-with queries of the article's own words alone, models learn in minutes to count them, which is worth little elsewhere.
+with queries of the article's own words alone, models learn within minutes to count them, which helps little elsewhere.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def read_articles(archive: Path) -> list[Article]:
 
 
 def prepare(articles: list[Article]) -> Prepared:
-    """Make queries for the articles, and deal these to splits by a hash of their titles."""
+    """Make queries for the articles, and assign the articles to splits by a hash of their titles."""
     articles = [article for article in articles if len(article.text.split()) >= MIN_WORDS]
     by_hash = sorted(range(len(articles)), key=lambda i: hashlib.sha256(articles[i].title.encode()).digest())
     split_of, place = {}, 0
@@ -73,7 +73,7 @@ def prepare(articles: list[Article]) -> Prepared:
 
 
 def _description_query(article: Article, generator: random.Random) -> str:
-    """Its description, half of the time behind words of its title; the title alone where there is none."""
+    """Its description, half of the time preceded by words of its title; the title alone where there is no description."""
     title, description = _words(article.title), _words(article.description)
     if not description:
         return " ".join(title)
@@ -81,7 +81,7 @@ def _description_query(article: Article, generator: random.Random) -> str:
 
 
 def _sentence_query(article: Article, articles: list[Article], generator: random.Random) -> str:
-    """Some words of one sentence in their order, often behind words of the title, and `REPLACED` of them by others' words."""
+    """Some words of one sentence in order, often preceded by words of the title, `REPLACED` of them swapped for another article's."""
     sentences = [words for words in map(_words, re.split(r"(?<=[.!?])\s+(?=[A-Z])", article.text)) if len(words) >= 4]
     sentence = generator.choice(sentences or [_words(article.text)])
     start = generator.randrange(max(1, len(sentence) - 12))

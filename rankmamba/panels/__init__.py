@@ -1,4 +1,4 @@
-"""The panels of the notebooks (ipywidgets): views of functions of the package, built only where somebody looks at them."""
+"""The panels of the notebooks (ipywidgets): views of functions of the package, built only in interactive notebooks."""
 
 from transformers.utils import logging
 
@@ -10,5 +10,5 @@ from .training import TrainingPanel
 
 __all__ = ["ProfilePanel", "RankingPanel", "StatesPanel", "TrainingPanel", "close"]
 
-# What a thread prints lands in whatever cell ran last; the panels show their own progress.
+# What a thread prints appears under whatever cell ran last; the panels show their own progress.
 logging.disable_progress_bar()

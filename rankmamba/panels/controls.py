@@ -1,4 +1,4 @@
-"""What every panel shows of its job: buttons, a bar, the time, and what went wrong; and the rule that a panel is there once."""
+"""What every panel shows of its job: buttons, a bar, the time, and errors; and the rule that there is one panel of a kind."""
 
 from collections.abc import Callable, Sequence
 from html import escape
@@ -35,7 +35,7 @@ _open: dict[str, "Panel"] = {}
 
 
 class Panel(widgets.VBox):
-    """A box of widgets with its jobs. There is one panel of a kind: a new one ends and removes the one before it."""
+    """A box of widgets with its jobs. There is one panel of a kind: a new one ends and removes its predecessor."""
 
     def __init__(self, children: list[widgets.Widget], controls: list["Controls"]):
         self._controls = controls
@@ -62,7 +62,7 @@ def close() -> None:
 
 
 class Controls:
-    """Starts and stops one job at a time and shows how it stands; starting again ends the job before.
+    """Starts and stops one job at a time and shows its state; starting again ends the previous job.
 
     work(job), in a thread, does it. draw(job) shows what it has made so far; it is called a few times a second and at the end.
     The widgets to place: start, stop, bar, status, error. unit: what is counted, e.g. "step".
@@ -84,7 +84,7 @@ class Controls:
         return in_row([self.start, self.stop, self.bar, self.status], align_items="center")
 
     def begin(self) -> None:
-        """Start the job; one that goes on is stopped and waited for, in the new one's thread."""
+        """Start the job; a running one is stopped first, and the new job's thread waits for it."""
         before = self.job
         if before is not None:
             before.stop.set()
@@ -128,24 +128,24 @@ class Controls:
 
 
 def in_row(children: Sequence[widgets.Widget], **layout) -> widgets.HBox:
-    """Widgets side by side; where there is no room they go on below: a row of JupyterLab's own would cut them."""
+    """Widgets side by side, wrapped where there is no room: JupyterLab's own row would cut them off."""
     return widgets.HBox(children, layout=widgets.Layout(flex_flow="row wrap", **layout))
 
 
 def choice(options: Sequence[str], description: str) -> widgets.ToggleButtons:
-    """A choice that works by keys: JupyterLab takes the arrow keys and letters from a native list, but not Enter from a button."""
+    """A choice that works by keyboard: JupyterLab takes arrow keys and letters from a native list, but not Enter from a button."""
     return widgets.ToggleButtons(
         options=list(options), description=description, style={"button_width": "auto", "description_width": "110px"}
     )
 
 
 def ink(color: str) -> str:
-    """A colour of the figures as CSS: itself on a light page, lighter in a dark theme, where it could not be read."""
+    """A colour of the figures as CSS: lightened in a dark theme, where it could not be read as it is."""
     return f"color-mix(in srgb, {color}, white var(--rm-lighter, 0%))"
 
 
 def error_html(error: BaseException, traceback: str) -> str:
-    """An error for a reader: what happened, what to do about it, and where, behind a fold."""
+    """An error as HTML: what happened, what to do about it, and where, folded away."""
     said = str(error) if isinstance(error, InputError) else traceback.strip().splitlines()[-1]
     return (
         f'<div class="rm-error" role="alert"><b>{escape(said)}</b> {escape(advice(error))}'
@@ -165,7 +165,7 @@ def advice(error: BaseException) -> str:
 
 
 def table_html(heads: Sequence[str], rows: Sequence[tuple[str, Sequence]]) -> str:
-    """A table; rows: (class of the row, its cells, which are HTML already)."""
+    """A table as HTML; rows: (class of the row, its cells, which are HTML already)."""
     head = "".join(f"<th>{name}</th>" for name in heads)
     lines = (f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" for kind, cells in rows)
     return f'<table class="rm-table"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'

@@ -9,7 +9,7 @@ from ..style import look
 from .controls import Controls, Panel, choice, in_row, ink, table_html
 from .job import Job
 
-LENGTHS, BATCHES = [2**power for power in range(6, 14)], [1, 8, 16, 32, 64]  # training takes whole groups of 8, or of 1
+LENGTHS, BATCHES = [2**power for power in range(6, 14)], [1, 8, 16, 32, 64]  # training needs whole groups of 8, or of 1
 MODES = ("inference", "training")
 CSS = """<style>
 .rm-costs table { width: 100%; max-width: 1000px; }
@@ -21,7 +21,7 @@ CSS = """<style>
 class ProfilePanel(Panel):
     """Measure systems one after another; every measurement joins the table.
 
-    measure(system, length, batch, stop=, modes=) returns what `profiling.measure` does. length: to begin with.
+    measure(system, length, batch, stop=, modes=) returns what `profiling.measure` does. length: the initial one.
     """
 
     def __init__(self, measure: Callable[..., dict], systems: Sequence[str], length: int = 512):

@@ -1,4 +1,4 @@
-"""The live learning curves: a small SVG, drawn as text, because figures of matplotlib belong to the main thread."""
+"""The live learning curves: a small SVG, written as text, because matplotlib's figures belong to the main thread."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from ..style import look
 from .controls import ink
 
 WIDTH, HEIGHT, TOP, BOTTOM, LEFT, GAP, RIGHT = 900, 250, 26, 34, 40, 86, 40
-MOST_POINTS = 240  # of one line; more cannot be seen
+MOST_POINTS = 240  # of one line; more would not be visible
 
 
 class Run(NamedTuple):
-    """One training run in the picture: its system, its curve (rows of `train`), whether it is the one to look at."""
+    """One training run in the picture: its system, its curve (rows of `train`), whether it is the current one."""
 
     system: str
     curve: Sequence[dict]
@@ -24,9 +24,9 @@ class Run(NamedTuple):
 
 
 def learning_curves(runs: Sequence[Run], steps: int, group_size: int) -> str:
-    """Draw loss and accuracy against steps as SVG; the run of now is thick, the earlier ones thin, guessing is dotted.
+    """Draw loss and accuracy against steps as SVG; the current run is thick, earlier ones thin, guessing is dotted.
 
-    steps: where the axis ends, at least. Lines are smoothed over a tenth of the run; the raw values of the run of now are faint.
+    steps: where the axis ends, at least. Lines are smoothed over a tenth of the run; the current run's raw values are faint.
     """
     runs = [run for run in runs if len(run.curve)]
     steps = max([steps, *(run.curve[-1]["step"] for run in runs)])

@@ -1,4 +1,4 @@
-"""Work in a background thread: watched, stopped, never silent."""
+"""Work in a background thread: watched, stoppable, never silent about errors."""
 
 import threading
 import time
@@ -6,16 +6,16 @@ import traceback
 from collections.abc import Callable
 
 REFRESH_SECONDS = 0.2
-RATE_SECONDS = 10  # how far back the rate looks: what a resumed run finds done goes by at once, and models differ in speed
+RATE_SECONDS = 10  # how far back the rate looks: work that a resumed run finds done passes at once, and models differ in speed
 
 
 class Job:
     """One piece of work in a thread of its own.
 
     work(job) does it: it calls `job.report` now and then, ends soon after `job.stop` is set, and touches no widget. watch(job) is
-    called a few times a second while it goes on and once when it has ended. after: a job that has to end first.
+    called a few times a second while it runs and once when it has ended. after: a job that must end first.
 
-    done, total: how far it is, in units of the work. result: what `work` returned. error: the exception that ended it.
+    done, total: how far the job is, in units of its work. result: what `work` returned. error: the exception that ended it.
     """
 
     def __init__(self, work: Callable[["Job"], object], watch: Callable[["Job"], None], after: "Job | None" = None):
@@ -28,13 +28,13 @@ class Job:
         self._watcher = threading.Thread(target=self._observe, name="rankmamba watch", daemon=True)
 
     def start(self) -> "Job":
-        """Begin. The work and the watching have a thread each: a long step or a long drawing never holds the other up."""
+        """Begin. Working and watching have a thread each, so a long step and a slow drawing do not hold each other up."""
         threading.Thread(target=self._run, name="rankmamba job", daemon=True).start()
         self._watcher.start()
         return self
 
     def report(self, done: int, total: int) -> None:
-        """Say how far the work is."""
+        """Report how far the work is."""
         now, marks = time.monotonic(), self._marks
         if not marks or now - marks[-1][0] > REFRESH_SECONDS:
             marks = [*marks, (now, done)]
@@ -43,12 +43,12 @@ class Job:
         self.done, self.total = done, total
 
     def fail(self, error: BaseException) -> None:
-        """Keep the exception that is being handled as what went wrong, and ask the work to stop."""
+        """Keep the exception being handled as the job's error, and ask the work to stop."""
         self.error, self.traceback = error, traceback.format_exc()
         self.stop.set()
 
     def cancel(self) -> None:
-        """Ask the work to stop and wait until it and its watching have ended."""
+        """Ask the work to stop and wait until it and the watcher have ended."""
         self.stop.set()
         self.ended.wait()
         if threading.current_thread() is not self._watcher:
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds that are left at the rate of late; None while nothing can be said."""
+        """Seconds that are left at the recent rate; None while it is unknown."""
         then, before = next(iter(self._marks), (0, self.done))
         steps = self.done - before
         if steps <= 0 or self.ended.is_set():
@@ -83,7 +83,7 @@ class Job:
             self._begun = time.monotonic()
             if not self.stop.is_set():
                 self.result = self._work(self)
-        except BaseException as error:  # in a thread anything that is not kept here would vanish without a word
+        except BaseException as error:  # in a thread, an exception not kept here would vanish silently
             self.fail(error)
         finally:
             self._last = time.monotonic()

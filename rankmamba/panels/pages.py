@@ -1,4 +1,4 @@
-"""What the ranking panel shows, as HTML. Documents and queries are strangers' text: every piece of them is escaped."""
+"""What the ranking panel shows, as HTML. Documents and queries are untrusted text: every piece of them is escaped."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -32,8 +32,8 @@ CSS = """<style>
 .rm-document sup { font-size: 10px; font-variant-numeric: tabular-nums; padding: 0 3px; font-weight: 600; }
 .rm-document .rm-unread { opacity: .45; }
 </style>"""
-SHOWN = 10  # places of each list
-SPEAKS_FOR, SPEAKS_AGAINST = "0, 114, 178", "213, 94, 0"  # blue and orange, told apart by the colour-blind
+SHOWN = 10  # documents of each list
+SPEAKS_FOR, SPEAKS_AGAINST = "0, 114, 178", "213, 94, 0"  # blue and orange, which the colour-blind can tell apart
 
 
 def marked(text: str, words: Collection[str]) -> str:
@@ -59,7 +59,7 @@ def lists_html(
     together = "".join(
         f".rm-lists:has(.{name}:hover) .{name}{{background:var(--jp-layout-color2,#eee)}}" for name in names.values()
     )
-    width = f"repeat({len(columns)}, minmax(104px, 1fr))"  # below that the lists scroll: they would run into one another
+    width = f"repeat({len(columns)}, minmax(104px, 1fr))"  # if narrower the lists scroll instead of overlapping
     return f'{CSS}<style>{together}</style><div class="rm-lists" style="grid-template-columns:{width}">{"".join(columns)}</div>'
 
 
@@ -100,7 +100,7 @@ def document_html(parts: pd.DataFrame, words: Collection[str], system: str) -> s
         f"The number at a sentence: {escape(system)}'s score minus its score without that sentence. "
         f'<span style="background:rgba({SPEAKS_FOR},.3)">blue</span> speaks for the document, '
         f'<span style="background:rgba({SPEAKS_AGAINST},.35)">orange</span> against it'
-        + ("." if parts["read"].all() else "; pale text lies behind the cut: it is read only when something before it goes.")
+        + ("." if parts["read"].all() else "; pale text is beyond the cut: it is read only when something before it is left out.")
     )
     return f'{CSS}<div class="rm-document">{"".join(pieces)}</div><div class="rm-note" style="max-width:860px">{note}</div>'
 
@@ -115,5 +115,5 @@ def _sentence(row, largest: float, words: Collection[str]) -> str:
 
 
 def _digits(size: float) -> int:
-    """How many decimals numbers of this size need to be told apart: two at least, five at most."""
+    """How many decimals numbers of this size need to be distinguishable: at least two, at most five."""
     return int(np.clip(1 - np.floor(np.log10(max(size, 1e-9))), 2, 5))

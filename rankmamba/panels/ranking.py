@@ -1,4 +1,4 @@
-"""The ranking panel: one query, the list of every system, and what in a document moved its score."""
+"""The ranking panel: one query, every system's list, and what in a document moved its score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from .pages import SHOWN, document_html, lists_html
 
 @dataclass
 class Answer:
-    """What is known of one query; lists grows as the systems are done."""
+    """What is known about one query; `lists` grows as systems finish."""
 
     query: str
     words: set[str]
@@ -26,8 +26,8 @@ class Answer:
 class RankingPanel(Panel):
     """Rank the documents of a collection for any query, by BM25 and by rerankers, side by side.
 
-    queries: to pick from; any other one can be typed. top_k: candidates that the rerankers put in order. A list shows as soon as
-    its system is done. Causal systems can store the states of all documents and then answer from them.
+    queries: to pick from; any other can be typed. top_k: candidates that the rerankers reorder. A list shows as soon as its
+    system is done. Causal systems can store the states of all documents and then answer from them.
     """
 
     def __init__(self, search: Search, queries: Sequence[str], top_k: int = 20):
@@ -118,7 +118,7 @@ class RankingPanel(Panel):
         return [box.description for box in self.systems if box.value]
 
     def _store(self, job: Job) -> None:
-        """Store the states of all documents for the ticked systems that have states."""
+        """Store the states of all documents for the ticked systems that can have them."""
         systems = self._to_store()
         done, total = 0, len(systems) * len(self._search.collection.documents)
         if not systems:
@@ -145,7 +145,7 @@ class RankingPanel(Panel):
                 self._ask(None)
 
     def _offer_storing(self) -> None:
-        """Offer to store states as long as there is a system that has some and lacks them, and say what it takes."""
+        """Offer to store states as long as a system could have them and does not, and say how long it takes."""
         systems = self._to_store()
         self.stored.layout.display = "" if self._search.storable() else "none"
         documents = len(self._search.collection.documents)
@@ -156,7 +156,7 @@ class RankingPanel(Panel):
             about = f"about {documents * sum(rates) / 60:,.1f} minutes, judged by the last ranking"
         self.storing_takes.value = (
             f"Store states reads all {documents:,} documents with {' and '.join(systems) or 'each ticked system that has states'}: "
-            f"{about}. Stop keeps what is done; the next time goes on from there."
+            f"{about}. Stop keeps what is done; the next time resumes there."
         )
 
     def _draw_lists(self, job: Job) -> None:
@@ -167,7 +167,7 @@ class RankingPanel(Panel):
             nothing = "No document has a word of this query: try another one." if answer.query else "Pick a query, or type one."
             self.lists.value, self.below.layout.display = nothing, "none"
             return
-        if job.ended.is_set():  # even where a system failed: what stands below belongs to these lists, not to those before them
+        if job.ended.is_set():  # even where a system failed: what is shown below must belong to these lists, not to earlier ones
             self._offer(answer)
             self._offer_storing()
         self._show_lists()
@@ -178,7 +178,7 @@ class RankingPanel(Panel):
         self.lists.value = lists_html(lists, answer.texts, answer.judged, answer.words, self.document.value)
 
     def _offer(self, answer: Answer) -> None:
-        """Offer the documents that the lists show, and open the one that was open, or the first of the last list."""
+        """Offer the documents that the lists show, and open the one open before, or the first of the last list."""
         shown = {}
         for system, ranking in reversed(answer.lists.items()):
             for place, doc_id in enumerate(ranking.doc_ids[:SHOWN], 1):
@@ -194,7 +194,8 @@ class RankingPanel(Panel):
         self._open()
 
     def _open(self, change=None) -> None:
-        listed = self._answer is not None and FIRST_STAGE in self._answer.lists  # not before BM25 has, nor after it failed
+        # not before BM25 has answered, nor after it failed
+        listed = self._answer is not None and FIRST_STAGE in self._answer.lists
         if listed and not self._offering and self.document.value and self.judge.value:
             self._show_lists()
             self.reading.begin()

@@ -1,11 +1,11 @@
-"""The panel of document states: choose a model, a format and a size of collection, and see what it takes and what it saves."""
+"""The panel of document states: choose a model, a format and a size of collection, and see what storing costs and saves."""
 
 from html import escape
 
 import ipywidgets as widgets
 from matplotlib.ticker import EngFormatter
 
-from ..states.study import FULL, HOURS, MACHINES, format_table, outlook
+from ..states.trials import FULL, HOURS, MACHINES, format_table, outlook
 from ..style import look
 from .controls import Panel, ink
 
@@ -19,7 +19,8 @@ BYTES = EngFormatter("B", places=1)
 
 
 class StatesPanel(Panel):
-    """What the states of a collection take, from the records of `states.study.trial`. documents: in the collection to begin with."""
+    """What the states of a collection take, from the records of `states.trials.trial`. documents: the initial size of
+    the collection."""
 
     def __init__(self, records: list[dict], documents: int):
         self._records, self._formats = records, format_table(records)
@@ -43,7 +44,7 @@ class StatesPanel(Panel):
 
 
 def cards_html(records: list[dict], formats, system: str, format: str, documents: int) -> str:
-    """One row of numbers for a model, a format and so many documents; a word where this model has no such format."""
+    """One row of numbers for a model, a format and a number of documents; a note where this model has no such format."""
     row = formats[(formats["system"] == system) & (formats["format"] == format)]
     if row.empty:
         return f'<div class="rm-note">{escape(system)} has not been stored as {escape(format)}.</div>'

@@ -1,4 +1,4 @@
-"""The training panel: turn the settings, press Train, watch it learn, and compare it with what was trained before."""
+"""The training panel: change the settings, press Train, watch it learn, and compare it with earlier runs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,13 +13,13 @@ from .controls import Controls, Panel, choice, in_row, ink, table_html
 from .curves import Run, learning_curves
 from .job import Job
 
-SHOWN_CURVES = 6  # earlier runs in the picture, the newest
+SHOWN_CURVES = 6  # how many earlier runs are in the picture, the newest ones
 
 
 class TrainingPanel(Panel):
-    """Train systems with settings of one's own, beside the study's runs and never in their place.
+    """Train systems with settings of your own, beside the study's runs and never in their place.
 
-    configs: what to start from, {system: TrainConfig}. train(config, on_step, stop) trains and returns the record; runs() gives
+    configs: the initial settings, {system: TrainConfig}. train(config, on_step, stop) trains and returns the record; runs() gives
     the records of all runs so far, oldest first.
     """
 
@@ -65,7 +65,7 @@ class TrainingPanel(Panel):
             self.table,
         ]
         super().__init__(body, [self.controls])
-        self._past = runs()  # only now: the panel before this one has just kept what it was training
+        self._past = runs()  # only now: the previous panel has just kept what it was training
         self._show_runs()
 
     def _start_from(self, system: str) -> None:
@@ -103,7 +103,7 @@ class TrainingPanel(Panel):
         self._show_curves(Run(self._config.system, curve, True), self._past, job.total, self._config.group_size)
 
     def _show_runs(self, now: dict | None = None) -> None:
-        """Show the curves and the table of all runs; now: the record of the one that has just ended."""
+        """Show the curves and the table of all runs; now: the record of the run that has just ended."""
         key = None if now is None else now["created"]
         run = None if now is None else Run(now["system"], now["result"]["curve"], True)
         group_size = self.group_size.value if now is None else now["config"]["group_size"]

@@ -27,17 +27,17 @@ from . import shapes
 from .flops import forward_flops
 
 MODES = ("training", "inference")
-CANDIDATES = 100  # documents of a query, for its latency
+CANDIDATES = 100  # documents per query, for its latency
 
 
 def build(system: str, length: int, layers: int | None = None, device=None, dtype: torch.dtype | None = None) -> Reranker:
-    """Make a system with random weights that reads `length` tokens: its positions become as many as that needs.
+    """Make a system with random weights that reads `length` tokens, with as many positions as that needs.
 
-    system: a name in the table of systems; "pythia-160m (eager)" runs its attention so (transformers' names). Systems that bring
+    system: a name in the table of systems, or "pythia-160m (eager)" to choose its attention (by transformers' names). Systems that bring
     their weights, in a package or a folder, keep them, and their positions. layers: of a backbone in `shapes`; default all.
 
     Raises:
-        InputError: there is no such system, it cannot read so many tokens, or its attention cannot run so here.
+        InputError: there is no such system, it cannot read that many tokens, or that attention does not run here.
     """
     name, _, attention = system.removesuffix(")").partition(" (")
     spec = SYSTEMS.get(name + SCRATCH) or backbones.find(name)
@@ -62,9 +62,9 @@ def build(system: str, length: int, layers: int | None = None, device=None, dtyp
 class Subject:
     """A system that is ready to be measured, at any length up to `length`.
 
-    Small CPUs take minutes for one step of a published backbone. There, unless full_depth is asked for, it runs at two depths
-    a < b of its d layers, and a quantity of all of it is t_a + (d - a) (t_b - t_a) / (b - a): its layers are alike, and what is
-    no layer is in both.
+    Small CPUs take minutes for one step of a published backbone. On a CPU, unless full_depth is asked for, it therefore runs at two
+    depths a < b of its d layers, and a quantity of the whole is t_a + (d - a) (t_b - t_a) / (b - a): its layers are alike, and both
+    depths contain everything else.
     """
 
     def __init__(self, system: str, length: int, full_depth: bool = False, device=None, dtype: torch.dtype | None = None):
@@ -80,18 +80,18 @@ class Subject:
         return self.rerankers[0]
 
     def whole(self, values: Sequence[float]) -> float:
-        """The full system's quantity, from that of each network that ran."""
+        """The full system's quantity, from those of the networks that ran."""
         if self.depths is None:
             return values[0]
         return values[0] + (self.layers - self.depths[0]) * (values[1] - values[0]) / (self.depths[1] - self.depths[0])
 
     def flops(self, length: int) -> int:
-        """Operations of the full system for scoring one pair."""
+        """The full system's operations for scoring one pair."""
         return round(self.whole([forward_flops(reranker.model, length) for reranker in self.rerankers]))
 
     @property
     def environment(self) -> dict:
-        """What decides the speed beside the machine: number format, kernels."""
+        """What decides the speed besides the machine: number format, kernels."""
         return self.first.setup | {"dtype": str(self.first.dtype).removeprefix("torch.")}
 
 
@@ -110,20 +110,20 @@ def measure_together(
     modes: Sequence[str] = MODES,
     stop: threading.Event | None = None,
 ) -> dict[str, dict]:
-    """Measure systems in turns, A B A B, after a pass of each that warms up and whose memory is measured.
+    """Measure systems in turns, A B A B, after a first pass of each that warms up and whose memory is measured.
 
-    length, batch: tokens of a pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: after so many for each
-    system no further turn begins, though there are two, and three where a system's speed is worked out from two depths, which makes much
-    of a small error. On a CPU a scoring of more than three times that needs no warming up, and counts at once. A first step of training
-    never does: it gets the memory of the optimizer.
-    stop: set it from another thread to end after the pass that is running.
+    length, batch: tokens per pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: no further turn begins after
+    this many per system, but there are at least two turns, or three where a system's speed is extrapolated from two depths, which
+    magnifies small errors. On a CPU a first scoring that takes more than three times as long counts at once, without a warm-up; a first
+    step of training never does, since it allocates the optimizer's memory. stop: set it from another thread to end after the pass that
+    is running.
 
     Returns {system: {"parameters" (outside the embeddings), "layers" and the "depths" that ran, "flops": {mode: operations of the
     pass}, "peak_gflops" (of one large matrix product, now), "out_of_memory": modes, and for each mode that ran what `_summary`
-    says}}; what was stopped before its first turn is left out.
+    returns}}; what was stopped before its first turn is left out.
 
     Raises:
-        InputError: the batch is not made of whole groups.
+        InputError: the batch does not consist of whole groups.
     """
     group_size, stop = min(group_size, batch), stop or threading.Event()
     if batch % group_size:
@@ -157,7 +157,7 @@ def measure_together(
 def _first_passes(
     mode: str, runs: dict[Subject, list[Callable]], group_size: int, seconds: float, stop: threading.Event
 ) -> tuple[dict[Subject, float | None], dict[Subject, list[float]], list[Subject]]:
-    """Run each system once; return the memory in MiB of those that ran, their seconds if that counts, and who ran out of memory.
+    """Run each system once; return the memory in MiB of those that ran, their seconds if they count, and which ran out of memory.
 
     runs: the passes of each system's networks; those of a system that did not run are dropped.
     """
@@ -165,7 +165,7 @@ def _first_passes(
     for subject in list(runs):
         try:
             if not stop.is_set():
-                # what is allocated once is no part of a pass; converted weights are, so they are not kept here
+                # what is allocated once is not part of a pass; converted weights are, so they are not cached here
                 with torch.autocast(subject.first.device.type, enabled=False, cache_enabled=False):
                     _pass(mode, subject.first, 8, group_size, group_size)()
                 first, memory[subject] = _first(subject, runs[subject])
@@ -187,7 +187,7 @@ def _first_passes(
 def _take_turns(
     runs: dict[Subject, list[Callable]], times: dict[Subject, list[float]], repeats: int, seconds: float, stop: threading.Event
 ) -> None:
-    """Run those systems that have no times yet in turns, and add each turn's seconds to their times."""
+    """Run the systems that have no times yet in turns, and add each turn's seconds to their times."""
     waiting = [subject for subject, taken in times.items() if not taken]
     if not waiting:
         return
@@ -244,30 +244,30 @@ def _pass(mode: str, reranker: Reranker, length: int, batch: int, group_size: in
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this process on one CPU thread, so that other work on the machine does not count; else of the wall clock."""
+    """Seconds: CPU time of this process where it has one CPU thread, so that other work on the machine does not count; else wall time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
+    """Seconds that one call takes, the device's work included."""
     started = clock(device)
     run()
     return clock(device) - started
 
 
 def gemm_gflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Billions of operations a second in one large product of matrices, the best of some: what this machine can do."""
+    """Billions of operations per second in one large matrix product, the best of several: what this machine can do."""
     rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (1024, 768, 3072)
     a, b = torch.randn(rows, inner, device=device, dtype=dtype), torch.randn(inner, columns, device=device, dtype=dtype)
     return 2 * rows * inner * columns / min(timed(lambda: a @ b, device) for _ in range(5)) / 1e9
 
 
 def _first(subject: Subject, passes: Sequence[Callable[[], None]]) -> tuple[list[float], float | None]:
-    """Run each network's first pass; return their seconds, and the most memory the full system holds at a time, in MiB.
+    """Run each network's first pass; return their seconds, and the peak memory of the full system in MiB, weights included.
 
-    The weights are included. None where memory cannot be measured.
+    The memory is None where it cannot be measured.
     """
     seconds, added = [], []
     for run in passes:
@@ -279,9 +279,9 @@ def _first(subject: Subject, passes: Sequence[Callable[[], None]]) -> tuple[list
 
 
 def added_mib(run: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory that a call holds at a time beyond what was held before it, in MiB.
+    """The peak memory of a call beyond what was held before it, in MiB.
 
-    On a CPU: Linux' record of this process' resident memory, started anew; None on other systems.
+    On a CPU: Linux's peak of this process's resident memory, reset before the call; None on other systems.
     """
     gc.collect()
     if device.type == "cuda":

@@ -1,6 +1,6 @@
 """The arithmetic of a system: what its mathematics needs, whatever kernel computes it.
 
-One operation is an addition, a multiplication, a division, an exponential or a logarithm of two or of one number. Counted are
+One operation is an addition, a multiplication, a division, an exponential or a logarithm. Counted are
 
 - products of matrices, by torch's counter: 2 M N K;
 - attention, of which a causal model needs the lower triangle only, and a last layer that computes just the pooled token one row;
@@ -13,7 +13,7 @@ One operation is an addition, a multiplication, a division, an exponential or a 
 
 Not counted: norms, activations, embeddings, softmax, and what a last layer of Mamba-2 does in place of its scan (`scan.ssd_token`);
 they are linear in tokens and small beside the products. Training counts three times the forward pass (arXiv 2204.02311, appendix B):
-what a kernel computes again in the backward pass is its own affair.
+what a kernel recomputes in the backward pass is not counted.
 """
 
 import torch
@@ -26,11 +26,11 @@ from ..model import RerankerModel
 def forward_flops(model: RerankerModel, length: int) -> int:
     """Operations of scoring one pair of `length` tokens.
 
-    They are a polynomial of degree two in the length, so pairs of 2, 3 and 4 tokens say them all.
+    They are a polynomial of degree two in the length, so pairs of 2, 3 and 4 tokens determine them.
     """
     attention, pools = model.backbone.config._attn_implementation, model.last_layer.pools_attention
     if attention is not None:
-        model.backbone.set_attn_implementation("eager")  # the only one whose products the counter always sees
+        model.backbone.set_attn_implementation("eager")  # the only implementation whose products the counter always sees
     try:
         two, three, four = (_count(model, tokens, pools) for tokens in (2, 3, 4))
     finally:

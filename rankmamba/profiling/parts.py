@@ -1,4 +1,4 @@
-"""Where the time goes when a system reads texts: torch's profiler, its events claimed by the parts of a reranker."""
+"""Where the time goes when a system reads texts: events of torch's profiler, assigned to the parts of a reranker."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,8 @@ from ..threads import batch_cost
 from ..training.losses import lce_loss
 from . import timed
 
-# Part: how its events' names begin or what they contain. The first event on the way down from the outermost call decides, so what a
-# scan calls is the scan's. "rankmamba::" are our own labels; a backward pass is named after what it is the backward of.
+# Part: strings that its events' names contain. The first match on the way down from the outermost call decides, so what a
+# scan calls belongs to the scan. "rankmamba::" are our own labels; a backward pass is named after what it is the backward of.
 PARTS = {
     "tokeniser": ("rankmamba::tokenise",),
     "scan": ("rankmamba::scan", "_SelectiveScanBackward", "_SsdScanBackward"),
@@ -37,13 +37,13 @@ OTHER = "norms and other"
 
 
 def padded_tokens(lengths: Sequence[int], batches: Iterable[np.ndarray]) -> int:
-    """Count the tokens that are computed when each batch is padded to its longest sequence."""
+    """Count the tokens computed when each batch is padded to its longest sequence."""
     lengths = np.asarray(lengths)
     return sum(int(len(batch) * lengths[batch].max()) for batch in batches)
 
 
 class TextPass:
-    """One scoring, or one step of training, of pairs of texts, from the texts on.
+    """One scoring, or one training step, of pairs of texts, tokenisation included.
 
     mode: "inference" or "training" (all pairs are one step, in LCE groups of `group_size`). fixed: pairs of a batch in the given
     order; 0 batches by length, with a budget of `batch_tokens`. lengths: tokens of each pair, after a call.
@@ -89,12 +89,12 @@ class TextPass:
 
 
 def breakdown(run: TextPass) -> dict[str, float]:
-    """Seconds of each part of a call that has run before; together they are what the call takes without the profiler.
+    """Seconds of each part of a call that has run before; they add up to what the call takes without the profiler.
 
     What padded tokens cost is their share of all computed tokens in everything but tokeniser and optimizer, and is called "padding".
     """
     seconds = float(np.median([timed(run, run.reranker.device) for _ in range(3)]))
-    # other work on the machine only ever adds time
+    # other work on the machine can only add time
     parts = min((_profiled(run) for _ in range(3)), key=lambda parts: sum(parts.values()))
     if run.reranker.attention.startswith("none"):
         parts["scan"] += parts.pop("attention")  # batched products of a scan in plain PyTorch
@@ -123,7 +123,7 @@ def _profiled(run: TextPass) -> dict[str, float]:
 
 
 def _claim(event, parts: dict[str, float], time: str) -> float:
-    """Add an event's microseconds to the part it belongs to, or, where it is none's, let its callees decide; return them."""
+    """Add an event's microseconds to the part it belongs to, or, if to none, let its callees decide; return them."""
     part = next((part for part, names in PARTS.items() if any(name in event.name for name in names)), None)
     spent = getattr(event, "cpu_time_total" if part == "tokeniser" else time)
     if part is None:

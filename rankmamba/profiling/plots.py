@@ -1,4 +1,4 @@
-"""The figures of notebook 05: what systems cost against the length of a document, and where the time goes."""
+"""The figures of notebook 05: cost against the length of a document, and where the time goes."""
 
 import numpy as np
 import pandas as pd
@@ -6,12 +6,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
-from ..plots import Chart, _end_labels, _marker, _styled
+from ..plots import Chart, end_labels, line_style, styled
 from ..style import brief, look
 from .parts import OTHER
 from .tables import against_transformers, one_batch, rounded
 
-# From what is particular to a family to what all have: colour, hatch. They differ in grey too.
+# Colour and hatch, from what is specific to a family to what all have. They also differ in greyscale.
 PARTS = {
     "scan": ("#D55E00", ""),
     "convolution": ("#E69F00", "///"),
@@ -24,7 +24,7 @@ PARTS = {
 }
 
 
-@_styled
+@styled
 def throughput(table: pd.DataFrame) -> Figure:
     """Tokens/s against length, a row of panels a size, training left and inference right; pale bars: quartiles.
 
@@ -55,7 +55,7 @@ def throughput(table: pd.DataFrame) -> Figure:
     return _panels(table, draw, "tokens/s")
 
 
-@_styled
+@styled
 def memory(table: pd.DataFrame) -> Figure:
     """Peak memory of a pass against length, panels as in `throughput`. table: `profiling.tables.speed_table`."""
 
@@ -89,21 +89,24 @@ def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
 
 
 def _lines(axes: Axes, part: pd.DataFrame, column: str, *others: str) -> None:
-    """A line a system, named at its end. others: columns for which there must be room, too."""
+    """One line per system, named at its end. others: columns for which there must be room, too."""
     shown = part[[column, *others]]
     ends, low, high = {}, shown.min().min(), shown.max().max()
     if low < np.inf and axes.get_yscale() == "log":
         axes.set_ylim(low / 1.15, high * 1.15)
     for system, rows in part.dropna(subset=column).groupby("system", sort=False):
         rows = rows.sort_values("length")
-        axes.plot(rows["length"], rows[column], **_marker(system) | {"linestyle": look(system).line})
+        axes.plot(rows["length"], rows[column], **line_style(system))
         ends[system] = rows[column].iloc[-1]
-    _end_labels(axes, ends, 0.085)
+    end_labels(axes, ends, 0.085)
 
 
-@_styled
+@styled
 def parts(table: pd.DataFrame) -> Figure:
-    """Where the microseconds of a token go, a bar a system, training left and inference right. table: `profiling.tables.parts_table`."""
+    """Where the microseconds of a token go, one bar per system, training left and inference right.
+
+    table: `profiling.tables.parts_table`.
+    """
     modes, systems, labels = list(dict.fromkeys(table["mode"])), list(dict.fromkeys(table["system"])), []
     figure = Chart(figsize=(1.6 + 4.6 * len(modes), 1.9 + 0.6 * len(systems)), layout="constrained")
     for mode, axes in zip(modes, figure.subplots(1, len(modes), sharey=True, squeeze=False)[0], strict=True):
@@ -143,7 +146,7 @@ def parts(table: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def padding(table: pd.DataFrame) -> Figure:
     """Real and padding tokens computed for the same pairs, fixed batches against batches by length, with what both reach in pairs/s.
 

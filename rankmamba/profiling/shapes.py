@@ -1,6 +1,6 @@
-"""Published backbones as configurations, to be started from random weights: what they cost does not depend on the weights.
+"""Published backbones as configurations, run with random weights: what they cost does not depend on the weights.
 
-The sizes are those of the checkpoints' own configurations. No dropout, for all alike.
+The sizes are those of the checkpoints' own configurations. None has dropout.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def _mamba2(width: int, layers: int) -> PreTrainedConfig:
     return Mamba2Config(vocab_size=50288, state_size=128, n_groups=1, **sizes)
 
 
-# name in the table of systems: (configuration, D, layers); what is compared with one another stands together
+# name in the table of systems: (configuration, D, layers), grouped by size: systems of one group are compared
 SHAPES: dict[str, dict[str, tuple[Callable[[int, int], PreTrainedConfig], int, int]]] = {
     "130m": {
         "bert-base": (_bert, 768, 12),
@@ -58,7 +58,8 @@ SHAPES: dict[str, dict[str, tuple[Callable[[int, int], PreTrainedConfig], int, i
 
 
 def size_of(system: str) -> str:
-    """Say which systems one is compared with: a class of `SHAPES`, or else the first part of its name (nano, tiny), of a folder's last."""
+    """Return the size class that a system is compared within: a key of `SHAPES`, else the first part of its name (nano, tiny), of a
+    folder's last."""
     name = system.split(" ")[0].rpartition("/")[2]
     return next((size for size, names in SHAPES.items() if name in names), name.split("-")[0])
 
@@ -70,6 +71,6 @@ def depth_of(system: str) -> int | None:
 
 
 def configuration(system: str, layers: int) -> PreTrainedConfig:
-    """A published backbone's configuration with so many layers."""
+    """A published backbone's configuration with this many layers."""
     make, width, _ = SHAPES[size_of(system)][system.split(" ")[0]]
     return make(width, layers)

@@ -7,8 +7,8 @@ import pandas as pd
 
 from ..style import order
 from . import MODES
+from .measurements import TOKENS
 from .shapes import size_of
-from .study import TOKENS
 
 READABLE = [
     ("gflops", "GFLOP a pair", "{:,.3g}"),
@@ -19,17 +19,17 @@ READABLE = [
     ("share", "share", "{:.0%}"),
     ("turns", "turns", "{}"),
 ]
-# speeds that differ by less are level; ESTIMATED: by less than this they are not told apart, where some layers only or one pass ran
+# relative differences in speed: below LEVEL they are level; below ESTIMATED not told apart, if only some layers or one pass ran
 LEVEL, ESTIMATED = 0.03, 0.2
 UNTOLD = "not told apart"
-BUSY = 1.25  # times by which the reference product may vary on a machine that does nothing else
+BUSY = 1.25  # factor by which the reference product may vary on an otherwise idle machine
 
 
 def speed_table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system, length, batch and mode. size: the systems it is compared with. scan: whether it has one.
+    """One row per system, length, batch and mode. size: the systems it is compared with. scan: whether it has one.
 
     tokens_per_s with its quartiles low and high, pairs_per_s, latency_ms (of a query with 100 documents), peak_mib, share (of the
-    machine's peak), turns (whose median it is), gflops (of one pair), layers and depths; NaN where the memory did not suffice.
+    machine's peak), turns (the number of passes that the median is of), gflops (of one pair), layers and depths; NaN where memory ran out.
     """
     rows = []
     for record in records:
@@ -50,7 +50,7 @@ def speed_table(records: Sequence[dict]) -> pd.DataFrame:
 def crossover(lengths: Sequence[int], ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     """The length at which `ours` (tokens/s) overtakes `theirs`: the last upward crossing, interpolated in the logarithms.
 
-    None if it does not within the measured lengths, be it that it is ahead from the first or behind to the last.
+    None if it does not within the measured lengths: it is ahead from the first or behind to the last.
     """
     gains = np.log(np.asarray(ours, float) / np.asarray(theirs, float))
     places = np.log(np.asarray(lengths, float))
@@ -62,7 +62,7 @@ def crossover(lengths: Sequence[int], ours: Sequence[float], theirs: Sequence[fl
 
 
 def against_transformers(table: pd.DataFrame) -> pd.DataFrame:
-    """Every Mamba against the fastest Transformer of its size: a row a size, mode, system and length.
+    """Every Mamba against the fastest Transformer of its size: one row per size, mode, system and length.
 
     rival: that Transformer, at this length. ratio: tokens/s over the rival's. standing: slower, faster, level (within `LEVEL`) or not
     told apart (quartiles overlap, or within `ESTIMATED`). one_pass: whether a speed is of a single pass. overtakes: the crossover
@@ -137,7 +137,7 @@ def verdict(records: Sequence[dict]) -> str:
 
 
 def busy(records: Sequence[dict]) -> str:
-    """A sentence if the product that the speeds are measured against was itself much slower at some times, else nothing."""
+    """A sentence if the reference product itself was much slower at some times, else nothing."""
     peaks = [record["timing"]["peak_gflops"] for record in records if "peak_gflops" in record["timing"]]
     varied = max(peaks, default=1) / min(peaks, default=1)
     if varied <= BUSY:
@@ -167,7 +167,7 @@ def _span(ratios: pd.Series) -> str:
 
 
 def parts_table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system, mode and part: microseconds of it a real token (`profiling.parts.breakdown`)."""
+    """One row per system, mode and part: its microseconds per real token (`profiling.parts.breakdown`)."""
     rows = [
         {"system": record["system"], "mode": mode, "part": part, "us": 1e6 * seconds / record["result"]["tokens"]}
         for record in records
@@ -179,7 +179,7 @@ def parts_table(records: Sequence[dict]) -> pd.DataFrame:
 
 
 def padding_table(records: Sequence[dict]) -> pd.DataFrame:
-    """A row a system and way to batch: padded (tokens computed for a real one) and pairs_per_s."""
+    """One row per system and way to batch: padded (tokens computed per real token) and pairs_per_s."""
     rows = []
     for record in (record for record in records if "parts" in record["timing"]):
         seconds, result = record["timing"]["seconds"], record["result"]
@@ -190,7 +190,7 @@ def padding_table(records: Sequence[dict]) -> pd.DataFrame:
 
 
 def fastest_attention(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each Transformer that was measured with several attentions the fastest at the longest length that it reached."""
+    """Of each Transformer measured with several attentions, keep the fastest at the longest length that it reached."""
     reached = one_batch(table).dropna(subset="tokens_per_s").sort_values(["length", "tokens_per_s"])
     name = reached["system"].str.split(" (", regex=False).str[0]
     return table[table["system"].isin(reached["system"].groupby([name, reached["mode"]]).last())]

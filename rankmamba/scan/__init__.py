@@ -1,4 +1,4 @@
-"""The selective scan of Mamba and Mamba-2, the convolution before it and the norm behind it: one call each, on every device.
+"""The selective scan of Mamba and Mamba-2, the convolution before it and the norm after it: one call each, on every device.
 
 B batch, L tokens, E inner width, N state size, K taps, H heads of width P, G groups of heads that share B and C. Channels last.
 Activations (u, delta, B, C, z, x) are float32, bfloat16 or float64. The state and all sums are float32 (float64 for float64).
@@ -37,7 +37,7 @@ def selective_scan(
     Differentiable once, in every tensor.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: the shapes do not match.
     Source: arXiv 2312.00752, algorithm 2 and section 3.4.
     """
     batch, length, inner = _shape("u", u, 3)
@@ -72,7 +72,7 @@ def causal_conv1d(
     out. activation: None or "silu". Returns y (B, L, E), and with return_final_state also the last K-1 inputs, (B, K-1, E).
 
     Raises:
-        InputError: shapes that do not fit, or another activation.
+        InputError: the shapes do not match, or the activation is unknown.
     Source: arXiv 2312.00752, figure 3.
     """
     batch, _, inner = _shape("x", x, 3)
@@ -107,7 +107,7 @@ def ssd_scan(
     Returns y like x, and with return_final_state also the state after the last token, (B, H, P, N).
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: the shapes do not match.
     Source: arXiv 2405.21060, sections 3.2 and 6.
     """
     _check_ssd(x, delta, A, B, C, D, initial_state)
@@ -126,13 +126,13 @@ def ssd_token(
     initial_state: torch.Tensor | None,
     at: torch.Tensor,
 ) -> torch.Tensor:
-    """Return `ssd_scan`'s y at one token of each sequence, (B, 1, H, P), for far less than the whole scan; arguments as there.
+    """Return `ssd_scan`'s y at one token of each sequence, (B, 1, H, P), for far less work than the whole scan; arguments as there.
 
-    at: int64 (B, 1). Without a state, as attention would: y_t = sum_(j <= t) exp((delta_(j+1) + ... + delta_t) A) delta_j (C_t . B_j) x_j
-    + D x_t (arXiv 2405.21060, equation 7), in torch's operations, on any device.
+    at: int64 (B, 1). Computed like attention, without a running state, in torch's operations, on any device:
+    y_t = sum_(j <= t) exp((delta_(j+1) + ... + delta_t) A) delta_j (C_t . B_j) x_j + D x_t (arXiv 2405.21060, equation 7).
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: the shapes do not match.
     """
     _check_ssd(x, delta, A, B, C, D, initial_state)
     _check("x", x, {"at": (at, (x.shape[0], 1))})
@@ -154,7 +154,7 @@ def rms_norm(
     y, z: (B, L, E). weight: (E,). Returns (B, L, E) in `dtype`, by default y's.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: the shapes do not match.
     Source: arXiv 1910.07467; with a gate arXiv 2405.21060, figure 6: RMSNormGated of the released code with norm_before_gate=False.
     """
     inner = _shape("y", y, 3)[2]

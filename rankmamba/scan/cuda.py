@@ -1,6 +1,6 @@
 """The CUDA kernels of mamba-ssm and causal-conv1d, behind this package's shapes.
 
-Importing this module imports both; only `dispatch` does so, when the first CUDA tensor comes.
+Importing this module imports both; only `dispatch` does so, for the first CUDA tensor.
 """
 
 import torch
@@ -12,7 +12,7 @@ from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
 from . import portable
 
-CHUNK = 64  # tokens at a time for the part of the scan the kernel lacks; (B, CHUNK, E, N) float32 in memory
+CHUNK = 64  # tokens at a time in the part of the scan that the kernel lacks; (B, CHUNK, E, N) float32 in memory
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
@@ -27,7 +27,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
     else:
         y, final_state = (_readable if learnt else _kernel)(u, delta, A, B, C, D, delta_bias)
         if initial_state is not None:
-            # The kernel starts from a zero state. The scan is linear in its state, so what a given one adds is added afterwards.
+            # The kernel starts from a zero state. The scan is linear in its state, so the contribution of a given one is added afterwards.
             step = F.softplus(delta.float() if delta_bias is None else delta.float() + delta_bias)
             carried, decay = _decayed(step, A, C.float(), initial_state.float())
             y, final_state = y.float() + carried, final_state + decay * initial_state.float()
@@ -52,9 +52,9 @@ def _kernel(u, delta, A, B, C, D, delta_bias, z=None):
 
 
 def _readable(u, delta, A, B, C, D, delta_bias):
-    """`_kernel` for a final state that is learnt from: the kernel's own lets no gradient through.
+    """`_kernel` where gradients flow through the final state: the kernel's own has none.
 
-    N more tokens with a step of zero leave the state as it is, and token n reads its n-th number as its y.
+    N more tokens with a step of zero leave the state unchanged, and token n of them reads its n-th number as y.
     """
     batch, length, inner = u.shape
     n = A.shape[1]
@@ -69,7 +69,7 @@ def _readable(u, delta, A, B, C, D, delta_bias):
 
 
 def _decayed(step, A, C, state):
-    """Return what `state` alone gives at each step, (B, L, E), and the share of it that is left after the last, (B, E, N)."""
+    """Return what `state` alone contributes to y at each step, (B, L, E), and the share of it left after the last, (B, E, N)."""
     elapsed = step.cumsum(1)
     parts = [
         torch.einsum("blen,ben,bln->ble", torch.exp(elapsed_c[..., None] * A), state, C_c)

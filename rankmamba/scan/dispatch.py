@@ -1,4 +1,4 @@
-"""Which implementation runs: decided by the tensor's device, its precision and what really imports here."""
+"""Which implementation runs: decided by the tensor's device, its precision and what can be imported here."""
 
 import contextlib
 import contextvars
@@ -12,7 +12,7 @@ import torch
 from . import portable
 
 _log = logging.getLogger(__name__)
-# torch.fx's modes, with tensors that have no memory or whose operations are written down
+# torch.fx's modes, in which tensors have no memory or operations are recorded
 RECORDERS = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 _forced = contextvars.ContextVar("rankmamba.scan", default=None)
 
@@ -26,13 +26,13 @@ class Kernel:
 
 
 def kernel(device: torch.device | str = "cpu") -> Kernel:
-    """Return what runs for float32 and bfloat16 tensors on `device`; float64 always runs portable."""
+    """Return what runs for float32 and bfloat16 tensors on `device`; float64 always runs on the portable one."""
     return _choose(torch.device(device).type)[0]
 
 
 @contextlib.contextmanager
 def forced(kernel: str | object):
-    """Run with the kernel of that name, or any object that has its four functions, inside the `with` block: to compare, to count.
+    """Use the kernel of that name, or any object with its four functions, inside the `with` block: to compare, to count.
 
     Raises:
         ImportError: it cannot run here.
@@ -47,8 +47,8 @@ def forced(kernel: str | object):
 
 
 def traced() -> bool:
-    """Whether torch.compile, torch.jit, torch.fx or torch.func is recording what runs: none can look into the kernels."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: torch.compile could not look at the modes either
+    """Whether torch.compile, torch.jit, torch.fx or torch.func is recording what runs: none of them can see into the kernels."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: torch.compile could not trace the lines below
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
@@ -58,7 +58,7 @@ def traced() -> bool:
 def implementation(tensor: torch.Tensor) -> ModuleType:
     """Return the module whose functions take `tensor`."""
     if tensor.dtype == torch.float64 or tensor.numel() == 0 or traced():
-        return portable  # the kernels know no float64 and those of CUDA no empty tensor
+        return portable  # the kernels take no float64, and those of CUDA no empty tensors
     return _forced.get() or _choose(tensor.device.type)[1]
 
 

@@ -1,6 +1,6 @@
 """The scans in plain PyTorch: any device, float32 or float64, a chunk of tokens at a time.
 
-A chunk's states exist only while the chunk is worked on; the backward pass makes them again from the state before each chunk.
+A chunk's states exist only while the chunk is computed; the backward pass recomputes them from the state before each chunk.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .precision import without_autocast
 
-CHUNK = 1 << 19  # (token, channel, state) triples worked on together
+CHUNK = 1 << 19  # (token, channel, state) triples computed together
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
@@ -39,8 +39,8 @@ def _wide(tensor):
 class _SelectiveScan(torch.autograd.Function):
     """h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t, y_t = C_t h_t.
 
-    u, delta: (B, L, E). A: (N, E). B, C: (B, L, N). h: (B, N, E). The channels come last: torch's loops
-    are over the last dimension, and N is short.
+    u, delta: (B, L, E). A: (N, E). B, C: (B, L, N). h: (B, N, E). The channels come last because torch
+    loops over the last dimension, and N is short.
     """
 
     @staticmethod
@@ -68,7 +68,7 @@ class _SelectiveScan(torch.autograd.Function):
             u_c, delta_c, B_c, C_c, dy_c = (t[:, chunk] for t in (u, delta, B, C, dy))
             decay, states = _states(u_c, delta_c, A, B_c, start, buffers)
             dC[:, chunk] = _over_e(states, dy_c)
-            # dstates[t]: how the loss moves with h_t, through y_t and through everything later.
+            # dstates[t]: the gradient of h_t, through y_t and through everything later.
             dstates = torch.mul(dy_c[:, :, None], C_c[..., None], out=_first(buffers[2], dy_c))
             dstates[:, -1] += dh
             for t in range(dstates.shape[1] - 2, -1, -1):
@@ -77,7 +77,7 @@ class _SelectiveScan(torch.autograd.Function):
             du_scaled = _over_n(B_c, dstates)
             dB[:, chunk] = _over_e(dstates, delta_c * u_c)
             du[:, chunk] = delta_c * du_scaled
-            # Through the decay: d exp(delta A) = decay d(delta A), and decay * h_(t-1) is what is left of the state before.
+            # Through the decay: d exp(delta A) = decay d(delta A), and decay * h_(t-1) is what remains of the state before.
             dlog = dstates.mul_(decay)
             dlog[:, 1:].mul_(states[:, :-1])
             dlog[:, 0].mul_(start)
@@ -88,9 +88,9 @@ class _SelectiveScan(torch.autograd.Function):
 
 
 def _chunks(u, A, count):
-    """Return slices of the L tokens, and `count` buffers (B, K, N, E) for the longest of them, to be used again and again.
+    """Return slices of the L tokens, and `count` buffers (B, K, N, E) that fit the longest, to be reused.
 
-    A buffer stays within two megabytes: near the processor, and small enough that it is not handed back to the system each time.
+    A buffer stays within two megabytes: it fits the cache, and is small enough not to be returned to the system each time.
     """
     batch, length, inner = u.shape
     size = max(1, min(length, max(4, CHUNK // max(1, batch * A.numel()))))
@@ -201,7 +201,7 @@ def ssd_token(x, delta, A, B, C, D, initial_state, at):
     behind = torch.arange(x.shape[1], device=x.device) > at
     step = _wide(delta).masked_fill(behind[..., None], 0.0)
     decay = step * _wide(A)
-    later = F.pad(decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # of the tokens behind j
+    later = F.pad(decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # of the tokens after j
     reads = there(C)
     scores = (reads * B).sum(-1).repeat_interleave(shared, dim=2)  # (B, L, H)
     y = ((later.exp() * step * scores)[..., None] * x).sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Autocast is for matrix products of weights; here every tensor's precision is already decided."""
+"""The scan's precision: autocast is for matrix products with weights; here every tensor's precision is already decided."""
 
 import functools
 
@@ -8,7 +8,7 @@ PRECISIONS = torch.float32, torch.bfloat16  # what the native kernels read and w
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on; there are devices, such as meta, that know none."""
+    """Whether autocast is on; some devices, such as meta, have none."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

@@ -1,6 +1,6 @@
-"""Document states: what a causal backbone knows after a document, stored, so that a query costs only its own tokens.
+"""Document states: a causal backbone's state after a document, stored, so that a query costs only its own tokens.
 
-In the causal template the document comes first, so nothing up to the query depends on the query. A Mamba keeps two tensors of
+In the causal template the document comes first, so nothing before the query depends on the query. A Mamba keeps two tensors of
 fixed size, whatever the length of the document; attention keeps keys and values of every token (the KV cache). Where the model
 computes in float32, float32 states give the scores of full scoring; smaller formats round the states, never the computation.
 """
@@ -23,9 +23,9 @@ from ..formats import Documents, sort_run
 from ..inputs import Pair
 from ..model import pooled_positions
 from ..precision import autocast
-from ..reranker import Cost, Reranker, _unique
+from ..reranker import Cost, Reranker, unique
 from .build import BLOCK, SAMPLE, blocks, identity, store_block
-from .formats import FLOATS, Parts, check_format, decode, encode, encode_ids, record_bytes
+from .encoding import FLOATS, Parts, check_format, decode, encode, record_bytes
 from .kinds import kind_of
 from .reader import Reader, compare_headers
 from .store import Writer, building, check_folder
@@ -38,8 +38,8 @@ class DocumentStates:
     >>> states.rank("who wrote hamlet", ["d3", "d7"])
     [{'doc_id': 'd7', 'score': 1.9}, {'doc_id': 'd3', 'score': -0.4}]
 
-    cost: pairs, query tokens and seconds of the last scoring. batch_size: documents scored together; batch_bytes: at most so many
-    bytes of their states at once (three times that is in memory: one batch computes, one is being loaded).
+    cost: pairs, query tokens and seconds of the last scoring. batch_size: documents scored together, at most; batch_bytes: bytes of
+    their states, at most (three times that is in memory: one batch computes while the next is loaded).
     """
 
     def __init__(self, reranker: Reranker, reader: Reader, batch_size: int = 64, batch_bytes: int = 256 << 20):
@@ -65,18 +65,18 @@ class DocumentStates:
         show_progress_bar: bool = False,
         on_stored: Callable[[int], None] = lambda count: None,
     ) -> "DocumentStates":
-        """Compute the state of every document and store it in `folder`; a build that was stopped goes on where it was.
+        """Compute the state of every document and store it in `folder`; a build that was stopped resumes where it was.
 
-        Where `folder` holds the states of the first of these documents, in their order, only the others are computed and added.
+        If `folder` holds the states of the first of these documents, in this order, only the others are computed and added.
 
         dtype: float32 (the scores of full scoring), bfloat16, float16, int8 or int4 (with scales). layers: keep only
-        these layers' states (Mamba; not exact: the others start from the mean state of some documents). batch_tokens: documents'
-        tokens computed together. on_stored(count): documents just done; what it raises ends the
-        build, which can be taken up again.
+        these layers' states (Mamba; not exact: the others start from the mean state of some documents). batch_tokens: document
+        tokens computed together. on_stored(count): documents just done; an exception that it raises ends the build, which can be
+        resumed.
 
         Raises:
-            InputError: the backbone is not causal, the folder holds other states or something else, or has another builder, the disk
-                is full, an id or a text is no string, ...
+            InputError: the backbone is not causal; the folder holds other states or something else, or is being built by another
+                process; the disk is full; an id or a text is not a string; ...
         """
         check_format(dtype)
         documents = documents.documents if isinstance(documents, Collection) else documents
@@ -108,7 +108,7 @@ class DocumentStates:
         """Open the states in `folder`, made by this same model with this same template, truncation and precision.
 
         Raises:
-            InputError: they are of another one (it says what differs), unfinished, truncated or altered.
+            InputError: they are another model's (the message says what differs), unfinished, truncated or altered.
         """
         reader = Reader(Path(folder))
         ours = identity(reranker)
@@ -130,7 +130,7 @@ class DocumentStates:
         return self._reader.manifest["done"]["states.bin"]
 
     def verify(self) -> None:
-        """Read everything and compare it with its checksums; scoring does so only with what it reads, the first time.
+        """Read everything and compare it with its checksums; scoring checks only what it reads, the first time.
 
         Raises:
             InputError: a state was altered.
@@ -141,7 +141,7 @@ class DocumentStates:
         """Rank documents for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order.
 
         Raises:
-            InputError: the query is no string, `top_k` is negative, or a document has no state here.
+            InputError: the query is not a string, `top_k` is negative, or a document has no state here.
         """
         _check_query(query, top_k)
         doc_ids = list(doc_ids)
@@ -159,8 +159,8 @@ class DocumentStates:
         head = candidates if "rank" in candidates else sort_run(candidates)
         head = head[head["rank"] <= top_k]
         check_run(head, collection, columns=["query_id"])
-        query_ids, query_of = _unique(head["query_id"])
-        doc_ids, document_of = _unique(head["doc_id"])
+        query_ids, query_of = unique(head["query_id"])
+        doc_ids, document_of = unique(head["doc_id"])
         queries = [collection.queries[query_id] for query_id in query_ids]
         scores = self._score(queries, query_of, self._rows(doc_ids)[document_of], show_progress_bar)
         return sort_run(head.assign(score=scores.astype(np.float64)))
@@ -169,12 +169,12 @@ class DocumentStates:
         """Write these states, float32 of all layers, in another format to a new folder; the backbone does not run.
 
         Raises:
-            InputError: these states are not float32 of all layers, there is no such format, or the folder holds something.
+            InputError: these states are not float32 of all layers, there is no such format, or the folder is not empty.
         """
         check_format(dtype)
         folder = Path(folder)
         if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"expected a new or empty folder, got {folder}, which holds something; choose another folder")
+            raise InputError(f"expected a new or empty folder, got {folder}, which is neither; choose another folder")
         manifest, table = self._reader.manifest, self._reader.names.table
         if self.dtype != "float32" or manifest["header"]["layers"] is not None:
             raise InputError(f"expected float32 states of all layers to convert, got {self.dtype} in {self._reader.folder}")
@@ -186,17 +186,18 @@ class DocumentStates:
             decode(self.dtype, record, parts)
             return parts, ids
 
-        def write(row: int) -> np.ndarray:
-            parts, ids = read(row)
-            record = encode(dtype, kind.keep(parts), profile and kind.keep(profile))
-            return record if ids is None else np.append(record, encode_ids(ids))
-
         with replacing(folder) as temporary:
             temporary.mkdir()
             writer = Writer(temporary, manifest["header"] | {"dtype": dtype, "layers": kind.kept})
             profile = None
             if dtype not in FLOATS or kind.kept is not None:
-                profile = writer.write_profile(kind.profile([read(row)[0] for row in range(min(SAMPLE, len(self)))]))
+                sample = [read(row)[0] for row in range(min(SAMPLE, len(self)))]
+                profile = kind.keep(writer.write_profile(kind.profile(sample)))
+
+            def write(row: int) -> np.ndarray:
+                parts, ids = read(row)
+                return encode(dtype, kind.keep(parts), profile, ids)
+
             for start in range(0, len(self), BLOCK[0]):
                 rows = range(start, min(start + BLOCK[0], len(self)))
                 records = ((row - start, write(row)) for row in rows)
@@ -229,18 +230,15 @@ class DocumentStates:
         return np.array(rows, dtype=int)
 
     def _batches(self, query_lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-        """Indices of pairs that are scored together: of like length, so that little is padded, then in the order of the file."""
-        lengths = self._reader.names.table["tokens"][rows].astype(int)
-        order = np.lexsort((rows, query_lengths) if self._kind.fixed else (rows, query_lengths, lengths))
+        """Indices of pairs that are scored together: of similar length, so that little is padded, then in the order of the file."""
+        # what a state grows with: the document's tokens, or nothing
+        lengths = np.ones(len(rows), dtype=int) if self._kind.fixed else self._reader.names.table["tokens"][rows].astype(int)
+        order = np.lexsort((rows, query_lengths, lengths))
         batches, start = [], 0
         while start < len(order):
-            size = self.batch_size
-            if not self._kind.fixed:  # the last of a batch is the longest
-                longest = lengths[order[start : start + size]]
-                fits = np.arange(1, len(longest) + 1) * longest * 4 * self._kind.numbers(1) <= self.batch_bytes
-                size = max(1, int(fits.sum()))
-            else:
-                size = max(1, min(size, self.batch_bytes // (4 * self._kind.numbers(1))))
+            longest = lengths[order[start : start + self.batch_size]]  # of a batch that ends here
+            fits = np.arange(1, len(longest) + 1) * longest * 4 * self._kind.numbers(1) <= self.batch_bytes
+            size = max(1, int(fits.sum()))
             batches.append(order[start : start + size])
             start += size
         return batches
@@ -281,7 +279,7 @@ class DocumentStates:
         return scores
 
     def _continue(self, loaded, queries: list[np.ndarray]) -> np.ndarray:
-        """Run the queries' tokens after a batch of states, exactly as `PairTokenizer.join` puts them there: float32 (B,)."""
+        """Run the queries' tokens after a batch of states, exactly where `PairTokenizer.join` puts them: float32 (B,)."""
         (loaded, documents), inputs = loaded, self.reranker.inputs
         if inputs.marked:
             queries = [inputs.mark(query, ids[len(inputs.before) :]) for query, ids in zip(queries, documents, strict=True)]
@@ -300,14 +298,14 @@ class HeldStates:
 
     def __init__(self, states: DocumentStates, doc_ids: list[str], batches: list):
         self.states, self.doc_ids, self._batches = states, doc_ids, batches
-        self._lock = threading.Lock()  # a query's keys and values go behind the documents' own, into the same room
+        self._lock = threading.Lock()  # a query's keys and values go after the documents' own, into the same tensor
 
     @torch.no_grad()
     def rank(self, query: str, top_k: int | None = None) -> list[dict]:
         """Rank the documents held for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order.
 
         Raises:
-            InputError: the query is no string, or `top_k` is negative.
+            InputError: the query is not a string, or `top_k` is negative.
         """
         _check_query(query, top_k)
         tokens = self.states.reranker.inputs.queries([query])

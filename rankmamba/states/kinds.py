@@ -1,4 +1,16 @@
-"""What a backbone knows after a document, by kind of backbone: how it is computed, what it is, how a query continues it."""
+"""A document's state by kind of backbone: how it is computed, what it consists of, how a query continues it.
+
+`Recurrent` and `Attention` have the same attributes and methods:
+
+fixed           whether a state has the same size whatever the document's length
+whole_shapes    the shapes of a one-token document's parts, all layers
+read            building: token ids of B documents -> each one's parts
+profile         building: some documents' parts -> mean and unit of every number, which int8 and int4 are relative to
+keep            building and scoring: of parts or a profile, the layers that are stored
+room, parts_of  scoring: memory for a batch of states, and one document's parts in it, which a record is decoded into
+ready           scoring: that batch on the device
+go_on           scoring: the batch and B queries' token ids -> hidden states of the queries' tokens
+"""
 
 from collections.abc import Sequence
 
@@ -11,13 +23,13 @@ from ..backbones import family_of
 from ..errors import InputError
 from ..mixers import MambaState
 from ..reranker import Reranker
-from .formats import Parts, Profile
+from .encoding import Parts, Profile
 
-ATTENTION = ("opt", "gpt_neox", "gpt2", "llama", "qwen2", "bloom", "gptj")  # whose keys and values can be continued
+ATTENTION = ("opt", "gpt_neox", "gpt2", "llama", "qwen2", "bloom", "gptj")  # families whose keys and values can be continued
 
 
 def kind_of(reranker: Reranker, layers: Sequence[int] | None = None) -> "Recurrent | Attention":
-    """Say how the states of a reranker's backbone are handled; layers: those whose states are kept, None for all.
+    """Return what handles the states of a reranker's backbone; layers: those whose states are kept, None for all.
 
     Raises:
         InputError: the backbone is not causal, or not of a kind whose states are known.
@@ -25,7 +37,7 @@ def kind_of(reranker: Reranker, layers: Sequence[int] | None = None) -> "Recurre
     if reranker.model.config.kind != "causal":
         raise InputError(
             f"expected a causal backbone, got the {reranker.model.config.kind} {reranker.model.config.system!r}: "
-            "it reads the document in the light of the query, so nothing can be stored beforehand"
+            "its reading of the document depends on the query, so nothing can be stored beforehand"
         )
     if family_of(reranker.model.backbone.config).hybrid:
         raise InputError(f"expected a backbone with layers of one kind, got the hybrid {reranker.model.config.system!r}")
@@ -50,7 +62,7 @@ class Recurrent:
         if one is None or len(one.ssm) != depth:
             raise InputError(f"expected Mamba mixers in all {depth} layers, got others in {type(self.backbone).__name__}")
         self.whole_shapes = [tuple(one.conv[:, 0].shape), tuple(one.ssm[:, 0].shape)]
-        self.rest: Profile | None = None  # where the layers that were not kept start from
+        self.rest: Profile | None = None  # its means are where the layers that were not kept start
         if layers is not None:
             self.kept = sorted({int(layer) for layer in layers})
             if not self.kept or not set(self.kept) <= set(range(depth)):
@@ -61,10 +73,11 @@ class Recurrent:
         return [(len(self.kept or range(shape[0])), *shape[1:]) for shape in self.whole_shapes]
 
     def numbers(self, tokens: int) -> int:
+        """How many numbers are kept of one document."""
         return sum(int(np.prod(shape)) for shape in self.shapes(tokens))
 
     def keep(self, parts):
-        """Of all layers' parts, or pairs in a profile, those that are kept."""
+        """Return those parts, or pairs of a profile, whose layers are kept."""
         if self.kept is None:
             return parts
         return [tuple(t[self.kept] for t in part) if isinstance(part, tuple) else part[self.kept] for part in parts]
@@ -78,22 +91,26 @@ class Recurrent:
         return [[part[:, row] for part in parts] for row in range(len(ids))]
 
     def profile(self, states: list[Parts]) -> Profile:
+        """Mean and unit of every number, over some documents' parts."""
         return [_mean_and_unit(torch.stack(parts), 0) for parts in zip(*states, strict=True)]
 
-    def room(self, lengths):
+    def room(self, lengths) -> list[torch.Tensor]:
+        """Memory for the kept layers of B documents: conv (layers, B, K-1, W), ssm (layers, B, E, N) or (layers, B, H, P, N)."""
         return [torch.empty(shape[0], len(lengths), *shape[1:]) for shape in self.shapes(1)]
 
     def parts_of(self, batch, place: int) -> Parts:
+        """The parts of one document in a batch, as views."""
         return [part[:, place] for part in batch]
 
     def ready(self, batch) -> MambaState:
+        """Put a batch on the device; layers that were not kept start from the profile's means."""
         if self.kept is not None:
             means = [mean[:, None].repeat_interleave(part.shape[1], 1) for (mean, _), part in zip(self.rest, batch, strict=True)]
             batch = [mean.index_copy_(0, torch.tensor(self.kept), part) for mean, part in zip(means, batch, strict=True)]
         return MambaState(*(part.to(self.device) for part in batch), record=False)
 
     def go_on(self, state, ids, mask):
-        """Continue B states with queries (B, L): hidden (B, L, D). Behind a query nothing is read, so padding needs no mask."""
+        """Continue B states with queries (B, L): hidden (B, L, D). Nothing after a query is read, so padding needs no mask."""
         return self.backbone(input_ids=ids, cache_params=state, use_cache=False).last_hidden_state
 
 
@@ -134,6 +151,7 @@ class Attention:
 
     @property
     def whole_shapes(self) -> list[tuple[int, ...]]:
+        """The shape of the part of a document of one token, which is also that of the profile."""
         return self.shapes(1)
 
     def shapes(self, tokens: int) -> list[tuple[int, ...]]:
@@ -141,32 +159,38 @@ class Attention:
         return [(self.depth, 2, self.heads, tokens, self.width)]
 
     def numbers(self, tokens: int) -> int:
+        """How many numbers one document's part has."""
         return int(np.prod(self.shapes(tokens)[0]))
 
     def keep(self, parts):
+        """Return all parts: every layer is kept."""
         return parts
 
     def read(self, ids, mask) -> list[Parts]:
-        """Read documents: ids, mask (B, L), padded on the right, where no token looks -> each one's part, float32 on the CPU."""
+        """Read documents: ids, mask (B, L), padded on the right, which no token sees -> each one's part, float32 on the CPU."""
         both = torch.stack([torch.stack([layer.keys, layer.values]) for layer in self._caches(ids)]).float().cpu()
         return [[both[:, :, row, :, :length]] for row, length in enumerate(mask.sum(1).tolist())]
 
     def profile(self, states: list[Parts]) -> Profile:
+        """Mean and unit of every number of a token, over all tokens of some documents."""
         return [_mean_and_unit(torch.cat([part for (part,) in states], 3), 3, keepdim=True)]
 
     def room(self, lengths):
+        """Memory for B documents and a query after each, (layers, 2, B, H, longest document + longest query, width), and the lengths."""
         room = torch.empty(
             self.depth, 2, len(lengths), self.heads, int(max(lengths)) + self.longest_query, self.width, dtype=self.dtype
         )
         for place, length in enumerate(lengths):
-            room[:, :, place, :, length:].zero_()  # hidden by the mask, but NaN would show through
+            room[:, :, place, :, length:].zero_()  # hidden by the mask, but a NaN there would still spread
         return room, np.asarray(lengths)
 
     def parts_of(self, batch, place: int) -> Parts:
+        """The part of one document in a batch, as a view."""
         room, lengths = batch
         return [room[:, :, place, :, : lengths[place]]]
 
     def ready(self, batch):
+        """Put a batch on the device."""
         room, lengths = batch
         return room.to(self.device), torch.as_tensor(lengths, device=self.device)
 
@@ -187,7 +211,7 @@ class Attention:
 
 
 class _Held(DynamicLayer):
-    """One layer's keys and values (2, B, H, room, width) of which `length` are read; the query's go behind, nothing is copied."""
+    """One layer's keys and values (2, B, H, room, width), `length` of them in use; the query's go after these, nothing is copied."""
 
     def __init__(self, room: torch.Tensor, length: int):
         super().__init__()
@@ -203,6 +227,6 @@ class _Held(DynamicLayer):
 
 
 def _mean_and_unit(values: torch.Tensor, dim: int, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean, and the square root of the standard deviation: midway between an equal and an equal relative error."""
+    """The mean, and as unit the square root of the standard deviation: midway between equal absolute and equal relative errors."""
     spread, mean = torch.std_mean(values, dim, correction=0, keepdim=keepdim)
     return mean, torch.where(spread > 0, spread.sqrt(), 1.0)

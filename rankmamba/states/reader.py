@@ -1,11 +1,10 @@
 """Reading a store of document states: its files are mapped, checked against their checksums, and never written.
 
-A folder holds manifest.json (whose presence says that the store is whole), states.bin (one record a document), table.bin (where
-each record is, its tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8, int4 and stores without all
+A folder holds manifest.json (its presence means that the store is whole), states.bin (one record per document), table.bin (where
+each record is, its number of tokens and its CRC-32), ids.bin and lookup.bin (from doc_id to row) and, for int8, int4 and stores without all
 layers, profile.bin.
 """
 
-import hashlib
 import json
 import os
 import zlib
@@ -17,8 +16,8 @@ import torch
 
 from .. import lookup
 from ..errors import InputError
-from ..files import sha256
-from .formats import DTYPES, Profile, ids_bytes, record_bytes
+from ..files import json_sha256, sha256
+from .encoding import DTYPES, Profile, ids_bytes, record_bytes
 
 TABLE = np.dtype(
     [("offset", "<u8"), ("id_offset", "<u8"), ("id_bytes", "<u4"), ("tokens", "<u4"), ("crc", "<u4"), ("zero", "<u4")]
@@ -28,7 +27,7 @@ STATES, ROWS, IDS, LOOKUP, PROFILE = "states.bin", "table.bin", "ids.bin", "look
 
 
 class Names:
-    """The doc_ids of a store by row, and rows by doc_id; nothing of it is held in memory."""
+    """The doc_ids of a store by row, and rows by doc_id, all read from the mapped files."""
 
     def __init__(self, folder: Path):
         self.table = np.memmap(folder / ROWS, dtype=TABLE, mode="r")
@@ -76,11 +75,11 @@ class Reader:
         self._checked = np.zeros(len(self.names), dtype=bool)
 
     def profile(self, shapes: Sequence[Sequence[int]]) -> Profile | None:
-        """Return the profile that the records were written with, or None if without; shapes: of a document's parts."""
+        """Return the profile that the records were written with, None if there is none; shapes: of a document's parts."""
         return read_profile(self.folder, shapes) if PROFILE in self.manifest["sha256"] else None
 
     def record(self, row: int, numbers: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return a document's state, so many numbers, and its ids if queries are marked; the first reading of each one checks it.
+        """Return a document's state, of `numbers` numbers, and its token ids if queries are marked; checked when first read.
 
         Raises:
             InputError: its bytes are not those that were written.
@@ -115,6 +114,11 @@ class Reader:
 
 
 def read_profile(folder: Path, shapes: Sequence[Sequence[int]]) -> Profile:
+    """Read a store's profile; shapes: of a document's parts.
+
+    Raises:
+        InputError: the file is not as long as these shapes need.
+    """
     flat = torch.from_numpy(np.fromfile(folder / PROFILE, dtype=np.float32))
     sizes = [2 * int(np.prod(shape)) for shape in shapes]
     if len(flat) != sum(sizes):
@@ -146,15 +150,19 @@ def read_manifest(folder: Path) -> dict:
 
 
 def sealed(content: dict) -> str:
-    """The text of a JSON file that says itself whether it is as it was written."""
-    return json.dumps(content | {"checksum": _checksum(content)}, indent=1) + "\n"
+    """The text of a JSON file that carries its own checksum."""
+    return json.dumps(content | {"checksum": json_sha256(content)}, indent=1) + "\n"
 
 
 def unsealed(path: Path) -> dict:
-    """Read a sealed file with the parts `header` and `done`."""
+    """Read a sealed file with the parts `header` and `done`.
+
+    Raises:
+        InputError: it is not as it was written.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        intact = content.pop("checksum") == _checksum(content)
+        intact = content.pop("checksum") == json_sha256(content)
         header, done = content["header"], content["done"]
         counts = [done[name] for name in ("documents", "tokens", STATES, ROWS, IDS)]
         intact &= header["dtype"] in DTYPES and all(type(count) is int and count >= 0 for count in counts)
@@ -168,7 +176,7 @@ def unsealed(path: Path) -> dict:
 
 
 def compare_headers(ours: dict, theirs: dict, what: str, remedy: str) -> None:
-    """Refuse states that are not of this model, naming everything that differs."""
+    """Refuse states that are not this model's, naming everything that differs."""
     differ = [
         f"{name} (theirs {_short(theirs.get(name))}, ours {_short(ours[name])})"
         for name in ours
@@ -181,7 +189,3 @@ def compare_headers(ours: dict, theirs: dict, what: str, remedy: str) -> None:
 def _short(value) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text[:12] if len(text) == 64 and isinstance(value, str) else text
-
-
-def _checksum(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Writing a store of document states (`states.reader` says what is in it), by a writer that may be killed at any moment."""
+"""Writing a store of document states (`states.reader` describes its files), by a writer that may be killed at any moment."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import numpy as np
 from .. import __version__, lookup
 from ..errors import InputError
 from ..files import check_room, refusals, replacing, sha256, write_text
-from .formats import Profile, ids_bytes, record_bytes
+from .encoding import Profile, ids_bytes, record_bytes
 from .reader import (
     IDS,
     LOOKUP,
@@ -37,7 +37,7 @@ FILES = (STATES, ROWS, IDS, LOOKUP, PROFILE, MANIFEST, PROGRESS, LOCK)
 
 @contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """Own `folder` for building; a second builder is refused, and what the disk refuses is an `InputError`."""
+    """Own `folder` for building; a second builder, or a disk that refuses to write, is an `InputError`."""
     try:
         with refusals(f"document states to {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def building(folder: Path) -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that states may be written to `folder`: it is absent, or holds nothing but states, finished or begun.
+    """Check that states may be written to `folder`: it is absent, or holds only states, finished or not.
 
     Raises:
         InputError: it is a file, or holds something else.
@@ -63,10 +63,10 @@ def check_folder(folder: Path) -> None:
 
 
 class Writer:
-    """Appends blocks of documents; what was committed survives a kill, what was not is cut off at the next start.
+    """Appends blocks of documents; what was committed survives a kill, the rest is cut off at the next start.
 
-    header: what the store is of; a folder that was begun with another header is refused. Documents that come behind those of a finished
-    store are added; until that is finished, too, it cannot be opened, but who has it open reads on.
+    header: identifies the model and the format; a folder begun with another header is refused. Documents that follow those of a
+    finished store are added; until that is finished the store cannot be opened, but readers that have it open read on.
     """
 
     def __init__(self, folder: Path, header: dict):
@@ -92,10 +92,10 @@ class Writer:
                 file.truncate(self.done[name])
 
     def has(self, doc_id: str, text: str, place: int) -> bool:
-        """Count in a document, the next in order; whether its state is stored already.
+        """Take in the next document in order; returns whether its state is stored already.
 
         Raises:
-            InputError: the stored documents turn out to be others, an added one is among them, or an id or a text is no string.
+            InputError: the stored documents are others, an added one is among them, or an id or a text is not a string.
         """
         for item in (doc_id, text):
             if not isinstance(item, str):
@@ -145,25 +145,26 @@ class Writer:
         write_text(self.folder / PROGRESS, sealed({"header": self.header, "done": self.done}))
 
     def need(self, size: int) -> None:
-        """Refuse to begin what the disk has no room for; size: bytes of all records, 0 if unknown."""
+        """Refuse to begin a build that the disk has no room for; size: bytes of all records, 0 if unknown."""
         if not self.whole:
             check_room(self.folder, size - self.done[STATES], "for the states", "free some space, or choose a smaller dtype")
 
     def profile(self, shapes: Sequence[Sequence[int]]) -> Profile | None:
-        """Return the profile if a block was committed, else None: it is made from the first batch of documents."""
+        """Return the profile if a block was committed, else None: the first batch of documents decides it."""
         return read_profile(self.folder, shapes) if self.done["documents"] else None
 
     def write_profile(self, profile: Profile) -> Profile:
+        """Write the profile, float32, and return it."""
         (self.folder / PROFILE).write_bytes(
             b"".join(tensor.contiguous().numpy().tobytes() for pair in profile for tensor in pair)
         )
         return profile
 
     def finish(self, digest: str) -> None:
-        """Make the store whole; digest: of the documents that came.
+        """Make the store whole; digest: of all documents given.
 
         Raises:
-            InputError: the documents are fewer than those stored before, none at all, or one came twice.
+            InputError: the documents are fewer than those already stored, there are none, or one occurs twice.
         """
         if not self.done["documents"]:
             raise InputError(f"expected at least one document to build states of, got none for {self.folder}")
@@ -175,7 +176,7 @@ class Writer:
             return
         names = Names(self.folder)
         table = lookup.make([lookup.hash_id(names[row]) for row in range(len(names))], names.__getitem__)
-        with replacing(self.folder / LOOKUP) as temporary:  # an open store reads the one before
+        with replacing(self.folder / LOOKUP) as temporary:  # an open store still reads the old one
             temporary.write_bytes(table.tobytes())
         files = [path for name in (ROWS, IDS, LOOKUP, PROFILE) if (path := self.folder / name).is_file()]
         manifest = {"header": self.header, "done": self.done, "sha256": {path.name: sha256(path) for path in files}}

@@ -1,1 +1,1 @@
-"""What a training is made of: its settings, groups, losses, trainer and checkpoints. `rankmamba.train` puts them together."""
+"""The parts of a training: settings, groups, losses, trainer and checkpoints. `rankmamba.train` puts them together."""

@@ -1,7 +1,7 @@
 """The checkpoints of one training: whole or absent, checked before they are used, at most two of them.
 
 The Trainer writes a checkpoint into the folder `partial`; `keep` lists the SHA-256 of its files, syncs them to the disk and renames
-the folder, so a process that is killed meanwhile leaves only a `partial` that the next one clears.
+the folder, so a process killed meanwhile leaves only a `partial`, which the next one clears.
 """
 
 import json
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """<folder>/checkpoint-<step>, the two newest.
 
-    made_with: what a training consists of, as JSON; only a checkpoint that was made with the same is continued.
+    made_with: what determines the training, as JSON; only a checkpoint made with the same is resumed.
     """
 
     def __init__(self, folder: str | Path, made_with: dict):
@@ -30,11 +30,11 @@ class Checkpoints:
 
     @property
     def last(self) -> Path | None:
-        """The newest checkpoint that this process has written or found whole."""
+        """The newest checkpoint that this process wrote or found whole."""
         return self._good[0] if self._good else None
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint that is whole and of this training; say which were passed over, and why."""
+        """Return the newest checkpoint that is whole and of this training; log which were passed over, and why."""
         for path in self._found():
             problem = self._problem(path)
             if problem is None:
@@ -44,12 +44,12 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Make room for the next checkpoint, and remove what an interrupted one left."""
+        """Prepare for the next checkpoint: remove what an interrupted one left."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
 
     def keep(self, step: int, progress: dict) -> None:
-        """Make `partial`/checkpoint-<step>, which is all written, the newest checkpoint. progress: JSON that goes with it."""
+        """Make `partial`/checkpoint-<step>, now completely written, the newest checkpoint. progress: JSON that goes with it."""
         written, path = self.partial / f"checkpoint-{step}", self.folder / f"checkpoint-{step}"
         (written / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         files = _files(written)
@@ -65,7 +65,7 @@ class Checkpoints:
             shutil.rmtree(other, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove all: the training is done."""
+        """Remove all checkpoints: the training is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _found(self) -> list[Path]:
@@ -74,7 +74,7 @@ class Checkpoints:
         return sorted((path for path in steps if steps[path]), key=lambda path: int(steps[path][1]), reverse=True)
 
     def _problem(self, path: Path) -> str | None:
-        """Say what is wrong with a checkpoint and what is done about it; None if nothing is."""
+        """Say what is wrong with a checkpoint and what happens instead; None if nothing is wrong."""
         older = "; the one before it is used"
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())

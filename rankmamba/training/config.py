@@ -1,4 +1,4 @@
-"""What a training is made of, and its YAML file."""
+"""The settings of a training, and their YAML file."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..files import sha256
 from ..parameters import read_yaml
 
-RANGES = {  # the lowest and the highest value
+RANGES = {  # lowest and highest value
     "learning_rate": (0, math.inf),
     "batch_size": (1, math.inf),
     "group_size": (2, math.inf),
@@ -26,7 +26,7 @@ def check_range(name: str, value: object) -> None:
     """Check a value of one of `RANGES`.
 
     Raises:
-        InputError: it is no number, or out of its range.
+        InputError: it is not a number, or out of its range.
     """
     low, high = RANGES[name]
     if not isinstance(value, int | float) or not low <= value <= high:
@@ -36,14 +36,14 @@ def check_range(name: str, value: object) -> None:
 
 @dataclass
 class TrainConfig:
-    """What a training run is made of; every field stands in its record.
+    """The settings of a training run; its record holds every field.
 
     system: a name in the table of systems, a Hub id or a folder. learning_rate: AdamW's peak, reached after `warmup` (a share
     of all steps) and then decaying linearly to 0. batch_size: queries per step, on all devices together. group_size: documents per
-    query, 1 positive. epochs: passes over the training queries (may be a fraction). max_steps: a cap on the steps, 0 for none.
-    max_length, max_query_length: tokens. bf16: None decides by the device. loss: "lce", or "distil" to imitate the scores of
-    `teacher`, a reranker's folder or system (KL divergence over the group). lora_r, lora_alpha: rank and scale of LoRA, rank 0 trains
-    all weights. gradient_checkpointing: layers are computed twice, for less memory. compile: with torch.compile.
+    query, 1 positive. epochs: passes over the training queries, may be fractional. max_steps: a cap on the steps, 0 for none.
+    max_length, max_query_length: tokens. bf16: None lets the device decide. loss: "lce", or "distil" to imitate the scores of
+    `teacher`, a reranker's folder or system (KL divergence over the group). lora_r, lora_alpha: rank and scale of LoRA; rank 0 trains
+    all weights. gradient_checkpointing: compute layers twice to save memory. compile: use torch.compile.
     """
 
     system: str
@@ -72,11 +72,10 @@ class TrainConfig:
         return dataclasses.asdict(self) | ({"weights_in": weights} if weights else {})
 
     def check(self, processes: int = 1) -> None:
-        """Check what the fields' types do not say.
+        """Check what the fields' types cannot express.
 
         Raises:
-            InputError: a number is out of its range, the batch cannot be shared evenly by so many processes, or loss and teacher do
-                not fit.
+            InputError: a number is out of its range, the processes cannot share the batch evenly, or loss and teacher do not match.
         """
         for name in RANGES:
             check_range(name, getattr(self, name))
@@ -97,11 +96,11 @@ def read_config(path: str | Path) -> tuple[TrainConfig, dict]:
     """Read a YAML file: the fields of `TrainConfig`, and {"collection", "folder", "candidates" (a run's path, or None)}.
 
     Raises:
-        InputError: it is no such file, lacks a name, has an unknown one, or a value of another type.
+        InputError: there is no such file, or it lacks a name, has an unknown one, or a value of the wrong type.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"expected a YAML file with a training's configuration, got {path}, which is none")
+        raise InputError(f"expected a YAML file with a training's configuration, got {path}, which is not a file")
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"expected names and values, got {values!r:.80} ({path})")

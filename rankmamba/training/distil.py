@@ -1,4 +1,4 @@
-"""The scores of a teacher that a student is to imitate: computed once, kept on the disk while the training lasts."""
+"""The scores of the teacher that a student imitates: computed once, kept on the disk while the training lasts."""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +16,7 @@ from .groups import TrainingGroups
 def teacher_scores(teacher: str, groups: TrainingGroups, collection: Collection, folder: Path) -> np.ndarray:
     """Score every group with the reranker `teacher` (a folder or a system): raw logits, float32 (groups, G).
 
-    A pair that is in several groups is scored once. The scores are kept in `folder`, so a training that is continued reads them.
+    A pair that is in several groups is scored once. The scores are kept in `folder`, where a resumed training reads them.
     """
     pairs = [(group.query_id, doc_id) for group in groups.groups for doc_id in group.doc_ids]
     weights = Path(teacher) / WEIGHTS

@@ -1,4 +1,4 @@
-"""How far a training is, and when it saves and stops."""
+"""How far a training has come, and when it saves and stops."""
 
 import json
 import signal
@@ -14,16 +14,16 @@ from .checkpoints import PROGRESS
 
 
 class Stopped(Exception):
-    """Asked to stop in the middle of a step: it is given up, the steps before it are kept."""
+    """Asked to stop in the middle of a step: it is abandoned, the steps before it are kept."""
 
 
 class Progress(TrainerCallback):
-    """How far a training is: its curve and its seconds, restarts included; reports steps, says when to save and when to stop.
+    """How far a training has come: its curve and its seconds, restarts included; reports steps, decides when to save and to stop.
 
-    Seconds are of a monotonic clock: a wall clock that jumps changes nothing.
+    Seconds are from a monotonic clock: a wall clock that jumps changes nothing.
     """
 
-    # Saving a large model to a slow disk takes minutes: it may take this share of the time at most.
+    # Saving a large model to a slow disk takes minutes: saving may take at most this share of the time.
     SHARE = 0.05
 
     def __init__(self, on_step: Callable[[dict], None] | None, stop: threading.Event | None, every_s: float, every_steps: int):
@@ -37,7 +37,7 @@ class Progress(TrainerCallback):
         return time.perf_counter() - self._started
 
     def load(self, path: Path) -> None:
-        """Go on from the progress that a checkpoint holds."""
+        """Resume from the progress that a checkpoint holds."""
         progress = json.loads((path / PROGRESS).read_bytes())
         self.curve = progress["curve"]
         self._started = time.perf_counter() - progress["seconds"]
@@ -48,9 +48,9 @@ class Progress(TrainerCallback):
 
     @contextmanager
     def heeding_interrupts(self) -> Iterator[None]:
-        """Let Ctrl-C be heard as `stop` is, where model and optimizer are whole and can be kept, and raise KeyboardInterrupt then.
+        """Treat Ctrl-C like `stop`, where model and optimizer are consistent and can be kept, then raise KeyboardInterrupt.
 
-        A second one is heard at once. Other threads than the main one hear none; a handler of somebody else's stays.
+        A second Ctrl-C interrupts at once. Only the main thread receives it; a handler that others have set stays.
         """
         usual = signal.default_int_handler
         if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
@@ -73,7 +73,7 @@ class Progress(TrainerCallback):
         return self.interrupted or self.stop is not None and self.stop.is_set()
 
     def heed_stop(self, args: TrainingArguments) -> None:
-        """Give up the step if asked to stop. A step takes seconds on a CPU; elsewhere, and with other processes, it is finished."""
+        """Abandon the step if asked to stop. A step takes seconds on a CPU; elsewhere, and with other processes, it is finished."""
         if self._asked_to_stop() and args.device.type == "cpu" and args.world_size == 1:
             self.stopped = True
             raise Stopped

@@ -1,4 +1,4 @@
-"""The Trainer of the recipe: groups in their order, LCE or distillation, chunks of like length, checkpoints that are whole."""
+"""The recipe's Trainer: groups in their order, LCE or distillation, chunks of similar length, checkpoints that are whole."""
 
 import logging
 import math
@@ -28,12 +28,12 @@ _log = logging.getLogger(__name__)
 def like_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
     """Cut sequences, longest first, into `count` chunks that take the fewest tokens after padding: arrays of indices.
 
-    The number is fixed because every process has to call a sharded model equally often.
+    The number is fixed because every process must call a sharded model equally often.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     longest = np.asarray(lengths)[order]
     ends = np.arange(len(order) + 1)
-    # padded[i, j]: tokens of a chunk of the sequences i to j; fewest[j]: of all chunks up to j
+    # padded[i, j]: tokens of a chunk of the sequences i to j; fewest[j]: the least for all chunks up to j
     padded = np.where(ends > ends[:-1, None], longest[:, None] * (ends - ends[:-1, None]), np.inf)
     fewest, starts = padded[0], []
     for _ in range(min(count, len(order)) - 1):
@@ -49,10 +49,10 @@ def like_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
 class LCETrainer(Trainer):
     """The Trainer with our loss, groups in their given order, and no weight decay on a state-space model's own parameters.
 
-    Its items are the numbers of groups; a step makes its batch from them, so that it can make a smaller one if memory fails.
+    Its items are indices of groups; a step makes its batch from them, so that it can make smaller chunks if memory runs out.
     """
 
-    # A step's pairs run in chunks of like length: mathematically one batch, but short documents are not padded to long ones.
+    # A step's pairs run in chunks of similar length: mathematically one batch, but short documents are not padded to long ones.
     CHUNKS = 4
 
     def __init__(
@@ -65,7 +65,7 @@ class LCETrainer(Trainer):
         progress: Progress,
         teacher: np.ndarray | None = None,
     ):
-        """batch_size: queries of a step, on all processes. teacher: float32 (groups, G), its scores, if it is to be imitated."""
+        """batch_size: queries of a step, on all processes. teacher: its scores, float32 (groups, G), if there is one to imitate."""
         super().__init__(
             model=reranker.model, args=args, data_collator=list, train_dataset=range(len(groups)), callbacks=[progress]
         )
@@ -109,10 +109,10 @@ class LCETrainer(Trainer):
             free_memory()
 
     def _use_less_memory(self, error: Exception, pairs: int) -> None:
-        """Halve the chunks, and keep the activations of one at a time only; the loss and its gradients stay what they are."""
+        """Halve the chunks, and keep the activations of only one at a time; the loss and its gradients stay the same."""
         freed = error.with_traceback(None)  # whose frames would keep the step's tensors alive, in a notebook for good
         if self.args.world_size > 1:
-            # the other processes are already waiting for this one's gradients
+            # the other processes already wait for this one's gradients
             raise InputError(
                 f"expected the {pairs} pairs of a process to fit into memory, got: {error}; use gradient_checkpointing, more "
                 "processes or a smaller max_length"
@@ -124,8 +124,8 @@ class LCETrainer(Trainer):
             ) from freed
         self.chunks, self.recompute = 2 * self.chunks, True
         _log.warning(
-            "a step does not fit into memory: it runs in %d chunks from now on, each computed twice; dropout draws other masks, else the "
-            "result is the same",
+            "a step does not fit into memory: from now on it runs in %d chunks, each computed twice; dropout draws other masks, otherwise "
+            "the result is the same",
             min(self.chunks, pairs),
         )
 
@@ -136,7 +136,7 @@ class LCETrainer(Trainer):
             self.progress.heed_stop(self.args)
             logits.append(run(**chunk).logits[:, 0])
         for chunk in logits:
-            if chunk.requires_grad:  # a moment of Python between the chunks, in which Ctrl-C and `stop` are heard
+            if chunk.requires_grad:  # runs Python between the chunks, so that Ctrl-C and `stop` are noticed
                 chunk.register_hook(lambda gradient: self.progress.heed_stop(self.args))
         logits = torch.cat(logits)
         scores = logits[inputs["order"]].view(inputs["shape"])
@@ -148,7 +148,7 @@ class LCETrainer(Trainer):
         return (loss, {"logits": scores}) if return_outputs else loss
 
     def keep_last_step(self) -> None:
-        """After `Stopped`: a checkpoint as if the step that was given up had not begun."""
+        """After `Stopped`: save a checkpoint as if the abandoned step had not begun."""
         self.model.zero_grad()
         torch.set_rng_state(self._random)
         if self.state.global_step > 0:
@@ -171,7 +171,7 @@ class LCETrainer(Trainer):
         )
 
     def agree(self, *flags: bool) -> list[bool]:
-        """Return each flag as true if it is on any process."""
+        """Return each flag as true if it is true on any process."""
         counts = torch.tensor([float(flag) for flag in flags], device=self.args.device)
         return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
 
@@ -182,7 +182,7 @@ class LCETrainer(Trainer):
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
 
     def floating_point_ops(self, inputs):
-        return 0  # a step's inputs are numbers of groups
+        return 0  # a step's inputs are indices of groups
 
     def _save_checkpoint(self, model, trial):
         started, step = time.perf_counter(), self.state.global_step
@@ -195,10 +195,10 @@ class LCETrainer(Trainer):
             if self.is_world_process_zero():
                 self.checkpoints.keep(step, {"seconds": self.progress.seconds, "curve": self.progress.curve})
             self.accelerator.wait_for_everyone()
-        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by who writes
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, depending on the writer
             raise InputError(
                 f"expected to write a checkpoint to {self.checkpoints.folder}, got: {error}; make room there and start again: the "
-                "training goes on from the checkpoint before"
+                "training resumes from the checkpoint before"
             ) from error
         self.progress.saved(time.perf_counter() - started)
 

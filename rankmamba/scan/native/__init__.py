@@ -1,4 +1,4 @@
-"""The native CPU kernels: C++ without Python or torch in it. Where they were not built, importing this raises ImportError."""
+"""The native CPU kernels: C++ that uses neither Python nor torch. Where they were not built, importing this raises ImportError."""
 
 from .attention import attention
 from .library import description

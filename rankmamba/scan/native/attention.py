@@ -18,8 +18,8 @@ def attention(
 ) -> torch.Tensor:
     """softmax(query key^T scale + bias) value: (B, L, H, P), in the precision of the values.
 
-    query: float32 or bfloat16 (B, H, L, P). key, value: either, too, (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where
-    nobody looks. causal: the last query sees all keys, each before it one less. A query that sees no key gets zeros. bias: (1, H, L, K);
+    query: float32 or bfloat16 (B, H, L, P). key, value: likewise, (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where a
+    key is hidden. causal: the last query sees all keys, each before it one less. A query that sees no key gets zeros. bias: (1, H, L, K);
     gets no gradient.
     """
     hidden = None if seen is None else as_plain(torch.where(seen.bool(), 0.0, -torch.inf))
@@ -55,7 +55,7 @@ def _arguments(query, key, value, hidden, bias, causal, scale):
 
 
 def _products(query, key):
-    """Multiplications of one of the products."""
+    """Multiplications in one of the matrix products."""
     return query.numel() * key.shape[2]
 
 

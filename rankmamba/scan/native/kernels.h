@@ -46,7 +46,7 @@ struct Conv {
 // Mamba-2's scan, arXiv 2405.21060, section 6, in chunks of Q tokens.
 struct SsdForward {
     int64_t batch, length, heads, width, groups, n, chunk;  // B, L, H, P, G, N, Q
-    int64_t parts;                                          // into so many the heads of a group are dealt, for threads
+    int64_t parts;                                          // how many parts the heads of a group are divided into, for threads
     Rows x, B, C, y;                                        // (B, L, H P), (B, L, G N) twice, (B, L, H P)
     const float *delta;                                     // (B, L, H)
     const float *A2, *D;                                    // (H): A log2(e); (H) or null
@@ -82,7 +82,7 @@ struct Norm {
 // Attention. q, out (B, L, .), k, v (B, K, .): their heads of P numbers lie *_head apart; in out and gradients P.
 struct Attention {
     int64_t batch, heads, width, queries, keys;  // B, H, P, L, K
-    int64_t shared;                              // so many heads read the same keys and values
+    int64_t shared;                              // number of heads that read the same keys and values
     int64_t causal;                              // 1: the last query sees all keys, each before it one less
     float scale;
     Rows q, k, v, out;
@@ -94,7 +94,7 @@ struct Attention {
     int64_t dout_head;
 };
 
-// x = gelu(x + bias). x: so many rows, as a batch of one. bias (E) or null.
+// x = gelu(x + bias). x: `rows` rows, as a batch of one. bias (E) or null.
 struct Gelu {
     int64_t rows, inner;  // inner: E
     Rows x;

@@ -1,6 +1,6 @@
 """The compiled library: loaded with ctypes, called with pointers to torch's memory; no compiler is needed at run time.
 
-Importing this module raises ImportError where the library was not built, or takes other arguments than this package gives it.
+Importing this module raises ImportError where the library was not built, or was built for other arguments than this package passes.
 """
 
 import ctypes
@@ -13,10 +13,12 @@ import torch
 from ...errors import InputError
 from ..precision import PRECISIONS
 
-_SMALL = 1 << 18  # multiplications that take some 60 microseconds: less is not worth another thread
+_SMALL = 1 << 18  # multiplications, some 60 microseconds: less is not worth another thread
 
 
 class Rows(ctypes.Structure):
+    """A tensor (B, L, channels) of float32 or bfloat16, as kernels.h has it; strides in numbers."""
+
     _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("row_stride", c_int64), ("bfloat16", c_int64)]
 
 
@@ -108,7 +110,7 @@ def _load():
     if sizes != {name: ctypes.sizeof(arguments) for name, arguments in _KERNELS.items()}:
         raise ImportError(f"{found[0]} was built from other sources than this package's; install it again")
     library.rankmamba_build.restype = ctypes.c_char_p
-    # torch's own pool of threads, where it has one that can be shared: two pools would fight for the cores.
+    # Use torch's own thread pool where it can be shared: two pools would compete for the cores.
     gomp = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     library.rankmamba_use_gomp(ctypes.cast(gomp, c_void_p) if gomp else None)
     return library
@@ -123,7 +125,7 @@ BLOCK, TILE, NORM_ROWS = _library.rankmamba_block(), _library.rankmamba_tile(), 
 
 
 def description() -> str:
-    """Say which build of the kernels this processor runs."""
+    """Return which build of the kernels this processor runs."""
     return f"compiled kernels, {_library.rankmamba_build().decode()} build"
 
 
@@ -133,12 +135,12 @@ def call(kernel: str, arguments: ctypes.Structure, threads: int) -> None:
 
 
 def workers(work: int) -> int:
-    """Return how many threads this many multiplications are worth, torch's setting at most."""
+    """Return how many threads this many multiplications are worth, at most torch's setting."""
     return max(1, min(torch.get_num_threads(), work // _SMALL))
 
 
 def parts(sequences: int, pieces: int, threads: int) -> int:
-    """Into how many parts the pieces of a sequence are dealt: one shares most, more are for threads that had nothing to do."""
+    """Return into how many parts the pieces of a sequence are divided: one part shares most, more keep all threads busy."""
     if sequences % threads == 0:
         return 1
     size = -(-pieces // min(pieces, -(-4 * threads // sequences)))
@@ -146,7 +148,7 @@ def parts(sequences: int, pieces: int, threads: int) -> int:
 
 
 def tracked(tensors) -> bool:
-    """Say whether a gradient will be wanted; or a forward one, which an autograd.Function refuses."""
+    """Return whether a gradient will be needed, or a forward-mode one, which an autograd.Function refuses."""
     forward = torch.autograd.forward_ad._current_level >= 0
     return forward or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -154,7 +156,7 @@ def tracked(tensors) -> bool:
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return a tensor for a kernel to write to, whatever torch's default dtype and device.
 
-    Megabytes of it are asked for in huge pages (Linux): the system takes as long to hand them out in small ones as the scan takes.
+    Large tensors ask for huge pages (Linux): allocating them in small pages takes the system as long as the scan takes.
     """
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.nbytes >= _HUGE_PAGE and _madvise:
@@ -164,13 +166,13 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def in_memory(tensor):
-    """Return a tensor's numbers as they lie in memory: torch negates some only as they are read, and keeps some zeros nowhere."""
+    """Return a tensor whose memory holds its values: torch negates some lazily, and some zero tensors have no memory."""
     tensor = tensor.detach().resolve_neg()
     return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
 def as_rows(tensor):
-    """Return float32 or bfloat16 with a token's channels side by side; the rows may lie anywhere."""
+    """Return float32 or bfloat16 with a token's channels contiguous; the rows may be anywhere."""
     if tensor is None:
         return None
     tensor = in_memory(tensor)
@@ -180,16 +182,23 @@ def as_rows(tensor):
 
 
 def as_plain(tensor):
+    """Return contiguous float32."""
     return None if tensor is None else in_memory(tensor).float().contiguous()
 
 
 def rows(tensor) -> Rows:
+    """Describe a tensor (B, L, channels), its channels contiguous, to a kernel; None: absent."""
     if tensor is None:
         return Rows()
     return Rows(pointer(tensor), tensor.stride(0), tensor.stride(1), tensor.dtype == torch.bfloat16)
 
 
 def pointer(tensor):
+    """Return the address of a tensor's memory; None: absent.
+
+    Raises:
+        InputError: its memory was freed.
+    """
     if tensor is None:
         return None
     if tensor.numel() and not tensor.untyped_storage().nbytes():  # a part of it may have an address all the same

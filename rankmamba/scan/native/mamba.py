@@ -57,7 +57,7 @@ def _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
 
 
 def _scan_forward(u, delta, A, B, C, D, z, delta_bias, initial_state, keep, want_final):
-    """Return y, the final state and, to keep for the backward, the state before each tile of tokens; None where not asked for."""
+    """Return y, the final state and, for the backward pass, the state before each tile of tokens; None where not asked for."""
     arguments, alive = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     (batch, length, inner), n = u.shape, A.shape[1]
     y = empty(*u.shape, dtype=alive["u"].dtype)

@@ -11,7 +11,8 @@ from .library import SsdBackward, SsdForward, as_plain, as_rows, call, empty, in
 
 
 def _chunk(length: int, n: int) -> int:
-    """Tokens of a chunk. Work on pairs of tokens grows with it, work on states between chunks with its inverse: a short sequence is one."""
+    """Tokens of a chunk. Longer chunks mean more work on pairs of tokens, shorter ones more work on states between them; a short
+    sequence is one chunk."""
     return length if length <= max(64, min(2 * n, 256)) else 64
 
 
@@ -47,7 +48,7 @@ class _SsdScan(torch.autograd.Function):
 
 
 def _common(kernel, x, delta, A, B, C, D, initial_state):
-    """The arguments that both directions share, and the tensors that they point to, which have to stay alive."""
+    """Return the arguments that both directions share, and the tensors that they point to, which must stay alive."""
     batch, length, heads, width = x.shape
     groups, n = B.shape[2:]
     x = _rows(x)
@@ -101,7 +102,7 @@ def _ssd_backward(x, delta, A, B, C, D, initial_state, before, dy, dfinal):
 
 
 def _rows(x):
-    """(B, L, H, P) -> (B, L, H P), a view where the channels of a token lie together."""
+    """(B, L, H, P) -> (B, L, H P), a view where the channels of a token are contiguous."""
     x = in_memory(x)
     together = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     return as_rows(x.flatten(2) if together else x.contiguous().flatten(2))

@@ -6,7 +6,7 @@ from .library import AddNorm, Gelu, as_plain, as_rows, call, empty, pointer, row
 
 
 def gelu_(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """gelu(x + bias), without gradients, in place of x. x: float32 or bfloat16 (T, E), its channels side by side. bias: (E,)."""
+    """gelu(x + bias), without gradients, in place of x. x: float32 or bfloat16 (T, E), channels contiguous. bias: (E,)."""
     bias = as_plain(bias)
     call("gelu", Gelu(*x.shape, rows(x[None]), pointer(bias)), workers(8 * x.numel()))
     return x
@@ -20,9 +20,9 @@ def add_norm(
     shift: torch.Tensor,
     epsilon: float,
 ) -> torch.Tensor:
-    """layer_norm(x + bias + residual) * weight + shift, without gradients, in the residual's precision. Uses x up.
+    """layer_norm(x + bias + residual) * weight + shift, without gradients, in the residual's precision. May overwrite x.
 
-    x, residual: float32 or bfloat16 (T, E), x with its channels side by side. bias, weight, shift: (E,).
+    x, residual: float32 or bfloat16 (T, E), the channels of x contiguous. bias, weight, shift: (E,).
     """
     bias, weight, shift, residual = *(as_plain(t) for t in (bias, weight, shift)), as_rows(residual)
     out = x if x.dtype == residual.dtype else empty(*x.shape, dtype=residual.dtype)

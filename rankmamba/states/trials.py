@@ -17,12 +17,12 @@ from ..results import environment, find_record, fingerprint, leave_record
 from . import DocumentStates
 
 FULL = "full scoring"
-CORES, MEMORY_GB = 64, 512  # of a rented machine that builds states, and of one that holds them
+CORES, MEMORY_GB = 64, 512  # of a rented machine that builds states, and of one that holds them in memory
 MACHINES, HOURS = f"machines of {MEMORY_GB} GB", f"hours to build on {CORES} cores"
 
 
 def causal(systems: Sequence[str]) -> list[str]:
-    """The systems whose documents have a state: those that read the document before the query, all layers in one way."""
+    """The systems whose documents have a state: they read the document before the query, and all their layers are of one kind."""
     return [system for system in systems if find(system).has_states]
 
 
@@ -38,9 +38,8 @@ def trial(
 ) -> dict:
     """Store the states of `n_queries` test queries' candidates in every format and rank from them; leaves and returns the record.
 
-    For Mamba also in the last format with the first half of the layers only. Seconds are the median of three passes. lengths: tokens of
-    documents (made of the collection's own, put together) at which the speed of full scoring and of scoring from states in memory is
-    compared.
+    For Mamba also in the last format with only the first half of the layers. Seconds are the median of three passes. lengths: tokens of
+    documents (joined from the collection's own) at which the speed of full scoring and of scoring from states in memory is compared.
 
     Raises:
         InputError: the system was not trained here.
@@ -89,7 +88,7 @@ def trial(
 
 
 def _passes(ranker, run: Callable) -> tuple[pd.DataFrame, float]:
-    """The ranking of the last of four passes, and the median seconds of the three behind the first: one slow pass counts for nothing."""
+    """The ranking of the last of four passes, and the median seconds of the last three: a single slow pass does not count."""
     seconds = []
     for _ in range(4):
         ranking = run()
@@ -122,13 +121,13 @@ def _compare(full: pd.DataFrame, run: pd.DataFrame, test: Collection, measure: s
 
 
 def _same_order(both: pd.DataFrame) -> bool:
-    """Whether one query's documents stand in the same order; scores closer than 1e-5 are equal (those of twins are)."""
+    """Whether one query's documents are in the same order; scores closer than 1e-5 count as equal (identical texts have such)."""
     scores = both.sort_values("rank states")["score"].to_numpy()
     return bool((np.maximum.accumulate(scores[::-1])[::-1] <= scores + 1e-5).all())
 
 
 def _at_length(reranker: Reranker, folder: Path, texts: list[str], length: int) -> dict:
-    """Milliseconds a pair at one length of document: full scoring, the best of three, and from states in memory, the best of ten."""
+    """Milliseconds per pair at one length of document: full scoring, best of three, and from states in memory, best of ten."""
     room = reranker.inputs.max_query_length
     longer = Reranker.from_pretrained(folder, dtype=reranker.dtype, max_length=length + room, max_query_length=room)
     long = " ".join(texts * (1 + length // 20))  # at least 20 tokens a text
@@ -151,7 +150,7 @@ def _best(run: Callable, repeats: int) -> float:
 
 
 def format_table(records: list[dict]) -> pd.DataFrame:
-    """A row a system and format: kB a document, ms a query, times as fast as full scoring, and what the format changes."""
+    """One row per system and format: kB per document, ms per query, times as fast as full scoring, and what the format changes."""
     rows = []
     for record in records:
         result, timing, measure = record["result"], record["timing"], record["config"]["measure"]
@@ -176,7 +175,7 @@ def format_table(records: list[dict]) -> pd.DataFrame:
 
 
 def length_table(records: list[dict]) -> pd.DataFrame:
-    """A row a system and length: tokens of the document, ms a pair by full scoring and from states, and their ratio."""
+    """One row per system and length: tokens of the document, ms per pair by full scoring and from states, and their ratio."""
     rows = [
         {"system": record["system"], "tokens": int(length), **found, "speed-up": found["full_ms"] / found["states_ms"]}
         for record in records
@@ -188,8 +187,8 @@ def length_table(records: list[dict]) -> pd.DataFrame:
 def outlook(records: list[dict], documents: int) -> pd.DataFrame:
     """What the states of a large collection take: terabytes, hours of a rented machine to build, machines to hold them.
 
-    A document there costs what one costs here; break-even: scorings of a document after which building it has paid for itself.
-    A core of the machine that builds is taken to be as fast as a thread of this one.
+    A document there is assumed to cost what one costs here, and a core of the machine that builds to be as fast as a thread of this
+    one. break-even: scorings of a document after which building its state has paid for itself.
     """
     rows = []
     for record in records:

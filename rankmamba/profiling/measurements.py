@@ -1,4 +1,4 @@
-"""The measurements of notebook 05: each is made once and kept as a record; `profiling.tables` says what they mean."""
+"""The measurements of notebook 05: each is made once and kept as a record; `profiling.tables` interprets them."""
 
 import random
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from .shapes import depth_of
 
 TOKENS = "random tokens"  # ends the collection of a record of speed
 FIXED = 16  # pairs of a batch where batches are made in the given order
-MACHINE = ("cpu", "device", "threads", "torch")  # a measurement on another one is made again
+MACHINE = ("cpu", "device", "threads", "torch")  # where one differs, a measurement is made again
 
 
 def speed(folder: str | Path, scale: str, systems: Sequence[str], cases: Sequence[tuple[int, int]], **settings) -> list[dict]:
-    """Measure systems on random tokens, in turns; returns the record of each system and case, those found done included.
+    """Measure systems on random tokens, in turns; returns the record of each system and case, also of those measured before.
 
     cases: (pairs B, tokens L of a pair). settings: of `profiling.measure_together`. Published backbones fill the memory and are
     measured one after another.
@@ -38,7 +38,7 @@ def speed(folder: str | Path, scale: str, systems: Sequence[str], cases: Sequenc
 
 
 def _speed(folder, scale, systems, subjects, batch, length, longest, settings) -> list[dict]:
-    """The records of one case; a system is made ready, up to the longest case, when it is first measured."""
+    """Measure one case; returns its records. A system is loaded, for the longest case, when it is first measured."""
     config, collection = {"batch": batch, "length": length, **settings}, f"{batch} x {length} {TOKENS}"
     done = {system: _found(folder, system, collection, config) for system in systems}
     lacking = [system for system in systems if done[system] is None]
@@ -53,7 +53,7 @@ def _speed(folder, scale, systems, subjects, batch, length, longest, settings) -
 
 
 def recorded(folders: Sequence[str | Path]) -> list[list[dict]]:
-    """The records of speed in each of these folders that holds some: a list a machine."""
+    """The records of speed in each of these folders that has any: one list per machine."""
     found = [read_records(folder, "profile") for folder in map(Path, folders) if (folder / "records").is_dir()]
     found = [[record for record in records if record["collection"].endswith(TOKENS)] for records in found]
     return [records for records in found if records]

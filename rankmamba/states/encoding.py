@@ -10,43 +10,36 @@ BITS = {"int8": 8, "int4": 4}
 DTYPES = (*FLOATS, *BITS)
 GROUP = 32  # numbers that share a scale
 ALIGN = 64  # bytes; a record begins at a multiple of it
-Parts = list[torch.Tensor]  # what one document's state is made of, in a fixed order
-Profile = list[tuple[torch.Tensor, torch.Tensor]]  # for each part the mean of each number over documents, and its unit
+Parts = list[torch.Tensor]  # the tensors of one document's state, in a fixed order
+Profile = list[tuple[torch.Tensor, torch.Tensor]]  # for each part: the mean of each number over documents, and its unit
 
 
 def check_format(dtype: str) -> None:
     """Check the name of a number format.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: there is no such format.
     """
     if dtype not in DTYPES:
         raise InputError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def record_bytes(dtype: str, numbers: int) -> int:
-    """Return the bytes that a document of so many numbers takes."""
+    """Return the bytes that a state of this many numbers takes."""
     size = numbers * FLOATS[dtype].itemsize if dtype in FLOATS else -(-numbers // GROUP) * (GROUP * BITS[dtype] // 8 + 2)
     return -(-size // ALIGN) * ALIGN
 
 
 def ids_bytes(tokens: int) -> int:
-    """Return the bytes that a document's ids take behind its state, where queries are marked by them."""
+    """Return the bytes that a document's token ids take after its state, where queries are marked by them."""
     return -(-4 * tokens // ALIGN) * ALIGN
 
 
-def encode_ids(ids: np.ndarray) -> np.ndarray:
-    """Write a document's ids (int32) as uint8 (ids_bytes,)."""
-    record = np.zeros(ids_bytes(len(ids)), dtype=np.uint8)
-    record[: 4 * len(ids)] = ids.astype("<i4").view(np.uint8)
-    return record
+def encode(dtype: str, parts: Parts, profile: Profile | None = None, ids: np.ndarray | None = None) -> np.ndarray:
+    """Write one document's parts (float32) as a record, uint8 (record_bytes,), and after it the token ids, if given (ids_bytes,).
 
-
-def encode(dtype: str, parts: Parts, profile: Profile | None = None) -> np.ndarray:
-    """Write one document's parts (float32) as a record, uint8 (record_bytes,).
-
-    int8, int4: every number is taken as its distance from the mean of its place, in units of its place (both in `profile`); then
-    each 32 in a row share a scale (float16).
+    int8, int4: every number becomes its distance from the mean at its place, in the unit of its place (both in `profile`); then
+    every 32 consecutive ones share a scale (float16).
 
     Raises:
         InputError: a number is not finite, or too large for float16.
@@ -68,9 +61,13 @@ def encode(dtype: str, parts: Parts, profile: Profile | None = None) -> np.ndarr
             low, high = (whole + 8).view(torch.uint8).view(-1, 2, GROUP // 2).unbind(1)
             whole = low | high << 4
         encoded = torch.cat([scales.view(torch.uint8), whole.reshape(-1).view(torch.uint8)])
-    record = np.zeros(-(-len(encoded) // ALIGN) * ALIGN, dtype=np.uint8)
-    record[: len(encoded)] = encoded.numpy()
-    return record
+    record = _aligned(encoded.numpy())
+    return record if ids is None else np.append(record, _aligned(ids.astype("<i4").view(np.uint8)))
+
+
+def _aligned(data: np.ndarray) -> np.ndarray:
+    """Fill bytes up with zeros to a multiple of `ALIGN`."""
+    return np.pad(data, (0, -len(data) % ALIGN))
 
 
 def decode(dtype: str, record: np.ndarray, parts: Parts, profile: Profile | None = None) -> None:
