@@ -18,7 +18,7 @@ from .scan.precision import autocasts
 
 def has_scan(model: nn.Module) -> bool:
     """Return whether `rankmamba.scan` computes anything in this model."""
-    return any(isinstance(module, _ScanMixer) for module in model.modules())
+    return any(isinstance(module, ScanMixer) for module in model.modules())
 
 
 @dataclass
@@ -28,14 +28,14 @@ class MambaState:
     conv: (layers, B, K-1, W), the last inputs of each convolution; W is E (Mamba) or E + 2 G N (Mamba-2).
     ssm: (layers, B, E, N) or (layers, B, H, P, N), float32. `MambaState()` has read nothing.
 
-    Pass it to the backbone as `cache_params`. A forward pass never changes it; the state afterwards is `state.after`. With
+    Pass it to the backbone as `cache`. A forward pass never changes it; the state afterwards is `state.after`. With
     record=False `after` is not kept, which saves its memory.
 
     >>> state = MambaState()
-    >>> backbone(input_ids=documents, attention_mask=mask, cache_params=state, use_cache=False)
+    >>> backbone(input_ids=documents, attention_mask=mask, cache=state, use_cache=False)
     >>> candidates = state.after.select([3, 0, 0, 7])
     >>> candidates.record = False
-    >>> backbone(input_ids=queries, cache_params=candidates, use_cache=False).last_hidden_state  # (4, L, D), continued
+    >>> backbone(input_ids=queries, cache=candidates, use_cache=False).last_hidden_state  # (4, L, D), continued
     """
 
     conv: torch.Tensor | None = None
@@ -124,7 +124,7 @@ class _Padding:
         return torch.arange(length, device=self.lengths.device) >= self.lengths[:, None]
 
 
-class _ScanMixer:
+class ScanMixer:
     """What the three mixers share: padding, states and the convolution.
 
     A causal model cannot see to its right, so once the real tokens of a row are in front, the tokens after them matter only
@@ -133,12 +133,12 @@ class _ScanMixer:
 
     pooled_batch = None  # in a last layer: `last_layer._Batch`; only the output at its positions is read
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
-        """(B, L, D) -> (B, L, D). attention_mask: (B, >= L), 1 = real. cache_params: `MambaState`, their Cache or None."""
+    def forward(self, hidden_states, cache=None, attention_mask=None, **kwargs):
+        """(B, L, D) -> (B, L, D). attention_mask: (B, >= L), 1 = real. cache: `MambaState`, their Cache or None."""
         padding = _Padding.of(attention_mask, hidden_states.shape[1])
         if padding is not None:
             hidden_states = padding.to_front(hidden_states)
-        state = cache_params
+        state = cache
         if state is not None and not isinstance(state, MambaState):
             state = _HuggingFaceCache(state, self.conv_kernel_size)
         past = (None, None) if state is None else state._read(self.layer_idx)
@@ -194,7 +194,7 @@ def _by_channel(linear, x, bias=True):
     return (linear.weight @ x.flatten(0, 1).T).unflatten(1, x.shape[:2]).permute(1, 2, 0)
 
 
-class ScanMamba(_ScanMixer):
+class ScanMamba(ScanMixer):
     """Mamba's mixer (arXiv 2312.00752, figure 3), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, past_conv, past_ssm, padding, record, at=None):
@@ -249,7 +249,7 @@ class ScanFalconMamba(ScanMamba):
         return self.dt_layernorm(low_rank), self.b_layernorm(B), self.c_layernorm(C)
 
 
-class ScanMamba2(_ScanMixer):
+class ScanMamba2(ScanMixer):
     """Mamba-2's mixer (arXiv 2405.21060, figure 6), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, past_conv, past_ssm, padding, record, at=None):

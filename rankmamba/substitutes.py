@@ -13,7 +13,7 @@ from torch import nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .fused import FusedIntermediate, FusedMLP, FusedOutput
-from .mixers import ScanFalconMamba, ScanMamba, ScanMamba2, ScanRMSNorm
+from .mixers import ScanFalconMamba, ScanMamba, ScanMamba2, ScanMixer, ScanRMSNorm
 
 
 def use_kernels(backbone: nn.Module) -> nn.Module:
@@ -21,7 +21,7 @@ def use_kernels(backbone: nn.Module) -> nn.Module:
     (RoBERTa, ELECTRA) and GPT-NeoX compute between their products; return it.
 
     Other models come back unchanged. A Mamba's `attention_mask`, (B, L), or longer, of which the last L columns count, becomes exact:
-    a token where it is 0 affects no other token and no state. Its `cache_params` may be a `MambaState`: any number of tokens then
+    a token where it is 0 affects no other token and no state. Its `cache` may be a `MambaState`: any number of tokens then
     continue what the state has read.
     """
     for name, module in backbone.named_modules():
@@ -30,6 +30,8 @@ def use_kernels(backbone: nn.Module) -> nn.Module:
             module.__class__ = _class(ours)  # the same object: hooks, sharing and the optimizer's parameters survive
             if isinstance(module, ScanRMSNorm):
                 module.before_products = name.endswith(".norm")  # a block's norm, not the one after all blocks
+            if isinstance(module, ScanMixer):  # its block may read a `MambaState` a second time: a pass never changes it
+                backbone.get_submodule(name.rpartition(".")[0])._can_checkpoint_with_cache = True
     return backbone
 
 

@@ -183,8 +183,8 @@ def test_a_padding_mask_shorter_or_longer_than_what_was_read_is_that_of_sdpa(giv
     seen[0, 1] = 0
 
     def run(model):
-        past = model(ids[:, :5], use_cache=True).past_key_values
-        return model(ids[:, 5:], attention_mask=seen, past_key_values=past).logits
+        past = model(ids[:, :5], use_cache=True).cache
+        return model(ids[:, 5:], attention_mask=seen, cache=past).logits
 
     ours, theirs = with_both(model, run)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -108,13 +108,13 @@ def test_a_prefix_continued_by_many_tokens_equals_the_whole_sequence(model):
     whole = hidden(model, ids)
     for cut in (1, 2, 65, 79):
         state = MambaState()
-        start = hidden(model, ids[:, :cut], cache_params=state)
-        rest = hidden(model, ids[:, cut:], cache_params=state.after)
+        start = hidden(model, ids[:, :cut], cache=state)
+        rest = hidden(model, ids[:, cut:], cache=state.after)
         torch.testing.assert_close(torch.cat([start, rest], 1), whole, rtol=1e-5, atol=1e-5)
     # ... and this would notice a state that was lost: with it zeroed, the rest moves a thousand times the tolerance
     lost = state.after
     lost.ssm = torch.zeros_like(lost.ssm)
-    assert (hidden(model, ids[:, 79:], cache_params=lost) - whole[:, 79:]).abs().max() > 1e-2
+    assert (hidden(model, ids[:, 79:], cache=lost) - whole[:, 79:]).abs().max() > 1e-2
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_padding_anywhere_touches_neither_tokens_nor_states(model):
     mask[1, :7] = 0  # left
     mask[2, [0, 3, 4, 17, 29]] = 0  # anywhere
     state = MambaState()
-    padded = hidden(model, ids, attention_mask=mask, cache_params=state)
+    padded = hidden(model, ids, attention_mask=mask, cache=state)
     after = state.after
     real = mask.bool()
     torch.testing.assert_close(hidden(model, ids, attention_mask=mask)[real], padded[real], rtol=1e-5, atol=1e-5)
@@ -133,11 +133,11 @@ def test_padding_anywhere_touches_neither_tokens_nor_states(model):
     query_mask = torch.ones(4, 12, dtype=torch.long)
     query_mask[1, 5:] = 0
     query_mask[2, :3] = 0
-    continued = hidden(model, query, attention_mask=query_mask, cache_params=after)
+    continued = hidden(model, query, attention_mask=query_mask, cache=after)
     for row in range(4):
         real, asked = mask[row].bool(), query_mask[row].bool()
         alone = MambaState()
-        expected = hidden(model, ids[row : row + 1, real], cache_params=alone)[0]
+        expected = hidden(model, ids[row : row + 1, real], cache=alone)[0]
         torch.testing.assert_close(padded[row, real], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(after.ssm[:, [row]], alone.after.ssm, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(after.conv[:, [row]], alone.after.conv, rtol=1e-5, atol=1e-5)
@@ -149,14 +149,14 @@ def test_padding_anywhere_touches_neither_tokens_nor_states(model):
 @torch.no_grad()
 def test_a_forward_pass_never_changes_the_state_it_reads(model):
     state = MambaState()
-    hidden(model, tokens(2, 9), cache_params=state)
+    hidden(model, tokens(2, 9), cache=state)
     read = state.after
     before = read.conv.clone(), read.ssm.clone()
-    first = hidden(model, tokens(2, 7), cache_params=read)
-    assert torch.equal(hidden(model, tokens(2, 7), cache_params=read), first)
+    first = hidden(model, tokens(2, 7), cache=read)
+    assert torch.equal(hidden(model, tokens(2, 7), cache=read), first)
     assert torch.equal(read.conv, before[0]) and torch.equal(read.ssm, before[1])
     read = MambaState(*before, record=False)
-    assert torch.equal(hidden(model, tokens(2, 7), cache_params=read), first)
+    assert torch.equal(hidden(model, tokens(2, 7), cache=read), first)
     with pytest.raises(InputError, match="record=True"):
         _ = read.after
 
@@ -170,8 +170,8 @@ def test_gradients_flow_back_through_a_state(model):
             out = model(inputs_embeds=vectors, use_cache=False).last_hidden_state[:, 11:]
         else:
             state = MambaState()
-            model(inputs_embeds=vectors[:, :cut], cache_params=state, use_cache=False)
-            out = model(inputs_embeds=vectors[:, cut:], cache_params=state.after, use_cache=False).last_hidden_state
+            model(inputs_embeds=vectors[:, :cut], cache=state, use_cache=False)
+            out = model(inputs_embeds=vectors[:, cut:], cache=state.after, use_cache=False).last_hidden_state
         loss(out).backward()
         gradients.append(vectors.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4 * float(gradients[0].abs().max()))
@@ -184,7 +184,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, reentrant):
     mask[0, 12:] = 0
     state = MambaState()
     with torch.no_grad():
-        hidden(model, tokens(2, 5), cache_params=state)
+        hidden(model, tokens(2, 5), cache=state)
     found = []
     for checkpointing in (False, True):
         model.train()
@@ -193,7 +193,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         read = state.after
-        loss(hidden(model, ids, attention_mask=mask, cache_params=read)[mask.bool()]).backward()
+        loss(hidden(model, ids, attention_mask=mask, cache=read)[mask.bool()]).backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() - found[1].keys() <= {"embeddings.weight"}
     for name in found[1]:
@@ -214,9 +214,9 @@ def test_a_whole_model_in_bfloat16_runs(model):
     exact, ids = hidden(model, tokens(2, 20)), tokens(2, 20)
     model.bfloat16()
     state = MambaState()
-    hidden(model, ids[:, :11], cache_params=state)
+    hidden(model, ids[:, :11], cache=state)
     assert state.after.ssm.dtype == torch.float32
-    assert (hidden(model, ids[:, 11:], cache_params=state.after).float() - exact[:, 11:]).abs().max() < 0.5
+    assert (hidden(model, ids[:, 11:], cache=state.after).float() - exact[:, 11:]).abs().max() < 0.5
 
 
 @every_family
@@ -246,7 +246,7 @@ def test_generate_still_works_through_hugging_faces_cache():
     assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
     # many tokens at once on their cache, which they themselves get wrong
     prefix = ours(ids[:, :3], use_cache=True)
-    rest = ours(ids[:, 3:], cache_params=prefix.cache_params, use_cache=True)
+    rest = ours(ids[:, 3:], cache=prefix.cache, use_cache=True)
     torch.testing.assert_close(rest.logits, ours(ids).logits[:, 3:], rtol=1e-5, atol=1e-5)
 
 

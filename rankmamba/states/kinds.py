@@ -53,7 +53,7 @@ class Recurrent:
     def __init__(self, reranker: Reranker, layers: Sequence[int] | None):
         self.backbone, self.device, self.kept = reranker.model.backbone, reranker.device, None
         probe = MambaState()
-        self.backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), cache_params=probe, use_cache=False)
+        self.backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), cache=probe, use_cache=False)
         try:
             one = probe.after
         except InputError:
@@ -85,7 +85,7 @@ class Recurrent:
     def read(self, ids, mask) -> list[Parts]:
         """Read documents: ids, mask (B, L) -> each one's parts of all layers, float32 on the CPU."""
         state = MambaState()
-        self.backbone(input_ids=ids, attention_mask=mask, cache_params=state, use_cache=False)
+        self.backbone(input_ids=ids, attention_mask=mask, cache=state, use_cache=False)
         after = state.after
         parts = [part.float().cpu() for part in (after.conv, after.ssm)]
         return [[part[:, row] for part in parts] for row in range(len(ids))]
@@ -111,7 +111,7 @@ class Recurrent:
 
     def go_on(self, state, ids, mask):
         """Continue B states with queries (B, L): hidden (B, L, D). Nothing after a query is read, so padding needs no mask."""
-        return self.backbone(input_ids=ids, cache_params=state, use_cache=False).last_hidden_state
+        return self.backbone(input_ids=ids, cache=state, use_cache=False).last_hidden_state
 
 
 class Attention:
@@ -140,7 +140,7 @@ class Attention:
 
     def _caches(self, ids) -> list:
         cache = DynamicCache(config=self.backbone.config)
-        self.backbone(input_ids=ids, past_key_values=cache, use_cache=True)
+        self.backbone(input_ids=ids, cache=cache, use_cache=True)
         layers = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.get_seq_length() == ids.shape[1]]
         shapes = {(layer.keys.shape, layer.values.shape) for layer in layers}
         if len(layers) != self.backbone.config.num_hidden_layers or len({shape for both in shapes for shape in both}) != 1:
@@ -205,7 +205,7 @@ class Attention:
             input_ids=ids,
             attention_mask=torch.cat([seen.to(mask.dtype), mask], 1),
             position_ids=lengths[:, None] + torch.arange(ids.shape[1], device=self.device),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         ).last_hidden_state
 
