@@ -129,5 +129,5 @@ def _against_the_best(pairs: pd.DataFrame, shown: pd.DataFrame, kinds: Mapping[s
         f"{row.model} is {('ahead' if row.difference > 0 else 'behind') if row.shown else 'not told apart'} ({row.difference:+.3f})"
         for row in sided[sided["transformer"] == best].itertuples()
     ]
-    once = " With one seed of each this is a first sight." if pairs["seeds"].str.endswith(" of 1").all() else ""
+    once = " With one seed each this is only a first look." if pairs["seeds"].str.endswith(" of 1").all() else ""
     return f"Against the best Transformer here, {best}: {', '.join(standing)}.{once}"
