@@ -48,7 +48,7 @@ class BuildKernels(build_ext):
         nothing.parent.mkdir(parents=True, exist_ok=True)
         nothing.touch()
         try:
-            self.compiler.compile([str(nothing)], extra_postargs=GCC_FLAGS)
+            self.compiler.compile([str(nothing)], self.build_temp, extra_postargs=GCC_FLAGS)
         except CompileError:
             return FLAGS
         return FLAGS + GCC_FLAGS

@@ -179,3 +179,4 @@ def test_the_kernels_build_with_a_compiler_that_refuses_gccs_own_flags(tmp_path)
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
     subprocess.run(build, cwd=ROOT, env=os.environ | dict.fromkeys(("CC", "CXX"), f"sh {compiler}"), check=True)
     assert list((tmp_path / "lib").rglob("_kernels.so"))
+    assert not ROOT.joinpath(*tmp_path.parts[1:]).exists()  # nothing of it lands in the sources
