@@ -79,7 +79,7 @@ class Experiment:
     def first_stage(self, system: str, k1: float, b: float) -> dict:
         """Rank dev and test with BM25 and keep the runs; returns the record."""
         config = self._config(k1=k1, b=b)
-        if record := self._ranked("first_stage", system, config):
+        if record := self._found_ranking("first_stage", system, config):
             return record
         started = time.perf_counter()
         index = BM25.build(self.split("test").documents, k1=k1, b=b)
@@ -93,7 +93,7 @@ class Experiment:
     def given_first_stage(self, system: str) -> dict:
         """Keep the candidates that come with the collection as the first stage; returns the record, with a note that says so."""
         config = self._config(candidates="given")
-        if record := self._ranked("first_stage", system, config):
+        if record := self._found_ranking("first_stage", system, config):
             return record
         runs = {part: self.split(part).candidates for part in PARTS}
         for part, run in runs.items():
@@ -104,8 +104,8 @@ class Experiment:
         note = f"the candidates that come with {self.collection}, ranked by its authors"
         return self._leave("first_stage", system, "test", config, result, {}, note=note)
 
-    def ranked(self, first_stage: str) -> str | None:
-        """What tells a first stage from one of the same name with other settings: its record's fingerprint; None without a record."""
+    def first_stage_fingerprint(self, first_stage: str) -> str | None:
+        """The fingerprint of a first stage's record, which other settings change; None without a record."""
         record = self._last("first_stage", first_stage, "test")
         return None if record is None else fingerprint(record)
 
@@ -176,9 +176,9 @@ class Experiment:
         """
         folder, trained = self.model_path(system), fingerprint(self.trained(system))
         config = self._config(first_stage=first_stage, top_k=top_k, max_passages=max_passages, trained=trained)
-        config |= {"ranked": self.ranked(first_stage)}
+        config |= {"ranked": self.first_stage_fingerprint(first_stage)}
         journals = {part: self.run_path(system, part).with_suffix(".finished") for part in PARTS}
-        record = self._ranked("rerank", system, config)
+        record = self._found_ranking("rerank", system, config)
         if record is None:
             reranker, cost, runs = Reranker.from_pretrained(folder), Cost(), {}
             for part, journal in journals.items():
@@ -295,21 +295,12 @@ class Experiment:
         run = read_run(path)
         for kind in ("first_stage", "rerank"):
             record = self._last(kind, system, "test")
-            if record is not None:
-                self._check_data(record, path, "01_data" if kind == "first_stage" else "03_rerank")
-            if kind == "rerank" and record is not None:
-                training, config = self._last("train", system, "train"), record["config"]
-                now = {
-                    "ranked": self.ranked(config["first_stage"]),
-                    "trained": None if training is None else fingerprint(training),
-                }
-                # records of before 2026-11-29 lack "ranked"
-                if any(config.get(name, made) != made for name, made in now.items() if made is not None):
-                    raise InputError(
-                        f"expected {path} made by {system} from the candidates of {config['first_stage']} as they are now, got one "
-                        "of before; run 03_rerank again"
-                    )
-            if record and (rows := record["result"]["rows"][part]) != len(run):
+            if record is None:
+                continue
+            self._check_data(record, path, "01_data" if kind == "first_stage" else "03_rerank")
+            if kind == "rerank":
+                self._check_inputs(record, path)
+            if (rows := record["result"]["rows"][part]) != len(run):
                 raise InputError(f"expected {rows:,} results, got {len(run):,} ({path}); delete the file and run its step again")
         return run
 
@@ -323,7 +314,7 @@ class Experiment:
             write_run(self.run_path(system, part), run, system)
         return {part: len(run) for part, run in runs.items()}
 
-    def _ranked(self, kind: str, system: str, config: dict) -> dict | None:
+    def _found_ranking(self, kind: str, system: str, config: dict) -> dict | None:
         """The record of a ranking that was done with the same settings and whose runs are there."""
         there = all(self.run_path(system, part).is_file() for part in PARTS)
         return self._found(kind, system, "test", config) if there else None
@@ -348,6 +339,19 @@ class Experiment:
     def _data(self) -> dict:
         """The digest of a user's own collection folder, for the records' config: an edit changes it. Nothing for an id of ir_datasets."""
         return digest_of(f"{self.collection}/{part}" for part in ("train", *PARTS))
+
+    def _check_inputs(self, reranked: dict, path: Path) -> None:
+        """Check that a reranking was made from the first stage and the training as they are now."""
+        system, config = reranked["system"], reranked["config"]
+        training = self._last("train", system, "train")
+        now = {"ranked": self.first_stage_fingerprint(config["first_stage"])}
+        now |= {"trained": None if training is None else fingerprint(training)}
+        # what has no record cannot be compared; records of before 2026-11-29 lack "ranked"
+        if any(config.get(name, made) != made for name, made in now.items() if made is not None):
+            raise InputError(
+                f"expected {path} made by {system} from the candidates of {config['first_stage']} as they are now, got one "
+                "of before; run 03_rerank again"
+            )
 
     def _check_data(self, record: dict, path: Path, remedy: str) -> None:
         if record["config"].get("files") != self._data.get("files"):

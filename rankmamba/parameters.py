@@ -14,6 +14,7 @@ from .errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+# these may name folders, which are relative to where the command runs
 PLACES = ("collection", "transfer_collections", "systems", "profile_systems", "learning_rates", "max_steps", "gpu_results")
 AT_LEAST_ONE = ("n_dev", "n_test", "n_transfer", "n_state_queries", "top_k", "max_passages")
 BATCH = ("scale", "results", "interactive")  # set by a batch run itself

@@ -83,7 +83,7 @@ def forest(
             axes.plot([interval["low"], interval["high"]], [place, place], color=look(system).color)
             if len(seeds_of(tables)) > 1:
                 axes.plot([table[measure].mean() for table in tables], [place] * len(tables), "k|", markersize=9)
-            axes.plot(interval["mean"], place, **_marker(system))
+            axes.plot(interval["mean"], place, **marker_style(system))
             axes.annotate(f" {interval['mean']:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", fontsize=11)
         label = f"{measure}: mean, 95% interval of each alone{ticks}\nsystems that overlap may differ: they share queries"
         label += f"\ngrey band: the interval of {BASELINE}" if BASELINE in means else ""
@@ -101,13 +101,13 @@ def cost(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     A thin line joins a system to its mixture.
     """
     by, labels = "pairs_per_s", {}
-    figure, axes = _figure(ylabel=f"{measure} (bar: a typical 95% interval)", xlabel="documents scored per second, logarithmic")
+    figure, axes = one_panel(ylabel=f"{measure} (bar: a typical 95% interval)", xlabel="documents scored per second, logarithmic")
     for system, part in table.groupby(table["system"].map(base), sort=False):
         if part[by].isna().all():
             axes.axhline(part[measure].iloc[0], color=look(system).color, linestyle=look(system).line, linewidth=1.5)
         axes.plot(part[by], part[measure], color=look(system).color, linewidth=1)
         for row in reversed(part.to_dict("records")):  # the mixture first: its open marker would hide the system's own
-            axes.plot(row[by], row[measure], **_marker(row["system"]))
+            axes.plot(row[by], row[measure], **marker_style(row["system"]))
         labels[system] = part[measure].iloc[0]
     half = (table[f"{measure} high"] - table[f"{measure} low"]).median() / 2
     low, high = table[by].min() / 1.6, table[by].max() * 1.6
@@ -128,7 +128,7 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
 
     curves: {system: table with step and loss (nats), or one for each seed}. group_size draws the loss of guessing, ln(group size).
     """
-    figure, axes = _figure(xlabel="training steps", ylabel="LCE loss (nats)")
+    figure, axes = one_panel(xlabel="training steps", ylabel="LCE loss (nats)")
     ends, stops, top = {}, {}, 0.0 if group_size is None else math.log(group_size)
     for turn, (system, given) in enumerate(curves.items()):
         style = look(system)
@@ -198,7 +198,7 @@ def document_lengths(lengths: Sequence[int], limit: int) -> Figure:
     whole, end = (lengths <= limit).mean(), max(np.quantile(lengths, 0.99), 1.5 * limit)
     width = math.ceil(end / 40)
     bins = np.arange(limit % width - width, end + width, width) + 0.5  # a bar ends at the limit
-    figure, axes = _figure(xlabel="length of the document (tokens)", ylabel="documents", height=3.8)
+    figure, axes = one_panel(xlabel="length of the document (tokens)", ylabel="documents", height=3.8)
     shown = pd.Series(np.minimum(lengths, bins[-1]))
     seaborn.histplot(x=shown[lengths <= limit], bins=bins, ax=axes, color="#0072B2", edgecolor="white", alpha=1)
     seaborn.histplot(x=shown[lengths > limit], bins=bins, ax=axes, color="#fbe3d2", edgecolor="#D55E00", hatch="////", alpha=1)
@@ -217,13 +217,13 @@ def weight_curves(tables: Mapping[str, pd.DataFrame], measure: str = PRIMARY) ->
 
     tables: {system: table weight, value}, as `Experiment.weight_tables` has them.
     """
-    figure, axes = _figure(xlabel="weight of the model (0: first stage alone, 1: model alone)", ylabel=f"{measure} on dev")
+    figure, axes = one_panel(xlabel="weight of the model (0: first stage alone, 1: model alone)", ylabel=f"{measure} on dev")
     ends = {}
     for system, table in tables.items():
         table = table.sort_values("weight", ignore_index=True)
         axes.plot(table["weight"], table["value"], color=look(system).color, linestyle=look(system).line)
         best = table.loc[table["value"].idxmax()]
-        axes.plot(best["weight"], best["value"], **_marker(system), clip_on=False)
+        axes.plot(best["weight"], best["value"], **marker_style(system), clip_on=False)
         ends[system] = table["value"].iloc[-1]
     axes.set(xlim=(0, 1))
     end_labels(axes, ends)
@@ -262,7 +262,7 @@ def differences_by_words(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     """
     groups = table.drop_duplicates("words")
     half = (table["high"] - table["low"]).median() / 2
-    figure, axes = _figure(
+    figure, axes = one_panel(
         "words of the relevant document", f"{measure} - {BASELINE}\n(typical 95% interval: ±{half:.2f})", height=4.4
     )
     axes.axhline(0, color=look(BASELINE).color, linestyle=look(BASELINE).line)
@@ -308,63 +308,22 @@ def reading_lengths(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
     return figure
 
 
-@styled
-def state_frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
-    """What a format changes in a measure, with its 95% interval, against its bytes; one line per system.
-
-    table: the stored formats of `states.trials.format_table`.
-    """
-    figure, axes = _figure(xlabel="bytes a document", ylabel=f"{measure} minus full scoring's")
-    axes.axhline(0, color="#444444", linewidth=1)
-    for place, (system, part) in enumerate(table.groupby("system", sort=False)):
-        part = part.sort_values("kB/document")
-        size = 1000 * part["kB/document"]
-        axes.plot(size, part["difference"], color=look(system).color, linewidth=1, linestyle=look(system).line)
-        axes.vlines(size, part["low"], part["high"], color=look(system).color, linewidth=2, alpha=0.5)
-        axes.plot(size, part["difference"], **_marker(system), label=brief(system))
-        for at, names in part["format"].groupby(size.round(-1)):
-            short = ", ".join(names).replace("bfloat", "bf").replace("float", "fp").replace(" layers", "")
-            axes.annotate(short, (at, 0.02 + 0.05 * place), xycoords=("data", "axes fraction"), fontsize=9, ha="center",
-                          color=look(system).color)  # fmt: skip
-    low, high = axes.get_ylim()
-    axes.set(xscale="log", ylim=(low - 0.3 * (high - low), high))
-    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=EngFormatter("B"))
-    axes.legend(frameon=False)
-    return figure
-
-
-@styled
-def state_speed_up(table: pd.DataFrame) -> Figure:
-    """How many times as fast as full scoring a query is from states in memory, by length of document.
-
-    table: `states.trials.length_table`.
-    """
-    figure, axes = _figure(xlabel="tokens of the document", ylabel="full scoring / from states")
-    ends = {}
-    for system, part in table.groupby("system", sort=False):
-        axes.plot(part["tokens"], part["speed-up"], **line_style(system))
-        ends[system] = part["speed-up"].iloc[-1]
-    axes.set(xscale="log", xticks=sorted(set(table["tokens"])), ylim=(0, None))
-    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
-    axes.axhline(1, color="black", linestyle=":", linewidth=1.5)
-    end_labels(axes, ends)
-    return figure
-
-
-def _figure(xlabel: str, ylabel: str, height: float = 4.8) -> tuple[Figure, Axes]:
+def one_panel(xlabel: str, ylabel: str, height: float = 4.8) -> tuple[Figure, Axes]:
+    """A new figure of one panel; height: inches."""
     figure = Chart(figsize=(8.5, height), layout="constrained")
     return figure, figure.subplots(subplot_kw={"xlabel": xlabel, "ylabel": ylabel})
 
 
-def _marker(system: str) -> dict:
+def marker_style(system: str) -> dict:
+    """How a system's points are drawn, without a line."""
     style = look(system)
     face = "white" if mixed(system) else style.color
     return {"marker": style.marker, "color": style.color, "markerfacecolor": face, "markeredgewidth": 1.6, "linestyle": "none"}
 
 
 def line_style(system: str) -> dict:
-    """How a system's line is drawn, with its markers."""
-    return _marker(system) | {"linestyle": look(system).line}
+    """How a system's line is drawn, with its points."""
+    return marker_style(system) | {"linestyle": look(system).line}
 
 
 def _key(figure: Figure, systems: Sequence[str]) -> None:
@@ -386,7 +345,7 @@ def end_labels(axes: Axes, values: Mapping[str, float], gap: float = 0.06) -> No
     for name, place in zip(names, _spread([heights[name] for name in names], gap), strict=True):
         right = {"transform": axes.transAxes, "clip_on": False}
         axes.plot([1, 1.03, 1.05], [heights[name], place, place], color=look(name).color, linewidth=1, **right)
-        axes.plot(1.05, place, **_marker(name), **right)
+        axes.plot(1.05, place, **marker_style(name), **right)
         axes.annotate(
             brief(name), (1.05, place), xycoords="axes fraction", xytext=(9, 0), textcoords="offset points", va="center"
         )

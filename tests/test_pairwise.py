@@ -36,6 +36,8 @@ def two(first, second) -> pd.DataFrame:
 def trained(system, steps=10, parameters=3_000_000, note="", partial=False, scan=None, **config) -> dict:
     recipe = dict(batch_size=4, group_size=8, epochs=1.0, max_length=160, max_query_length=32, loss="lce", teacher=None)
     result = {"steps": steps, "partial": partial, "parameters_outside_embeddings": parameters}
+    scans = re.search("mamba|hybrid", system) if scan is None else scan
+    attends = "mamba" not in system if scan is None else not scan
     return {
         "kind": "train",
         "system": system,
@@ -44,10 +46,8 @@ def trained(system, steps=10, parameters=3_000_000, note="", partial=False, scan
         "config": recipe | {"learning_rate": 1e-3} | config,
         "result": result,
         "environment": {
-            "scan": "native" if (scan if scan is not None else re.search("mamba|hybrid", system)) else "none",
-            "attention": "none: the backbone has no attention"
-            if (scan if scan is not None else "mamba" in system)
-            else "sdpa: here",
+            "scan": "native" if scans else "none",
+            "attention": "sdpa: here" if attends else "none: the backbone has no attention",
         },
     }
 
@@ -153,9 +153,9 @@ def test_the_claim_is_corrected_for_its_own_pairs_alone():
 
 
 def test_what_a_system_is_says_its_record_and_never_its_name():
-    records = [trained("/work/mamba-study/bert", scan=False), trained("/work/bert-study/checkpoint-500", scan=True)]
+    records = [trained("/home/mamba-study/bert", scan=False), trained("/home/bert-study/checkpoint-500", scan=True)]
     (pair,) = across(trained_alike(records), records)
-    values = {"/work/mamba-study/bert": table(1), "/work/bert-study/checkpoint-500": table(2, 0.3)}
+    values = {"/home/mamba-study/bert": table(1), "/home/bert-study/checkpoint-500": table(2, 0.3)}
     said = claim(pairwise(values, [pair]), records)
-    assert "the best Transformer here, /work/mamba-study/bert: /work/bert-study/checkpoint-500 is ahead" in said
-    assert "the state-space model is better in 1: /work/bert-study/checkpoint-500 over" in said
+    assert "the best Transformer here, /home/mamba-study/bert: /home/bert-study/checkpoint-500 is ahead" in said
+    assert "the state-space model is better in 1: /home/bert-study/checkpoint-500 over" in said

@@ -131,14 +131,14 @@ def test_a_family_looks_the_same_whatever_its_member(names):
 
 def test_a_folder_looks_like_the_last_family_in_its_path_and_is_named_from_there_on():
     for folder, shown, like in [
-        ("/work/mamba-study/bert", "…/bert", "nano-bert"),
-        ("/work/opt/mamba-130m/checkpoint-500", "…/mamba-130m/checkpoint-500", "nano-mamba"),
+        ("/home/mamba-study/bert", "…/bert", "nano-bert"),
+        ("/home/opt/mamba-130m/checkpoint-500", "…/mamba-130m/checkpoint-500", "nano-mamba"),
         ("/data/rankmamba/models/own", "…/own", None),
     ]:
         assert brief(folder) == shown and brief(f"{folder} + bm25") == f"{shown} + bm25"
         assert look(folder) == look(f"{folder} + bm25") == (look(like) if like else OTHER)
     assert brief("state-spaces/mamba-130m-hf") == "state-spaces/mamba-130m-hf"
-    rows = plots.forest({"bm25": values(0), "/work/mamba-study/bert": values(1)}).axes[0].get_yticklabels()
+    rows = plots.forest({"bm25": values(0), "/home/mamba-study/bert": values(1)}).axes[0].get_yticklabels()
     assert [row.get_text() for row in rows] == ["bm25", "…/bert"]
 
 

@@ -271,8 +271,8 @@ def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models
 
 
 def test_a_folder_is_compared_by_its_own_name_and_not_by_where_it_lies():
-    assert [size_of(name) for name in ("/work/my-study/bert-large", "/work/my-study/mamba-130m")] == ["370m", "130m"]
-    assert size_of("/work/a-b/own-bert") == size_of("/elsewhere/own-mamba") == "own" and size_of("mamba-130m (sdpa)") == "130m"
+    assert [size_of(name) for name in ("/home/my-study/bert-large", "/home/my-study/mamba-130m")] == ["370m", "130m"]
+    assert size_of("/home/a-b/own-bert") == size_of("/elsewhere/own-mamba") == "own" and size_of("mamba-130m (sdpa)") == "130m"
 
 
 def test_a_saved_reranker_is_measured_and_no_system_beyond_its_positions(tmp_path):

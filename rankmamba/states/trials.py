@@ -48,7 +48,7 @@ def trial(
     trained = fingerprint(experiment.trained(system))
     config = {"first_stage": first_stage, "top_k": top_k, "n_queries": n_queries, "dtypes": list(dtypes)}
     config |= {"lengths": list(lengths), "measure": measure, "trained": trained}
-    config |= {"ranked": experiment.ranked(first_stage)}
+    config |= {"ranked": experiment.first_stage_fingerprint(first_stage)}
     found = find_record(experiment.folder, "states", system=system, collection=collection, seed=experiment.seed, config=config)
     if found:
         return found

@@ -110,18 +110,18 @@ class LCETrainer(Trainer):
 
     def _use_less_memory(self, error: Exception, pairs: int) -> None:
         """Halve the chunks, and keep the activations of only one at a time; the loss and its gradients stay the same."""
-        freed = error.with_traceback(None)  # whose frames would keep the step's tensors alive, in a notebook for good
+        error.with_traceback(None)  # its frames would keep the step's tensors alive, in a notebook for good
         if self.args.world_size > 1:
             # the other processes already wait for this one's gradients
             raise InputError(
                 f"expected the {pairs} pairs of a process to fit into memory, got: {error}; use gradient_checkpointing, more "
                 "processes or a smaller max_length"
-            ) from freed
+            ) from error
         if self.recompute and self.chunks >= pairs:
             raise InputError(
                 f"expected one pair at a time to fit into memory, got: {error}; use gradient_checkpointing, lora_r or a smaller "
                 "max_length"
-            ) from freed
+            ) from error
         self.chunks, self.recompute = 2 * self.chunks, True
         _log.warning(
             "a step does not fit into memory: from now on it runs in %d chunks, each computed twice; dropout draws other masks, otherwise "
