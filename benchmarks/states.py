@@ -26,7 +26,7 @@ from transformers import GPTNeoXConfig, MambaConfig
 from rankmamba import scan
 from rankmamba.backbones import SYSTEMS, load_tokenizer
 from rankmamba.model import RerankerConfig, RerankerModel
-from rankmamba.nano import nano_mamba
+from rankmamba.network.nano import nano_mamba
 from rankmamba.reranker import Reranker
 from rankmamba.states import DocumentStates
 

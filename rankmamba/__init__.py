@@ -2,6 +2,11 @@
 
 >>> import rankmamba
 >>> reranker = rankmamba.Reranker.from_pretrained("minilm-l6")
+
+The main path: `study` runs the notebooks, whose steps are in `experiment`. `collection` loads documents, queries and judgements (`data`),
+`candidates` ranks them with BM25, `systems` lists what is compared and `backbones` loads it (`network`, `scan`), `train` trains it
+(`training`), `reranker` scores with it (`inputs`, `model`, `reranking`, `states`), `evaluate` and `pairwise` measure and test,
+`profiling` says what it costs. Each step leaves a record (`results`), from which tables, sentences and figures come (`reporting`, `plots`).
 """
 
 import gc

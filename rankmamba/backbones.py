@@ -12,12 +12,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from .data.packages import package_folder, unpacked
+from .data.sources import say
 from .errors import InputError
 from .inputs import KINDS
 from .model import RerankerConfig, RerankerModel
-from .packages import package_folder, unpacked
-from .saved import check_vocabulary, is_saved, load_saved
-from .sources import say
+from .reranking.saved import check_vocabulary, is_saved, load_saved
 from .systems import FAMILIES, SCRATCH, SYSTEMS, Family, ModelSpec, Packed
 
 # Their first position comes after the padding token's id, so they have fewer than their configuration says.

@@ -12,8 +12,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from .collection import Collection
+from .data.formats import Documents, sort_run
 from .errors import InputError
-from .formats import Documents, sort_run
 
 # bm25s imports JAX where it is installed, and JAX would reserve three quarters of a GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .errors import InputError
-from .files import sha256
-from .formats import (
+from .data.formats import (
     QRELS_COLUMNS,
     RUN_COLUMNS,
     Documents,
@@ -25,6 +23,8 @@ from .formats import (
     refuse_duplicates,
     sort_run,
 )
+from .errors import InputError
+from .files import sha256
 
 # ids of ours that join several of ir_datasets': the two years that the papers test on, 43 and 45 queries with graded judgements
 UNIONS = {"msmarco-document/test": ("msmarco-document/trec-dl-2019/judged", "msmarco-document/trec-dl-2020/judged")}
@@ -171,7 +171,7 @@ def is_id(name: str) -> bool:
     """Whether `name` is a dataset of ir_datasets, ours and `UNIONS` included."""
     import ir_datasets
 
-    from . import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; here, because the two take long to import
+    from .data import embedded  # noqa: F401  registers rankmamba/... in ir_datasets; here, because the two take long to import
 
     try:
         return name in UNIONS or ir_datasets.load(name) is not None

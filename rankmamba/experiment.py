@@ -18,17 +18,19 @@ import numpy as np
 import pandas as pd
 from tqdm.std import tqdm
 
-from . import resumable
 from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25, candidates_of
 from .collection import UNIONS, Collection, digest_of, load
+from .data.formats import read_run, write_run
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, clusters, per_query
 from .files import json_sha256, sha256, slug
-from .formats import read_run, write_run
 from .inputs import PairTokenizer
 from .interpolation import interpolate, interpolate_tuned, weight_values
+from .reporting.tables import measured
 from .reranker import Cost, Reranker
+from .reranking import resumable
+from .reranking.saved import WEIGHTS
 from .results import (
     check_collection,
     environment,
@@ -38,8 +40,6 @@ from .results import (
     read_records,
     remove_record,
 )
-from .saved import WEIGHTS
-from .tables import measured
 from .train import TrainConfig, train
 
 PARTS = ("dev", "test")  # what is ranked

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from .data.formats import sort_run
 from .errors import InputError
 from .evaluate import PRIMARY, per_query
-from .formats import sort_run
 
 WEIGHTS = tuple(step / 10 for step in range(11))  # of the model
 FOLDS = 5

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .batch.parameters import ROOT, parse_parameters, settle
 from .candidates import candidates_of
 from .collection import Collection, digest_of
 from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment, progress
 from .files import refusals
-from .parameters import ROOT, parse_parameters, settle
 from .reranker import Reranker
 from .results import environment, find_record, leave_record
 from .train import TrainConfig, scale_config

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .embeddings import FixedWordEmbedding
-from .last_layer import LastLayer
-from .substitutes import use_kernels
+from .network.embeddings import FixedWordEmbedding
+from .network.last_layer import LastLayer
+from .network.substitutes import use_kernels
 
 
 class RerankerConfig(PreTrainedConfig):

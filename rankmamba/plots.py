@@ -30,7 +30,7 @@ from matplotlib.ticker import (
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, Tables, by_seed, seeds_of, summarise
 from .files import replacing
-from .style import STYLE, base, brief, look, mixed, order
+from .reporting.style import STYLE, base, brief, look, mixed, order
 
 styled = matplotlib.rc_context(STYLE)  # decorates what draws a figure
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .batch.parameters import ROOT, parse_parameters, settle
 from .collection import digest_of
 from .errors import InputError
 from .evaluate import PRIMARY, clusters
@@ -24,12 +25,11 @@ from .experiment import Experiment, progress
 from .files import refusals
 from .learning_rates import last_quarter, measured_on
 from .pairwise import pairwise
-from .parameters import ROOT, parse_parameters, settle
 from .pretrained import publish
+from .reporting.tables import p_value
 from .reranker import Reranker
 from .results import environment, find_record, leave_record
 from .systems import CHECKPOINTS, SCRATCH
-from .tables import p_value
 from .train import TrainConfig, scale_config, train
 
 SEEDS = (0, 1, 2)

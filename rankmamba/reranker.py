@@ -13,20 +13,21 @@ import torch
 import torch.distributed as dist
 from tqdm.std import tqdm
 
-from . import backbones, fused, mixers, scan
-from .attention import choose_attention
+from . import backbones, scan
 from .collection import Collection, check_run
+from .data.formats import sort_run
+from .data.token_store import document_tokens
 from .errors import InputError
 from .files import replacing
-from .formats import sort_run
 from .inputs import Pair, PairTokenizer, token_batches
 from .memory import free_memory, out_of_memory
 from .model import RerankerModel
-from .passages import best_of, cut, spread, tokens_needed
+from .network import fused, mixers
+from .network.attention import choose_attention
 from .precision import autocast, autocast_dtype
-from .saved import carry_over, check_target
-from .threads import at_once, batch_cost, even_batches, side_by_side
-from .token_store import document_tokens
+from .reranking.passages import best_of, cut, spread, tokens_needed
+from .reranking.saved import carry_over, check_target
+from .reranking.threads import at_once, batch_cost, even_batches, side_by_side
 
 # Tokens of a batch when scoring: for each CPU thread as many as stay in its cache, many on any other device.
 TOKENS_PER_THREAD, TOKENS_ON_A_GPU = 2048, 16384

@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--baseline", metavar="SYSTEM", help="what the others are compared with (default: bm25)")
     options = parser.parse_args(arguments)
     from .evaluate import BASELINE  # importing scipy and pandas takes more than a second
-    from .tables import chosen_measure, final_table, format_table, tidy
+    from .reporting.tables import chosen_measure, final_table, format_table, tidy
 
     try:
         records = read_records(options.folder)

@@ -22,7 +22,7 @@ from .errors import InputError
 from .files import sha256, slug
 from .inputs import TOKENISING
 from .reranker import Reranker
-from .saved import WEIGHTS
+from .reranking.saved import WEIGHTS
 from .states import DocumentStates
 from .states.reader import MANIFEST
 

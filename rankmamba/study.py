@@ -14,11 +14,11 @@ from pathlib import Path
 
 from tqdm.std import tqdm
 
-from . import plan
+from .batch import plan
+from .batch.parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parameters, read_scale, settle
+from .data.sources import say
 from .errors import InputError
 from .files import alone, refusals, write_text
-from .parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parameters, read_scale, settle
-from .sources import say
 
 REPORT = "07_report"
 clock = tqdm.format_interval  # mm:ss, or h:mm:ss
@@ -151,8 +151,8 @@ def remaining(elapsed: float, done: list[float], left: list[float]) -> float:
 
 def show(folder: Path) -> None:
     """Print the final table of a study and where its files are."""
+    from .reporting.tables import chosen_measure, final_table, format_table
     from .results import read_records
-    from .tables import chosen_measure, final_table, format_table
 
     records = read_records(folder)
     if any(record["kind"] == "evaluate" for record in records):
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         plan.announce(settle(options.scale, options.only, overrides), options.yes)
         if options.sweep is not None:
-            from .sweep import run_sweep
+            from .batch.sweep import run_sweep
 
             cluster = None if options.submitit is None else parse_parameters(options.submitit)
             return run_sweep(options.sweep, options.scale, options.only, overrides, options.results, options.jobs, cluster)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from .nano import NANO
-from .sources import Source
+from .data.sources import Source
+from .network.nano import NANO
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "data" / "checkpoints"  # written by `pretrained.publish`
 SCRATCH = "-scratch"  # ends the name of a nano system that starts from random weights

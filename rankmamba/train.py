@@ -25,13 +25,13 @@ from transformers.integrations import TensorBoardCallback
 
 from .backbones import find
 from .collection import Collection, check_run, load
+from .data.formats import read_run
 from .errors import InputError
 from .files import check_room
-from .formats import read_run
 from .model import weights_digest
 from .reranker import Reranker
+from .reranking.saved import check_target
 from .results import environment, new_record, write_record
-from .saved import check_target
 from .training.checkpoints import Checkpoints
 from .training.config import TrainConfig, read_config
 from .training.distil import teacher_scores

@@ -7,14 +7,14 @@ import pandas as pd
 
 from .backbones import find
 from .collection import digest_of, load
-from .embedded import answer_starts
+from .data.embedded import answer_starts
 from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment
 from .interpolation import interpolate
+from .reporting.tables import measured
 from .reranker import Reranker
 from .results import environment, find_record, fingerprint, leave_record
-from .tables import measured
 
 DOMAINS = 8  # more first words of query ids than these are no domains
 STARTS = (0, 128, 256, 512, 1024)  # words of a document before the paragraph that answers the query

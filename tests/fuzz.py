@@ -33,12 +33,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import ir_measures  # noqa: E402
 
-from rankmamba import formats, results, sweep, tables, token_store  # noqa: E402
-from rankmamba.embedded import nq
+from rankmamba import results
+from rankmamba.batch import sweep
+from rankmamba.batch.parameters import load_yaml, parse_parameters  # noqa: E402
+from rankmamba.data import formats, token_store
+from rankmamba.data.embedded import nq
 from rankmamba.errors import InputError  # noqa: E402
 from rankmamba.evaluate import parse_measure  # noqa: E402
-from rankmamba.parameters import load_yaml, parse_parameters  # noqa: E402
-from rankmamba.resumable import Journal  # noqa: E402
+from rankmamba.reporting import tables  # noqa: E402
+from rankmamba.reranking.resumable import Journal  # noqa: E402
 from rankmamba.states import reader as state_reader
 from rankmamba.states import store as state_store
 from rankmamba.training.config import read_config  # noqa: E402
@@ -441,7 +444,7 @@ def guided(name: str, arguments: list[str]) -> None:
     """Let atheris, which sees what the code does with an input, look for more; it ends the process."""
     import atheris
 
-    for module in (formats, nq, results, state_reader, sweep, token_store, sys.modules["rankmamba.parameters"]):
+    for module in (formats, nq, results, state_reader, sweep, token_store, sys.modules["rankmamba.batch.parameters"]):
         for function in filter(inspect.isfunction, vars(module).values()):
             if function.__module__ == module.__name__:
                 atheris.instrument_func(function)

@@ -31,10 +31,10 @@ from tqdm.std import tqdm
 
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
+from rankmamba.reporting.tables import final_table, format_table
 from rankmamba.reranker import Reranker
 from rankmamba.results import fingerprint, read_records
 from rankmamba.states import DocumentStates
-from rankmamba.tables import final_table, format_table
 from rankmamba.train import TrainConfig
 
 SYSTEMS = ("tiny-mamba", "tiny-mamba2", "tiny-neox", "tiny-bert")

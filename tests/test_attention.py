@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from rankmamba import scan
-from rankmamba.native_attention import NATIVE
-from rankmamba.native_attention import native_attention as attend
+from rankmamba.network.native_attention import NATIVE
+from rankmamba.network.native_attention import native_attention as attend
 
 compiled = pytest.mark.skipif(scan.kernel("cpu").name != "native", reason="no compiler was there")
 

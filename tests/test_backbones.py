@@ -25,17 +25,17 @@ from transformers import (
     ViTConfig,
 )
 
-from rankmamba import native_attention
-from rankmamba.attention import choose_attention
 from rankmamba.backbones import find, infer_family
 from rankmamba.collection import load
-from rankmamba.embedded import TINY
+from rankmamba.data.embedded import TINY
 from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.inputs import KINDS
-from rankmamba.last_layer import TOKENWISE
-from rankmamba.mixers import has_scan
-from rankmamba.nano import NANO
+from rankmamba.network import native_attention
+from rankmamba.network.attention import choose_attention
+from rankmamba.network.last_layer import TOKENWISE
+from rankmamba.network.mixers import has_scan
+from rankmamba.network.nano import NANO
 from rankmamba.reranker import Reranker
 from rankmamba.systems import FAMILIES, SYSTEMS
 from rankmamba.train import TrainConfig, train

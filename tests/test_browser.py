@@ -19,7 +19,7 @@ import psutil
 import pytest
 from papermill.parameterize import parameterize_notebook
 
-from rankmamba.parameters import ROOT, declared, notebooks, settle
+from rankmamba.batch.parameters import ROOT, declared, notebooks, settle
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:

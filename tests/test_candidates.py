@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from rankmamba.candidates import BM25, GRID, lce_groups, tune_bm25
 from rankmamba.collection import load
+from rankmamba.data.formats import sort_run
 from rankmamba.errors import InputError
-from rankmamba.formats import sort_run
 
 
 @pytest.fixture(scope="module")

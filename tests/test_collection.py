@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from rankmamba import collection
 from rankmamba.collection import Collection, check_run, digest_of, load
-from rankmamba.errors import InputError
-from rankmamba.formats import (
+from rankmamba.data.formats import (
     read_documents,
     read_qrels,
     read_queries,
@@ -24,6 +23,7 @@ from rankmamba.formats import (
     write_queries,
     write_run,
 )
+from rankmamba.errors import InputError
 
 IDS = st.text(st.characters(categories=("L", "N", "P", "S"), codec="utf-8"), min_size=1, max_size=8)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)

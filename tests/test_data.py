@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rankmamba.published import SURE, beside_ours, published
+from rankmamba.reporting.published import SURE, beside_ours, published
 from rankmamba.results import read_records
 from rankmamba.systems import SYSTEMS
 

@@ -14,8 +14,8 @@ from forks import fork
 from torch.distributed import TCPStore
 
 from rankmamba.collection import load
+from rankmamba.data.formats import write_run
 from rankmamba.errors import InputError
-from rankmamba.formats import write_run
 from rankmamba.reranker import Reranker
 from rankmamba.results import read_records
 from rankmamba.train import TrainConfig, main, train

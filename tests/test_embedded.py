@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankmamba import embedded, sources
 from rankmamba.candidates import BM25
 from rankmamba.collection import load
-from rankmamba.embedded import nq
+from rankmamba.data import embedded, sources
+from rankmamba.data.embedded import nq
 from rankmamba.errors import InputError
 from rankmamba.files import sha256
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rankmamba.collection import load
+from rankmamba.data.formats import sort_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import (
     BASELINE,
@@ -26,7 +27,6 @@ from rankmamba.evaluate import (
     per_query,
     summarise,
 )
-from rankmamba.formats import sort_run
 from rankmamba.interpolation import best_weight, interpolate, interpolate_tuned, weight_values
 
 IDS = [f"d{number}" for number in range(12)]

@@ -8,14 +8,14 @@ import pytest
 
 from rankmamba import study
 from rankmamba.collection import load
+from rankmamba.data.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import clusters, per_query
 from rankmamba.experiment import Experiment
-from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.interpolation import interpolate_tuned, weight_values
+from rankmamba.reporting.tables import measured
 from rankmamba.reranker import Reranker
 from rankmamba.states.trials import trial
-from rankmamba.tables import measured
 from rankmamba.train import TrainConfig
 
 TINY = dict(max_steps=1, group_size=2, batch_size=2, max_length=64, max_query_length=16)

@@ -15,15 +15,16 @@ import nbformat
 import pytest
 import torch
 
-from rankmamba import parameters, study
+from rankmamba import study
+from rankmamba.batch import parameters
 from rankmamba.collection import load
+from rankmamba.data.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import replacing, write_text
-from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.reranker import Reranker
+from rankmamba.reranking.resumable import Journal
 from rankmamba.results import fingerprint, new_record, read_records, write_record
-from rankmamba.resumable import Journal
 from rankmamba.states import DocumentStates
 from rankmamba.train import TrainConfig
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from rankmamba import scan
+from rankmamba.network.substitutes import use_kernels
 from rankmamba.reranker import Reranker
-from rankmamba.substitutes import use_kernels
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 80}
 FAMILIES = {

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rankmamba.backbones import load_tokenizer
 from rankmamba.collection import load
+from rankmamba.data.packages import package_folder
 from rankmamba.errors import InputError
 from rankmamba.inputs import KINDS, MOST_MATCHES, PairTokenizer, token_batches
-from rankmamba.packages import package_folder
 from rankmamba.reranker import Reranker
 from rankmamba.systems import SYSTEMS
 from rankmamba.training.groups import TrainingGroups

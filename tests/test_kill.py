@@ -23,16 +23,18 @@ import pytest
 import torch
 from forks import fork
 
-from rankmamba import embedded, experiment, resumable, sources, states, token_store
+from rankmamba import experiment, states
 from rankmamba.backbones import load_tokenizer
 from rankmamba.collection import load
-from rankmamba.embedded import nq
+from rankmamba.data import embedded, sources, token_store
+from rankmamba.data.embedded import nq
+from rankmamba.data.formats import Documents, sort_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import PARTS, Experiment
 from rankmamba.files import sha256
-from rankmamba.formats import Documents, sort_run
 from rankmamba.inputs import PairTokenizer
 from rankmamba.reranker import Reranker
+from rankmamba.reranking import resumable
 from rankmamba.results import fingerprint, read_records
 from rankmamba.states import DocumentStates
 from rankmamba.states import build as state_build

@@ -9,8 +9,8 @@ import pytest
 from rankmamba import learning_rates, pretraining_seeds
 from rankmamba.candidates import BM25
 from rankmamba.collection import load
+from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.evaluate import PRIMARY, per_query
-from rankmamba.formats import write_documents, write_qrels, write_queries
 from rankmamba.reranker import Reranker
 
 

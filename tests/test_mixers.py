@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from rankmamba.errors import InputError
-from rankmamba.mixers import MambaState
-from rankmamba.substitutes import use_kernels
+from rankmamba.network.mixers import MambaState
+from rankmamba.network.substitutes import use_kernels
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3}
 FAMILIES = {
@@ -84,7 +84,7 @@ def test_saved_weights_load_into_either(family, tmp_path):
     ours, ids = use_kernels(lively(family)), tokens(2, 9)
     ours.save_pretrained(tmp_path)
     theirs = type(lively(family)).from_pretrained(tmp_path)
-    assert not any(type(m).__module__ == "rankmamba.substitutes" for m in theirs.modules())
+    assert not any(type(m).__module__ == "rankmamba.network.substitutes" for m in theirs.modules())
     torch.testing.assert_close(hidden(theirs.eval(), ids), hidden(ours, ids), rtol=1e-4, atol=2e-5)
     again = use_kernels(type(theirs).from_pretrained(tmp_path)).eval()
     assert torch.equal(hidden(again, ids), hidden(ours, ids))

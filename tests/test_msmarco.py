@@ -15,22 +15,25 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from rankmamba import plan, published, study, token_store
+from rankmamba import study
+from rankmamba.batch import plan
+from rankmamba.batch.plan import Run
 from rankmamba.candidates import BM25
 from rankmamba.collection import IrDocuments, load
-from rankmamba.embedded import TINY
+from rankmamba.data import token_store
+from rankmamba.data.embedded import TINY
+from rankmamba.data.formats import Documents
+from rankmamba.data.token_store import TokenStore, all_ids, document_tokens
 from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.experiment import Experiment
-from rankmamba.formats import Documents
 from rankmamba.inputs import PairTokenizer
-from rankmamba.passages import best_of, cut, spread, tokens_needed
-from rankmamba.plan import Run
-from rankmamba.published import beside_ours
+from rankmamba.reporting import published
+from rankmamba.reporting.published import beside_ours
 from rankmamba.reranker import Reranker
+from rankmamba.reranking.passages import best_of, cut, spread, tokens_needed
 from rankmamba.results import read_records
 from rankmamba.systems import SYSTEMS
-from rankmamba.token_store import TokenStore, all_ids, document_tokens
 from rankmamba.train import TrainConfig, train
 
 PARTS = {"train": 6, "dev": 4, "trec-dl-2019": 4, "trec-dl-2020": 4}  # queries of each

@@ -10,8 +10,8 @@ import papermill
 import pytest
 
 from rankmamba import study
+from rankmamba.reporting.tables import final_table
 from rankmamba.results import fingerprint, read_records
-from rankmamba.tables import final_table
 
 NOTEBOOKS = study.notebooks()
 ALONE = """

@@ -21,10 +21,10 @@ from rankmamba.panels.curves import Run, learning_curves
 from rankmamba.panels.job import Job
 from rankmamba.panels.pages import document_html, lists_html
 from rankmamba.panels.training import TrainingPanel, runs_table
+from rankmamba.reporting.style import FAMILIES, look
 from rankmamba.results import read_records
 from rankmamba.search import Ranking, Search, query_words, sentences
 from rankmamba.states import trials
-from rankmamba.style import FAMILIES, look
 from rankmamba.train import TrainConfig
 
 TINY = TrainConfig("tiny-bert", learning_rate=1e-2, batch_size=2, group_size=4, max_steps=4, max_length=96, max_query_length=24)

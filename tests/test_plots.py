@@ -15,7 +15,7 @@ from rankmamba import plots
 from rankmamba.errors import InputError
 from rankmamba.evaluate import summarise
 from rankmamba.profiling import plots as profile_plots
-from rankmamba.style import FAMILIES, OTHER, brief, look, order
+from rankmamba.reporting.style import FAMILIES, OTHER, brief, look, order
 
 STUDY = ["bm25", "minilm-l6", "nano-bert", "nano-neox", "nano-mamba", "nano-mamba2"]
 

@@ -8,9 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from rankmamba import embedded, pretrained, sources
+from rankmamba import pretrained
 from rankmamba.collection import load
-from rankmamba.embedded import nq, squad, wiki
+from rankmamba.data import embedded, sources
+from rankmamba.data.embedded import nq, squad, wiki
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import sha256

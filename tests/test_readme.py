@@ -8,9 +8,9 @@ import run
 from rankmamba import pretraining_seeds, transfer
 from rankmamba.pairwise import across, pairwise, trained_alike
 from rankmamba.profiling import tables as profile_tables
+from rankmamba.reporting.tables import final_table, format_table, per_query_values, shared_documents
 from rankmamba.results import read_records
 from rankmamba.study import NOTEBOOKS, ROOT
-from rankmamba.tables import final_table, format_table, per_query_values, shared_documents
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EVIDENCE = (ROOT / "data" / "study" / "README.md").read_text(encoding="utf-8")

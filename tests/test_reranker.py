@@ -19,12 +19,12 @@ from rankmamba import scan
 from rankmamba.backbones import SYSTEMS, build
 from rankmamba.collection import load
 from rankmamba.errors import InputError
-from rankmamba.last_layer import LastLayer
-from rankmamba.mixers import has_scan
-from rankmamba.nano import NANO
+from rankmamba.network.last_layer import LastLayer
+from rankmamba.network.mixers import has_scan
+from rankmamba.network.nano import NANO
 from rankmamba.reranker import Reranker
+from rankmamba.reranking.threads import even_batches
 from rankmamba.scan import portable
-from rankmamba.threads import even_batches
 
 FAMILIES = [f"tiny-{name}" for name in NANO]
 TEXTS = ["short", "a longer text about rivers and bridges " * 3, "", "snow on the mountain", "a book " * 30]

@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankmamba import report, results
+from rankmamba import results
 from rankmamba.errors import InputError
-from rankmamba.results import environment, fingerprint, new_record, read_records, write_record
-from rankmamba.tables import (
+from rankmamba.reporting import report
+from rankmamba.reporting.tables import (
     by_words,
     caption,
     curves,
@@ -27,6 +27,7 @@ from rankmamba.tables import (
     seed_by_seed,
     tidy,
 )
+from rankmamba.results import environment, fingerprint, new_record, read_records, write_record
 
 NOTE = "saw these queries in its own pre-training"
 

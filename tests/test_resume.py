@@ -22,10 +22,10 @@ from forks import fork
 
 from rankmamba import experiment, reranker
 from rankmamba.collection import Collection, load
+from rankmamba.data.formats import sort_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import sha256
-from rankmamba.formats import sort_run
 from rankmamba.model import RerankerModel
 from rankmamba.reranker import Reranker
 from rankmamba.results import fingerprint, read_records

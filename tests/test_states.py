@@ -22,12 +22,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from rankmamba import lookup
 from rankmamba import states as states_module
 from rankmamba.backbones import SYSTEMS, load_tokenizer
 from rankmamba.collection import load
+from rankmamba.data import lookup
+from rankmamba.data.formats import Documents
 from rankmamba.errors import InputError
-from rankmamba.formats import Documents
 from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
 from rankmamba.states import DocumentStates

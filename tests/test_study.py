@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, MambaConfig, MambaModel
 
-from rankmamba import parameters, study
+from rankmamba import study
+from rankmamba.batch import parameters
+from rankmamba.data.packages import package_folder
 from rankmamba.errors import InputError
 from rankmamba.files import alone
-from rankmamba.packages import package_folder
+from rankmamba.reranking.saved import WEIGHTS
 from rankmamba.results import read_records
-from rankmamba.saved import WEIGHTS
 from rankmamba.systems import MINILM
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from rankmamba import sweep
+from rankmamba.batch import sweep
 from rankmamba.errors import InputError
 from rankmamba.results import leave_record, read_records
 

@@ -9,9 +9,9 @@ import torch
 
 from rankmamba.candidates import BM25, lce_groups
 from rankmamba.collection import Collection, load
+from rankmamba.data.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
-from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig, main, train
 from rankmamba.training.distil import teacher_scores

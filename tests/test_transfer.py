@@ -9,10 +9,10 @@ import pytest
 
 from rankmamba import transfer
 from rankmamba.collection import load
+from rankmamba.data.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.experiment import Experiment
-from rankmamba.formats import write_documents, write_qrels, write_queries, write_run
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig
 

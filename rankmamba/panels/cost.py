@@ -5,7 +5,7 @@ from html import escape
 
 import ipywidgets as widgets
 
-from ..style import look
+from ..reporting.style import look
 from .controls import Controls, Panel, choice, in_row, ink, table_html
 from .job import Job
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..style import look
+from ..reporting.style import look
 from .controls import ink
 
 WIDTH, HEIGHT, TOP, BOTTOM, LEFT, GAP, RIGHT = 900, 250, 26, 34, 40, 86, 40

@@ -7,8 +7,8 @@ from html import escape
 import numpy as np
 import pandas as pd
 
+from ..reporting.style import look
 from ..search import FIRST_STAGE, Ranking
-from ..style import look
 from .controls import ink
 
 CSS = """<style>

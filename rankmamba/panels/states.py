@@ -5,8 +5,8 @@ from html import escape
 import ipywidgets as widgets
 from matplotlib.ticker import EngFormatter
 
+from ..reporting.style import look
 from ..states.trials import FULL, HOURS, MACHINES, format_table, outlook
-from ..style import look
 from .controls import Panel, ink
 
 CSS = """<style>

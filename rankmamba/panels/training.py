@@ -7,7 +7,7 @@ from html import escape
 import ipywidgets as widgets
 import numpy as np
 
-from ..style import look
+from ..reporting.style import look
 from ..train import TrainConfig
 from .controls import Controls, Panel, choice, in_row, ink, table_html
 from .curves import Run, learning_curves

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ..inputs import token_batches
 from ..precision import autocast
 from ..reranker import Reranker
-from ..threads import batch_cost
+from ..reranking.threads import batch_cost
 from ..training.losses import lce_loss
 from . import timed
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from ..plots import Chart, end_labels, line_style, styled
-from ..style import brief, look
+from ..reporting.style import brief, look
 from .parts import OTHER
 from .tables import against_transformers, one_batch, rounded
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ..style import order
+from ..reporting.style import order
 from . import MODES
 from .measurements import TOKENS
 from .shapes import size_of

@@ -17,9 +17,9 @@ import torch
 from tqdm.std import tqdm
 
 from ..collection import Collection, check_run
+from ..data.formats import Documents, sort_run
 from ..errors import InputError
 from ..files import replacing
-from ..formats import Documents, sort_run
 from ..inputs import Pair
 from ..model import pooled_positions
 from ..precision import autocast

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from ..data.formats import Documents
 from ..files import json_sha256
-from ..formats import Documents
 from ..inputs import Pair, token_batches
 from ..model import weights_digest
 from ..precision import autocast
 from ..reranker import Reranker
-from ..threads import batch_cost
+from ..reranking.threads import batch_cost
 from .encoding import FLOATS, Parts, Profile, encode
 from .kinds import Attention, Recurrent
 from .store import Writer

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..backbones import family_of
 from ..errors import InputError
-from ..mixers import MambaState
+from ..network.mixers import MambaState
 from ..reranker import Reranker
 from .encoding import Parts, Profile
 

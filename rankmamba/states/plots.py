@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator, StrMethodFormatter
 
 from ..plots import end_labels, line_style, marker_style, one_panel, styled
-from ..style import brief, look
+from ..reporting.style import brief, look
 
 
 @styled

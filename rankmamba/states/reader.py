@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import lookup
+from ..data import lookup
 from ..errors import InputError
 from ..files import json_sha256, sha256
 from .encoding import DTYPES, Profile, ids_bytes, record_bytes

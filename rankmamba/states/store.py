@@ -10,7 +10,8 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from .. import __version__, lookup
+from .. import __version__
+from ..data import lookup
 from ..errors import InputError
 from ..files import check_room, refusals, replacing, sha256, write_text
 from .encoding import Profile, ids_bytes, record_bytes

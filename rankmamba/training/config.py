@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..batch.parameters import read_yaml
 from ..errors import InputError
 from ..files import sha256
-from ..parameters import read_yaml
 
 RANGES = {  # lowest and highest value
     "learning_rate": (0, math.inf),

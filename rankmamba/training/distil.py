@@ -9,7 +9,7 @@ from accelerate import PartialState
 from ..collection import Collection
 from ..files import replacing, sha256
 from ..reranker import Reranker
-from ..saved import WEIGHTS
+from ..reranking.saved import WEIGHTS
 from .groups import TrainingGroups
 
 

@@ -7,8 +7,8 @@ import pandas as pd
 
 from ..candidates import lce_groups
 from ..collection import Collection
+from ..data.token_store import all_ids, document_tokens
 from ..inputs import Pair, PairTokenizer
-from ..token_store import all_ids, document_tokens
 
 
 class TrainingGroups:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from .errors import InputError
+from ..errors import InputError
 
 TRIES = 3  # how often a job that dies with its machine is submitted
 
@@ -69,7 +69,7 @@ def starter(settings: dict, folder: Path) -> Callable[[list[str], Path], Job]:
 
 def study(arguments: list[str], log: str) -> int:
     """What a job runs: one study, its output in the file `log`; returns its exit code."""
-    from .study import main
+    from ..study import main
 
     with open(log, "w", encoding="utf-8", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):
         return main(arguments)

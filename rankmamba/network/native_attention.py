@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
 from transformers.masking_utils import sdpa_mask as masked_pairs
 
-from . import scan
-from .scan.precision import PRECISIONS
+from .. import scan
+from ..scan.precision import PRECISIONS
 
 NATIVE = "rankmamba_native"
 # Families (transformers' `model_type`) without a window, whose only bias between positions, if any, is handed over (T5's).
@@ -48,7 +48,7 @@ def native_attention(
         return sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, is_causal=causal, position_bias=position_bias, **kwargs
         )
-    from .scan import native
+    from ..scan import native
 
     with record_function("rankmamba::attention"):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

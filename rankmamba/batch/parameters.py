@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from .errors import InputError
+from ..errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 # these may name folders, which are relative to where the command runs
 PLACES = ("collection", "transfer_collections", "systems", "profile_systems", "learning_rates", "max_steps", "gpu_results")
@@ -218,15 +218,15 @@ def _placed(value):
         return {_placed(name): each for name, each in value.items()}
     if not isinstance(value, str) or not Path(value).is_dir():
         return value
-    from .collection import is_id  # slow to import
-    from .systems import SYSTEMS
+    from ..collection import is_id  # slow to import
+    from ..systems import SYSTEMS
 
     return value if value in SYSTEMS or is_id(value) else str(Path(value).resolve())
 
 
 def _check_ranges(settings: Mapping, overrides: Mapping) -> None:
     """Check what would otherwise fail minutes into a study, by the ranges of a training's settings."""
-    from .training.config import RANGES, check_range  # it imports this module
+    from ..training.config import RANGES, check_range  # it imports this module
 
     systems = settings.get("systems", ["any"])
     if not systems:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def hash_id(doc_id: str) -> int:

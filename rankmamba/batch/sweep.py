@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.sources import say
+from ..errors import InputError
+from ..files import write_text
+from ..study import clock, record_config
 from .cluster import starter
-from .errors import InputError
-from .files import write_text
 from .parameters import ROOT, check, known, notebooks, parse_yaml, settle
-from .sources import say
-from .study import clock, record_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ def plan(path: Path, scale: str, only: str | None, overrides: dict, folder: Path
 
 def finished(run: Run) -> bool:
     """Whether a run has left its record, made with the same notebooks and parameters."""
-    from .results import find_record
+    from ..results import find_record
 
     return find_record(run.folder, "study", config=run.config) is not None
 
@@ -167,8 +167,8 @@ def measures(runs: list[Run]) -> "pd.DataFrame":
     """The measures of the finished runs: the parameters that vary (as text), collection, system, one column per measure."""
     import pandas as pd
 
-    from .results import read_records
-    from .tables import tidy
+    from ..reporting.tables import tidy
+    from ..results import read_records
 
     names = dict.fromkeys(name for run in runs for name in run.given)
     varied = [name for name in names if len({_text(run.config["parameters"][name]) for run in runs}) > 1 and name != "collection"]

@@ -4,8 +4,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, logging
 
+from ..backbones import family_of
 from . import native_attention
-from .backbones import family_of
 
 
 def choose_attention(backbone: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:

@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 import numpy as np
 import pandas as pd
 
-from .errors import InputError
-from .evaluate import BASELINE, PRIMARY, Tables, by_seed, clustered, compare, summarise
+from ..errors import InputError
+from ..evaluate import BASELINE, PRIMARY, Tables, by_seed, clustered, compare, summarise
 from .style import base, order
 
 

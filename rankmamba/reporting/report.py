@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from .errors import InputError
-from .evaluate import BASELINE, PRIMARY
+from ..errors import InputError
+from ..evaluate import BASELINE, PRIMARY
 from .style import mixed
 
 

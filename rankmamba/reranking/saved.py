@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .errors import InputError
-from .model import RerankerConfig, RerankerModel
+from ..errors import InputError
+from ..model import RerankerConfig, RerankerModel
 
 WEIGHTS = "model.safetensors"
 # what a saved reranker consists of; anything else in its folder is the user's own

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import sparse
 from tqdm import tqdm
 
-from ..errors import InputError
+from ...errors import InputError
 from ..sources import Source, say
 
 SOURCE = Source(

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .errors import InputError
-from .files import replacing
+from ..errors import InputError
+from ..files import replacing
 
 RUN_COLUMNS = ["query_id", "doc_id", "score", "rank"]
 QRELS_COLUMNS = ["query_id", "doc_id", "relevance"]

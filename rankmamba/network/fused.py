@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules import module as every_module
 from transformers.activations import GELUActivation
 
-from . import scan
-from .scan.precision import PRECISIONS
+from .. import scan
+from ..scan.precision import PRECISIONS
 
 
 class FusedIntermediate:
@@ -34,7 +34,7 @@ class FusedOutput:
         if not _serves(self, hidden_states, self.dense) or type(norm) is not nn.LayerNorm:
             return super().forward(hidden_states, input_tensor)
         rows = _product(self.dense, hidden_states)
-        from .scan import native
+        from ..scan import native
 
         normed = native.add_norm(rows, self.dense.bias, input_tensor.flatten(0, -2), norm.weight, norm.bias, norm.eps)
         return normed.view(input_tensor.shape)
@@ -78,7 +78,7 @@ def _product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 def _gelu_of(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     rows = _product(linear, hidden)
-    from .scan import native
+    from ..scan import native
 
     native.gelu_(rows, linear.bias)
     return rows.view(*hidden.shape[:-1], linear.out_features)

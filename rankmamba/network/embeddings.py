@@ -4,8 +4,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .inputs import MOST_MATCHES
-from .packages import package_folder
+from ..data.packages import package_folder
+from ..inputs import MOST_MATCHES
 
 # name -> (package, file, tensor, rows, width). The package carries the weights of all-MiniLM-L6-v2 (Apache-2.0).
 WORD_EMBEDDINGS = {

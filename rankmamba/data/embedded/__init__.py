@@ -34,9 +34,9 @@ from ir_datasets.formats import (
 )
 from ir_datasets.indices import Docstore
 
-from ..candidates import BM25, K1, B
-from ..errors import InputError
-from ..files import alone, replacing, sha256, slug, write_text
+from ...candidates import BM25, K1, B
+from ...errors import InputError
+from ...files import alone, replacing, sha256, slug, write_text
 from ..formats import (
     QRELS_COLUMNS,
     Documents,
@@ -54,7 +54,7 @@ from ..sources import fetch, say
 from . import nq, squad, wiki
 from .nq import SPLITS
 
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
+TINY = Path(__file__).resolve().parents[3] / "data" / "tiny"
 
 
 def home() -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .inputs import PairTokenizer
+from ..inputs import PairTokenizer
 
 
 def cut(document: np.ndarray, inputs: PairTokenizer, most: int) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import InputError
+from ...errors import InputError
 
 FOLDER = "bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/"
 # Reddit's comments have no order, so they cannot be joined

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from tqdm.std import tqdm
 
+from ..errors import InputError
+from ..files import alone, json_sha256, replacing, sha256, write_text
+from ..inputs import PairTokenizer
 from . import lookup
-from .errors import InputError
-from .files import alone, json_sha256, replacing, sha256, write_text
 from .formats import Documents
-from .inputs import PairTokenizer
 
 LARGE = 500_000  # documents; smaller collections are tokenised for each run, in seconds
 LONGEST = 4096  # tokens kept of a document: as many as the longest setting reads

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from .errors import InputError
-from .files import alone, check_room, sha256
+from ..errors import InputError
+from ..files import alone, check_room, sha256
 
 PIP = (sys.executable, "-m", "pip")
 

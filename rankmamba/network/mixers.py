@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import InputError
-from .scan import causal_conv1d, rms_norm, selective_scan, ssd_scan, ssd_token
-from .scan.precision import autocasts
+from ..errors import InputError
+from ..scan import causal_conv1d, rms_norm, selective_scan, ssd_scan, ssd_token
+from ..scan.precision import autocasts
 
 
 def has_scan(model: nn.Module) -> bool:

@@ -5,8 +5,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from .errors import InputError
-from .files import alone, replacing
+from ..errors import InputError
+from ..files import alone, replacing
 from .sources import Source, fetch
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm.std import tqdm
 
-from .collection import Collection
-from .files import refusals
-from .formats import sort_run
-from .reranker import Cost, Reranker
+from ..collection import Collection
+from ..data.formats import sort_run
+from ..files import refusals
+from ..reranker import Cost, Reranker
 
 PAIRS = 1000  # (query, document) pairs of a piece: seconds of work, and enough to batch texts of similar length
 

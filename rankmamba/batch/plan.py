@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import InputError
+from ..errors import InputError
 from .parameters import read_scale
 
 TELL = 1e9  # bytes; a study that fetches more says so and asks
@@ -71,7 +71,7 @@ class Download(NamedTuple):
 
 def paper_runs() -> list[Run]:
     """Every run of the two papers that its system has positions for."""
-    from .systems import SYSTEMS
+    from ..systems import SYSTEMS
 
     runs = [Run(system, FIRSTP) for system in PAPER]
     runs += [Run(system, length) for system in LONG_SYSTEMS for length in LONGP]
@@ -82,7 +82,7 @@ def downloads(collections: Iterable[str]) -> list[Download]:
     """List the files that ir_datasets fetches for some ids; our own collections have none."""
     import ir_datasets
 
-    from .collection import download_of
+    from ..collection import download_of
 
     found = {}
     for name in collections:
@@ -96,7 +96,7 @@ def downloads(collections: Iterable[str]) -> list[Download]:
 
 def parts(settings: dict) -> list[str]:
     """The ids that a study with these settings reads: of training, then those whose queries are ranked."""
-    from .collection import UNIONS
+    from ..collection import UNIONS
 
     names = [f"{settings['collection']}/{part}" for part in ("train", "dev", "test")]
     return [part for name in names for part in UNIONS.get(name, (name,))]
@@ -173,7 +173,7 @@ def pairs(settings: dict) -> tuple[int, int]:
 
 def estimate(system: str, max_length: int, rates: dict[str, Rate], training: int, scoring: int) -> float:
     """Estimate a run's hours from its stand-in's rate: the time per token is assumed to grow with the parameters."""
-    from .backbones import find
+    from ..backbones import find
 
     measured = stand_in(system)
     rate, millions = rates[measured], find(measured).millions
@@ -186,7 +186,7 @@ def gigabytes(system: str) -> float:
 
     A checkpoint has the weights, and AdamW's two moments of those that are trained: with LoRA, hardly any.
     """
-    from .systems import SYSTEMS
+    from ..systems import SYSTEMS
 
     spec = SYSTEMS[system]
     weights = 4 * spec.millions / 1e3
@@ -195,7 +195,7 @@ def gigabytes(system: str) -> float:
 
 def stand_in(system: str) -> str:
     """Return the system whose shape is measured for another."""
-    from .backbones import find
+    from ..backbones import find
 
     model_type = find(system).family.model_type
     return next((name for name, families in STAND_INS.items() if model_type in families), "pythia-160m")
@@ -208,7 +208,7 @@ def measure(names: Iterable[str], group_size: int) -> dict[str, Rate]:
 
 
 def _measure(name: str, group_size: int, budget: float) -> Rate:
-    from . import profiling
+    from .. import profiling
 
     found = profiling.measure(name, MEASURED, group_size, group_size=group_size, repeats=3, seconds=budget / 4)
     if found["out_of_memory"]:
@@ -220,7 +220,7 @@ def _count(name: str, kind: str) -> int:
     """How many documents, queries or judgements ir_datasets says that an id has, without fetching anything."""
     import ir_datasets
 
-    from . import embedded  # noqa: F401  registers rankmamba/...
+    from ..data import embedded  # noqa: F401  registers rankmamba/...
 
     try:
         return ir_datasets.load(name).metadata()[kind]["count"]

@@ -11,8 +11,8 @@ from contextvars import copy_context
 import numpy as np
 import torch
 
-from .inputs import token_batches
-from .precision import autocast
+from ..inputs import token_batches
+from ..precision import autocast
 
 COST_OF_A_THREAD, COST_ON_A_GPU = 128, 8192  # tokens, see `batch_cost`
 MOST_AT_ONCE = 4  # more would wait for Python's lock; each then computes on several threads

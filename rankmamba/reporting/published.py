@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..collection import UNIONS, load
 from . import style
-from .collection import UNIONS, load
 from .tables import tidy
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published.csv"
+PUBLISHED = Path(__file__).resolve().parents[2] / "data" / "published.csv"
 SURE = {
     "read": "read in the source named",
     "second hand": "quoted by others; the source itself was not seen",
