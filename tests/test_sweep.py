@@ -45,18 +45,24 @@ if seed == 13:
 value = {"measures": {"RR@100": {"mean": rate + seed, "low": 0.0, "high": 1.0}}, "per_query": {"RR@100": {"q": rate}}}
 write_record(results, new_record("evaluate", "a", f"{collection}/test", scale, seed, {"rate": rate}, value))
 """
+REPORT = """\
+from rankmamba.results import read_records
+print("seeds reported:", *sorted(record["seed"] for record in read_records(results) if record["kind"] == "evaluate"))
+"""
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A checkout with our package and a notebook of three lines."""
+    """A checkout with our package, a notebook of few lines and a report of two."""
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "rankmamba", folder / "rankmamba", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "notebooks" / "scales").mkdir(parents=True)
     (folder / "notebooks" / "scales" / "quick.yaml").write_text("parameters: {rate: 0.25}\nminutes: {01_work: 0.1}\n")
-    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(WORK)]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "notebooks" / "01_work.ipynb")
+    reported = "".join(line for line in PARAMETERS.splitlines(keepends=True) if line.startswith(("results", "scale")))
+    for name, parameters, code in (("01_work", PARAMETERS, WORK), ("07_report", reported, REPORT)):
+        cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "notebooks" / f"{name}.ipynb")
     return folder
 
 
@@ -67,7 +73,7 @@ def start(checkout, tmp_path):
 
     def start(text, *arguments):
         (tmp_path / "s.yaml").write_text(text)
-        command = [sys.executable, "-m", "rankmamba.study", "-f", "s.yaml", "--results", "out", *arguments]
+        command = [sys.executable, "-m", "rankmamba.study", "-f", "s.yaml", "--only", "01", "--results", "out", *arguments]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = os.environ | {"PYTHONPATH": str(checkout)}
         started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **streams))
@@ -114,7 +120,7 @@ def begun(folder):
 
 def records(folder):
     """[(kind, seed)] of every record below a sweep."""
-    runs = [path for path in (folder / "out").iterdir() if (path / "records").is_dir()]
+    runs = [path for path in (folder / "out").glob("seed=*") if (path / "records").is_dir()]
     return sorted((record["kind"], record["seed"]) for run in runs for record in read_records(run))
 
 
@@ -155,6 +161,19 @@ def test_after_a_sigkill_what_is_finished_is_not_done_again(start, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("records/*")}
     assert finish(start(text))[0] == 0
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("records/*")}
+
+
+def test_sets_that_differ_in_the_seed_alone_are_reported_together(start, tmp_path):
+    text = "- {seed: 1}\n- {seed: 2}\n- {rate: 0.1, seed: 1}\n"
+    _, out, _ = finish(start(text, "--jobs", "2"))
+    (report,) = (tmp_path / "out").glob("seeds=*/report.html")  # the other rate has one seed
+    assert "seeds reported: 1 2\n" in report.read_text() and f"report of several seeds: {report}" in out
+    made = report.stat().st_mtime_ns
+    finish(start(text))
+    assert report.stat().st_mtime_ns == made
+    os.utime(next((tmp_path / "out").glob("seed=2*/records/evaluate-*")))
+    finish(start(text))
+    assert report.stat().st_mtime_ns > made
 
 
 def test_a_cluster_of_two_workers_of_which_one_is_killed_leaves_every_record_once(start, tmp_path):

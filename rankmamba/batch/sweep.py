@@ -1,14 +1,15 @@
 """Many studies from one file of parameter sets: `python -m rankmamba.study -f sweep.yaml [--jobs 2 | --submitit ...]`.
 
 The file is a grid, {name: [value, ...]}, of which every combination runs, or a list of sets, [{name: value}, ...]. Each set is a
-study of its own in a folder of its own. What is finished has a record, so the same command resumes where it stopped.
+study of its own in a folder of its own. What is finished has a record, so the same command resumes where it stopped. Sets that differ in
+the seed alone are reported together at the end.
 """
 
 import hashlib
 import itertools
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING
 
 from ..data.sources import say
 from ..errors import InputError
-from ..files import write_text
-from ..study import clock, record_config
+from ..files import replacing, slug, write_text
+from ..study import REPORT, clock, record_config
+from ..study import run as run_study
 from .cluster import starter
 from .parameters import ROOT, check, known, notebooks, parse_yaml, settle
 
@@ -98,9 +100,7 @@ def plan(path: Path, scale: str, only: str | None, overrides: dict, folder: Path
         if both:
             raise InputError(f"expected {both[0]} either as -p or in {path}, got both")
         values = given | overrides
-        digest = hashlib.sha256(_text([only, values]).encode()).hexdigest()[:8]
-        name = "_".join(f"{name}={_text(value)}" for name, value in given.items())
-        place = folder / f"{re.sub('[^A-Za-z0-9._=-]+', '-', name)[:60]}-{digest}"
+        place = folder / _name(given, [only, values])
         arguments = ["--yes", "--scale", scale, "--results", str(place), *(["--only", only] if only else [])]
         for name, value in values.items():
             arguments += ["-p", f"{name}={_text(value)}"]
@@ -194,6 +194,34 @@ def over_seeds(table: "pd.DataFrame") -> "pd.DataFrame":
     return means.reset_index()
 
 
+def report_seeds(runs: list[Run], scale: str, only: str | None, overrides: dict, folder: Path) -> list[Path]:
+    """Report runs that differ in nothing but the seed, as far as they are finished, as one study of several seeds; returns the reports.
+
+    Their records are copied to a folder of their own, where the notebook of the report reads them. A report that is newer than all of
+    them stays.
+    """
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(_text(_without_seed(run.given)), []).append(run)
+    reports = []
+    for group in alike.values():
+        records = [path for run in group if finished(run) for path in (run.folder / "records").iterdir()]
+        if len({path.parent for path in records}) < 2:
+            continue
+        seeds, given = [run.config["parameters"]["seed"] for run in group], _without_seed(group[0].given)
+        place = folder / _name({"seeds": seeds} | given, [only, seeds, given | overrides])
+        reports.append(place / "report.html")
+        if reports[-1].exists() and reports[-1].stat().st_mtime > max(path.stat().st_mtime for path in records):
+            continue
+        with replacing(place / "records") as copies:
+            copies.mkdir()
+            for path in records:
+                shutil.copy2(path, copies)
+        takes = known(notebooks(REPORT[:2]))
+        run_study(scale, REPORT[:2], {name: value for name, value in (given | overrides).items() if name in takes}, place)
+    return reports
+
+
 def run_sweep(
     path: Path, scale: str, only: str | None, overrides: dict, folder: Path | None, jobs: int | None, cluster: dict | None
 ) -> int:
@@ -218,11 +246,23 @@ def run_sweep(
     if len(table):
         print(over_seeds(table).to_string(index=False, float_format="{:.3f}".format))
     print(f"measures: {folder / 'measures.csv'}")
+    for report in report_seeds(runs, scale, only, overrides, folder):
+        print(f"report of several seeds: {report}")
     if failed:
         say(f"error: {len(failed)} of {len(runs)} runs failed; what they finished is kept, the same command tries them again")
         for run, why in failed.items():
             say(f"  {run}: {why}")
     return 1 if failed else 0
+
+
+def _without_seed(given: dict) -> dict:
+    return {name: value for name, value in given.items() if name != "seed"}
+
+
+def _name(given: dict, everything: list) -> str:
+    """The name of a folder: what is given, legibly, and a hash of everything that decides."""
+    name = "_".join(f"{name}={slug(_text(value))}" for name, value in given.items())
+    return f"{name[:60]}-{hashlib.sha256(_text(everything).encode()).hexdigest()[:8]}"
 
 
 def _text(value) -> str:
