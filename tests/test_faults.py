@@ -407,7 +407,7 @@ def test_ctrl_c_ends_the_study_within_two_seconds_and_leaves_everything_consiste
         "while True:\n    sum(range(10**6))",
     )
     program = (
-        f"import pathlib, sys\nfrom rankmamba import parameters, study\n"
+        f"import pathlib, sys\nfrom rankmamba import study\nfrom rankmamba.batch import parameters\n"
         f"parameters.NOTEBOOKS = study.NOTEBOOKS = pathlib.Path({str(folder)!r})\nsys.exit(study.main(sys.argv[1:]))"
     )
     results = tmp_path / "out"
