@@ -27,7 +27,7 @@ what `Reranker.from_pretrained("{name}")` loads and what the study fine-tunes; e
 | | |
 |---|---|
 | backbone | {kind}, {layers} layers, width {width} |
-| data | {collection}: introductions of Wikipedia articles; queries made from their descriptions and sentences, nobody's searches |
+| data | {data} |
 | objective | LCE: 1 relevant and {negatives} BM25 negatives for each query |
 | training | {steps:,} steps of {batch_size} queries, {tokens:,} tokens, AdamW at {learning_rate:g}, seed {seed} |
 | loss | {first:.2f} at the start (guessing: {guessing:.2f}), {last:.2f} at the end (means of {window} steps) |
@@ -35,24 +35,31 @@ what `Reranker.from_pretrained("{name}")` loads and what the study fine-tunes; e
 | made with | rankmamba {version}, {created}: `python -m rankmamba.study --scale pretrain` |
 | licence | weights: Apache-2.0; the text they were trained on (CC BY-SA 4.0) is not in them and not in this repository |
 
-**What it is not:** a reranker to use as it is. It has never seen a person's query; fine-tune it. It knows English only, and nothing of
-the collections that the study tests on (but the word embeddings come from MiniLM, whose authors trained it on Natural Questions among
-others, the same for every nano system).
+**What it is not:** a reranker to use as it is: fine-tune it. It knows English only. Its word embeddings come from MiniLM, whose authors
+trained it on Natural Questions among others, the same for every nano system.
 """
+WIKI = (
+    "introductions of Wikipedia articles; queries made from their descriptions and sentences, nobody's searches, and nothing of the "
+    "collections that the study tests on"
+)
 
 
 def publish(results: Path, target: Path = CHECKPOINTS) -> list[Path]:
     """Write the checkpoints of all systems "...-scratch" that were trained to the end in the folder `results`; returns their folders.
 
     Raises:
-        InputError: there are none, or a model is missing.
+        InputError: there are none, one was trained with several seeds, or a model is missing.
     """
-    trained = {r["system"]: r for r in read_records(results, "train") if r["system"].endswith(SCRATCH)}
+    trained: dict[str, dict] = {}
+    for record in read_records(results, "train"):
+        if record["system"].endswith(SCRATCH) and not record["result"]["partial"]:
+            if other := trained.get(record["system"]):
+                seeds = f"{other['seed']} and {record['seed']}"
+                raise InputError(f"expected one seed of {record['system']} in {results}, got {seeds}; publish from a folder of one")
+            trained[record["system"]] = record
     measured = {(r["system"], r["seed"]): r for r in read_records(results, "evaluate")}
     folders = []
     for system, record in trained.items():
-        if record["result"]["partial"]:
-            continue
         name = system.removesuffix(SCRATCH)
         reranker = Reranker.from_pretrained(results / "models" / f"{system}-seed{record['seed']}")
         reranker.model.config.system = name
@@ -81,14 +88,14 @@ def card(name: str, record: dict, measured: dict[tuple[str, int], dict], backbon
             system: measured[system, record["seed"]]["result"]["measures"]["RR@100"]["mean"]
             for system in (name + SCRATCH, "bm25")
         }
-        rows = f"| RR@100 | {means[name + SCRATCH]:.3f} on queries of the same kind for other articles (BM25: {means['bm25']:.3f}) |\n"
+        rows = f"| RR@100 | {means[name + SCRATCH]:.3f} on the collection's test queries (BM25: {means['bm25']:.3f}) |\n"
     return CARD.format(
         name=name,
         size=result["parameters_outside_embeddings"] / 1e6,
         kind=backbone.model_type,
         layers=backbone.num_hidden_layers,
         width=backbone.hidden_size,
-        collection=record["collection"],
+        data=record["collection"] + (f": {WIKI}" if record["collection"].startswith("rankmamba/wiki/") else ""),
         negatives=config["group_size"] - 1,
         steps=result["steps"],
         batch_size=config["batch_size"],

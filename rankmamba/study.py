@@ -19,6 +19,7 @@ from .batch.parameters import NOTEBOOKS, ROOT, declared, notebooks, parse_parame
 from .data.sources import say
 from .errors import InputError
 from .files import alone, refusals, write_text
+from .training.config import weights_in
 
 REPORT = "07_report"
 clock = tqdm.format_interval  # mm:ss, or h:mm:ss
@@ -114,8 +115,8 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
 
 
 def record_config(only: str | None, settings: dict) -> dict:
-    """The `config` of a "study" record: which notebooks, with which parameters, on which of the user's own files."""
-    config = {"notebooks": [path.stem for path in notebooks(only)], "parameters": settings}
+    """The `config` of a "study" record: which notebooks, with which parameters, on which of the user's own files and weights."""
+    config = {"notebooks": [path.stem for path in notebooks(only)], "parameters": settings} | weights_in(settings.get("systems", []))
     collection = settings.get("collection")
     if collection is None or not Path(collection).is_dir():
         return config

@@ -119,7 +119,7 @@ def test_a_trained_scratch_system_becomes_a_checkpoint_that_scores_alike_and_say
     config = TrainConfig(
         name + systems.SCRATCH, 1e-2, batch_size=2, group_size=4, max_steps=3, max_length=96, max_query_length=24
     )
-    experiment.train(config)
+    record = experiment.train(config)
     (folder,) = pretrained.publish(tmp_path / "results", tmp_path / "checkpoints")
     assert folder.name == name and (folder / "model.safetensors").stat().st_size < 300_000  # bfloat16, no word embeddings
     card = (folder / "README.md").read_text(encoding="utf-8")
@@ -128,7 +128,7 @@ def test_a_trained_scratch_system_becomes_a_checkpoint_that_scores_alike_and_say
         result = {"measures": {"RR@100": dict.fromkeys(("mean", "low", "high"), value)}, "per_query": {}}
         leave_record(tmp_path / "results", "evaluate", system, "rankmamba/tiny/test", "tiny", seed, {}, result)
     pretrained.publish(tmp_path / "results", tmp_path / "checkpoints")  # the training has seed 0
-    assert "| RR@100 | 0.123 on queries of the same kind" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "| RR@100 | 0.123 on the collection's test queries" in (folder / "README.md").read_text(encoding="utf-8")
     monkeypatch.setitem(systems.SYSTEMS, name, spec.__class__(**vars(spec) | {"source": folder}))
     pairs = [("which river", "a river in the snow"), ("which river", "music")]
     trained = Reranker.from_pretrained(experiment.model_path(name + systems.SCRATCH)).predict(pairs)
@@ -140,3 +140,6 @@ def test_a_trained_scratch_system_becomes_a_checkpoint_that_scores_alike_and_say
         Reranker.from_pretrained(name)
     with pytest.raises(InputError, match="expected a results folder"):
         pretrained.publish(tmp_path / "absent", tmp_path)
+    leave_record(tmp_path / "results", "train", name + systems.SCRATCH, "rankmamba/tiny/train", "tiny", 1, {}, record["result"], record["timing"])
+    with pytest.raises(InputError, match="one seed of tiny-mamba-scratch .* got 0 and 1"):
+        pretrained.publish(tmp_path / "results", tmp_path / "checkpoints")

@@ -20,6 +20,7 @@ import pytest
 from rankmamba.batch import sweep
 from rankmamba.errors import InputError
 from rankmamba.results import leave_record, read_records
+from rankmamba.study import leave_record as leave_study
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """\
@@ -290,9 +291,7 @@ def test_a_run_is_finished_only_with_the_same_parameters(tmp_path):
     (tmp_path / "s.yaml").write_text("seed: [1]")
     (run,) = sweep.plan(tmp_path / "s.yaml", "tiny", None, {}, tmp_path / "out")
     assert not sweep.finished(run)
-    from rankmamba.study import leave_record
-
-    leave_record(run.folder, "tiny", None, run.config["parameters"], 1.0)
+    leave_study(run.folder, "tiny", None, run.config["parameters"], 1.0)
     assert sweep.finished(run) and sweep.measures([run]).empty
     path = next((run.folder / "records").iterdir())
     record = json.loads(path.read_text())
@@ -301,9 +300,22 @@ def test_a_run_is_finished_only_with_the_same_parameters(tmp_path):
     assert not sweep.finished(run)
 
 
-def test_the_measures_of_a_sweep_have_a_row_a_finished_run_and_system_and_its_seeds_are_averaged(tmp_path):
-    from rankmamba.study import leave_record as leave_study
+def test_new_weights_in_a_folder_that_is_a_system_make_a_run_unfinished(tmp_path):
+    (tmp_path / "mine").mkdir()
+    weights = tmp_path / "mine" / "model.safetensors"
+    weights.write_bytes(b"old")
+    (tmp_path / "s.yaml").write_text(f"- {{systems: [{tmp_path / 'mine'}]}}")
 
+    def run():
+        return sweep.plan(tmp_path / "s.yaml", "tiny", None, {}, tmp_path / "out")[0]
+
+    leave_study(run().folder, "tiny", None, run().config["parameters"], 1.0)
+    assert sweep.finished(run())
+    weights.write_bytes(b"new")
+    assert not sweep.finished(run())
+
+
+def test_the_measures_of_a_sweep_have_a_row_a_finished_run_and_system_and_its_seeds_are_averaged(tmp_path):
     (tmp_path / "s.yaml").write_text("batch_size: [4, 8]\nseed: [1, 2]\ntop_k: [5]")
     runs = sweep.plan(tmp_path / "s.yaml", "tiny", None, {}, tmp_path / "out")
     means = {}

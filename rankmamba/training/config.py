@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,7 @@ class TrainConfig:
 
     def settings(self) -> dict:
         """The fields by name, and what tells weights in a folder, of `system` or `teacher`, from those before it was trained anew."""
-        named = {name: sorted(Path(name).glob("*.safetensors")) for name in (self.system, self.teacher) if name is not None}
-        weights = {name: [sha256(path) for path in paths] for name, paths in named.items() if paths}
-        return dataclasses.asdict(self) | ({"weights_in": weights} if weights else {})
+        return dataclasses.asdict(self) | weights_in(name for name in (self.system, self.teacher) if name is not None)
 
     def check(self, processes: int = 1) -> None:
         """Check what the fields' types cannot express.
@@ -90,6 +89,13 @@ class TrainConfig:
             raise InputError(
                 f"expected a teacher for loss 'distil' and none for 'lce', got loss={self.loss!r} and teacher={self.teacher!r}"
             )
+
+
+def weights_in(systems: Iterable[str]) -> dict[str, dict]:
+    """The SHA-256 of the weights of those systems that are folders, for a record's config: new weights change it."""
+    named = {name: sorted(Path(name).glob("*.safetensors")) for name in systems}
+    weights = {name: [sha256(path) for path in paths] for name, paths in named.items() if paths}
+    return {"weights_in": weights} if weights else {}
 
 
 def read_config(path: str | Path) -> tuple[TrainConfig, dict]:
