@@ -140,6 +140,7 @@ def test_a_trained_scratch_system_becomes_a_checkpoint_that_scores_alike_and_say
         Reranker.from_pretrained(name)
     with pytest.raises(InputError, match="expected a results folder"):
         pretrained.publish(tmp_path / "absent", tmp_path)
-    leave_record(tmp_path / "results", "train", name + systems.SCRATCH, "rankmamba/tiny/train", "tiny", 1, {}, record["result"], record["timing"])
+    another = record["result"], record["timing"]
+    leave_record(tmp_path / "results", "train", name + systems.SCRATCH, "rankmamba/tiny/train", "tiny", 1, {}, *another)
     with pytest.raises(InputError, match="one seed of tiny-mamba-scratch .* got 0 and 1"):
         pretrained.publish(tmp_path / "results", tmp_path / "checkpoints")
