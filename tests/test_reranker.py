@@ -116,6 +116,22 @@ def test_batches_side_by_side_score_as_one_after_the_other_and_leave_torch_its_t
             assert reranker.cost.pairs == len(pairs) and torch.get_num_threads() == count and torch.is_grad_enabled()
 
 
+def test_threads_that_begin_while_another_scores_have_all_of_torchs_threads(monkeypatch):
+    reranker, seen = Reranker.from_pretrained("tiny-bert", dtype=torch.float32, max_length=64, max_query_length=20), []
+    score_batch = reranker._score_batch
+
+    def begin_another(pairs, alone):
+        another = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        another.start()
+        another.join()
+        return score_batch(pairs, alone)
+
+    monkeypatch.setattr(reranker, "_score_batch", begin_another)
+    with threads(4):
+        reranker.predict([("river", text) for text in TEXTS], batch_tokens=1)
+    assert seen == [4] * len(TEXTS)
+
+
 def test_an_error_in_one_of_the_batches_side_by_side_ends_the_call(monkeypatch):
     reranker, computed = Reranker.from_pretrained("tiny-bert", dtype=torch.float32, max_length=64, max_query_length=20), []
 
