@@ -139,8 +139,13 @@ def test_states_take_the_place_of_nothing_but_states_and_ids_and_texts_are_strin
     for documents in ({1: "a"}, {"a": None}, ["a", "b"]):
         with pytest.raises(InputError, match="expected a (string as id and as text|collection or a mapping)"):
             DocumentStates.build(mamba, documents, tmp_path / "typed")
-    with pytest.raises(InputError, match="got 1; build the states of all documents"):
+    with pytest.raises(InputError, match="got 1; building again in this folder, with it after the same documents"):
         states.rank("q", [1])
+    with pytest.raises(InputError, match="expected a document with a state"):
+        states.rank("q", ["\ud800"])
+    for asked in (states.hold, lambda doc_id: states.rank("q", doc_id)):
+        with pytest.raises(InputError, match=r"got the string 'd1'; pass \[doc_id\]"):
+            asked("d1")
     assert states.rank("river", (doc_id for doc_id in DOCUMENTS)) == states.rank("river", list(DOCUMENTS))
 
 
@@ -276,7 +281,7 @@ def test_a_build_that_stopped_says_how_far_it_came_and_goes_on_to_the_same_bytes
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(states_module, "store_block", store_two_blocks)
         DocumentStates.build(mamba, DOCUMENTS, tmp_path / "stopped", "int8")
-    with pytest.raises(InputError, match="6 documents of a build that was stopped"):
+    with pytest.raises(InputError, match="6 documents of a build that is running or was stopped"):
         DocumentStates.open(tmp_path / "stopped", mamba)
     DocumentStates.build(mamba, DOCUMENTS, tmp_path / "stopped", "int8")
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")

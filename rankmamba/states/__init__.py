@@ -7,7 +7,7 @@ computes in float32, float32 states give the scores of full scoring; smaller for
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,14 +137,14 @@ class DocumentStates:
         """
         self._reader.verify()
 
-    def rank(self, query: str, doc_ids: Sequence[str], top_k: int | None = None) -> list[dict]:
+    def rank(self, query: str, doc_ids: Iterable[str], top_k: int | None = None) -> list[dict]:
         """Rank documents for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order.
 
         Raises:
-            InputError: the query is not a string, `top_k` is negative, or a document has no state here.
+            InputError: the query is not a string, the doc_ids are a single one, `top_k` is negative, or a document has no state here.
         """
         _check_query(query, top_k)
-        doc_ids = list(doc_ids)
+        doc_ids = _listed(doc_ids)
         rows = self._rows(doc_ids)
         return _ranked(doc_ids, self._score([query], np.zeros(len(rows), dtype=int), rows), top_k)
 
@@ -208,13 +208,13 @@ class DocumentStates:
             writer.finish(manifest["done"]["digest"])
         return DocumentStates.open(folder, self.reranker)
 
-    def hold(self, doc_ids: Sequence[str]) -> "HeldStates":
+    def hold(self, doc_ids: Iterable[str]) -> "HeldStates":
         """Load the states of some documents into memory, ready to compute, for many queries.
 
         Raises:
             InputError: a document has no state here.
         """
-        doc_ids = list(doc_ids)
+        doc_ids = _listed(doc_ids)
         rows = self._rows(doc_ids)
         batches = self._batches(np.zeros(len(rows), dtype=int), rows)
         return HeldStates(self, doc_ids, [(batch, self._load(rows[batch])) for batch in batches])
@@ -225,7 +225,7 @@ class DocumentStates:
             if row is None:
                 raise InputError(
                     f"expected a document with a state in {self._reader.folder}, got {doc_id!r}; "
-                    "build the states of all documents, it among them, in another folder"
+                    "building again in this folder, with it after the same documents, adds it"
                 )
         return np.array(rows, dtype=int)
 
@@ -321,6 +321,12 @@ def _check_query(query: object, top_k: int | None) -> None:
         raise InputError(f"expected a query as a string, got {query!r:.80}")
     if top_k is not None and top_k < 0:
         raise InputError(f"expected top_k >= 0, got {top_k}")
+
+
+def _listed(doc_ids: Iterable[str]) -> list[str]:
+    if isinstance(doc_ids, str):
+        raise InputError(f"expected a sequence of doc_ids, got the string {doc_ids!r:.80}; pass [doc_id] for a single one")
+    return list(doc_ids)
 
 
 def _ranked(doc_ids: Sequence[str], scores: np.ndarray, top_k: int | None) -> list[dict]:

@@ -44,7 +44,10 @@ class Names:
 
     def find(self, doc_id: str) -> int | None:
         """Return the row of a document, or None."""
-        return lookup.find(self._lookup, doc_id, self.__getitem__)
+        try:
+            return lookup.find(self._lookup, doc_id, self.__getitem__)
+        except UnicodeEncodeError:  # half a surrogate pair, which no stored id has
+            return None
 
 
 class Reader:
@@ -137,7 +140,7 @@ def read_manifest(folder: Path) -> dict:
         if begun.is_file():
             raise InputError(
                 f"expected finished states in {folder}, got {unsealed(begun)['done']['documents']:,} documents of a build that "
-                "was stopped; build again"
+                "is running or was stopped; wait for it, or build again"
             )
         raise InputError(f"expected a folder of document states, got {folder} without {MANIFEST}; DocumentStates.build makes one")
     manifest = unsealed(path)
