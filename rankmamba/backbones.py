@@ -43,7 +43,8 @@ def find(name: str) -> ModelSpec:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         like = difflib.get_close_matches(name, SYSTEMS)
-        reason = "there is no such folder" if Path(name).is_absolute() else str(error).splitlines()[0]
+        no_id = Path(name).is_absolute() or len(Path(name).parts) > 2
+        reason = "there is no such folder" if no_id else str(error).splitlines()[0]
         raise InputError(
             f"expected a system, a saved folder or a Hub id, got {name!r}: {reason}"
             f"{'; did you mean ' + ' or '.join(like) + '?' if like else ''}; the systems are {', '.join(SYSTEMS)}"
@@ -156,9 +157,9 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
         if isinstance(spec.source, Path):
             if not is_saved(spec.source):
                 raise InputError(
-                    f"expected the pre-trained {spec.name} in {spec.source}, found none; make it with `python -m rankmamba.study "
-                    f"--scale pretrain` and `python -m rankmamba.pretrained results/pretrain`, or start from random weights with "
-                    f"{spec.name}{SCRATCH}"
+                    f"expected the pre-trained {spec.name} in {spec.source}, found none; it comes with the repository, not with the "
+                    "installed package: load it from a clone by its folder (data/checkpoints), or run `pip install --editable .` there; "
+                    f"{spec.name}{SCRATCH} starts from random weights"
                 )
             folder, spec = spec.source, None
     model, tokenizer = load_saved(folder, limits) if spec is None else build(spec, **limits)

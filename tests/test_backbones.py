@@ -382,8 +382,9 @@ def test_a_checkpoint_that_lacks_weights_or_words_and_one_that_reads_padding_is_
     FNetConfig().save_pretrained(tmp_path / "fnet")
     with pytest.raises(InputError, match="that padding does not change, got the type 'fnet'"):
         Reranker.from_pretrained(tmp_path / "fnet")
-    with pytest.raises(InputError, match="there is no such folder"):
-        Reranker.from_pretrained(tmp_path / "absent")
+    for absent in (tmp_path / "absent", "results/absent/models/nano-mamba-seed0"):
+        with pytest.raises(InputError, match="there is no such folder"):
+            Reranker.from_pretrained(absent)
     with pytest.raises(InputError, match="did you mean nano-mamba"):
         Reranker.from_pretrained("nano-mambo")
 

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,21 @@ def test_constraints_pin_one_tested_version_of_every_requirement_for_every_suppo
 def test_nothing_but_the_gpu_extra_asks_for_a_cuda_package():
     everything_else = PROJECT["dependencies"] + sum((lines for extra, lines in EXTRAS.items() if extra != "gpu"), [])
     assert not {"mamba-ssm", "causal-conv1d", "flash-attn", "triton"} & set(requirements(everything_else))
+
+
+def test_a_package_without_its_repository_says_what_comes_with_it_and_how_to_get_it(tmp_path):
+    shutil.copytree(ROOT / "rankmamba", tmp_path / "rankmamba", ignore=shutil.ignore_patterns("__pycache__"))
+    program = """
+from rankmamba import Reranker, study
+from rankmamba.errors import InputError
+study.main([])
+try:
+    Reranker.from_pretrained("nano-mamba")
+except InputError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert all("repository, not with the installed package" in said for said in (ran.stdout, ran.stderr))
 
 
 ON_A_CPU = """

@@ -133,10 +133,15 @@ def read_scale(name: str) -> dict:
     """Read `notebooks/scales/<name>.yaml`: {"parameters": {name: value}, "minutes": {notebook: minutes on 2 cores}}.
 
     Raises:
-        InputError: there is no such scale, or its file is not such a mapping.
+        InputError: there is no such scale, its file is not such a mapping, or there are no scales, as in an installed package.
     """
     path = scale_path(name)
     known = sorted(file.stem for file in path.parent.glob("*.yaml"))
+    if not known:
+        raise InputError(
+            f"expected the notebooks of the study and their scales in {NOTEBOOKS}, found none; they come with the repository, "
+            "not with the installed package: run `pip install --editable .` in a clone"
+        )
     if name not in known:
         raise InputError(f"expected a scale among {', '.join(known)}, got {name!r}")
     scale = read_yaml(path)
