@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .collection import Collection
-from .data.formats import Documents, sort_run
+from .data.formats import Documents, head_of, sort_run
 from .errors import InputError
 
 # bm25s imports JAX where it is installed, and JAX would reserve three quarters of a GPU's memory.
@@ -167,14 +167,16 @@ def lce_groups(
     (localized contrastive estimation) is by Gao, Dai and Callan, ECIR 2021.
 
     Raises:
-        InputError: there are too few negatives, and `doc_ids` is not given or too short.
+        InputError: there are too few negatives, and `doc_ids` is not given or too short; the run lacks a column, or its ranks do not
+            count from 1.
     """
     relevant: dict[str, set[str]] = defaultdict(set)
     judged = qrels[qrels["relevance"] > 0]
     for query_id, doc_id in zip(judged["query_id"], judged["doc_id"], strict=True):
         relevant[query_id].add(doc_id)
     pools: dict[str, list[str]] = defaultdict(list)
-    head = candidates[(candidates["rank"] <= depth) & candidates["query_id"].isin(list(relevant))]
+    head = head_of(candidates, depth)
+    head = head[head["query_id"].isin(list(relevant))]
     for query_id, doc_id in zip(head["query_id"], head["doc_id"], strict=True):
         if doc_id not in relevant[query_id]:
             pools[query_id].append(doc_id)
@@ -192,9 +194,9 @@ def lce_groups(
 def _random_documents(count: int, excluded: set[str], doc_ids: Sequence[str] | None, query_id: str, rng) -> list[str]:
     if doc_ids is None or len(doc_ids) < count + len(excluded):
         have = "no doc_ids" if doc_ids is None else f"{len(doc_ids)} documents in all"
+        remedy = "pass doc_ids=list(collection.documents), or " if doc_ids is None else "choose "
         raise InputError(
-            f"expected {count} more negatives for query {query_id!r} than its candidates have, got {have}; "
-            "pass doc_ids=list(collection.documents), or a smaller group_size"
+            f"expected {count} more negatives for query {query_id!r} than its candidates have, got {have}; {remedy}a smaller group_size"
         )
     drawn: dict[str, None] = {}
     while len(drawn) < count:

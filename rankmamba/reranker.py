@@ -15,7 +15,7 @@ from tqdm.std import tqdm
 
 from . import backbones, scan
 from .collection import Collection, check_run
-from .data.formats import sort_run
+from .data.formats import head_of, sort_run
 from .data.token_store import document_tokens
 from .errors import InputError
 from .files import replacing
@@ -202,12 +202,12 @@ class Reranker:
         that many passages and takes the best (MaxP); `cost` then counts passages.
 
         Raises:
-            InputError: the run names a query or a document that the collection does not have, or a number is below 1.
+            InputError: the run lacks a column, its ranks do not count from 1, it names a query or a document that the collection does
+                not have, or a number is below 1.
         """
         if top_k < 1 or max_passages < 1:
             raise InputError(f"expected top_k and max_passages of at least 1, got {top_k} and {max_passages}")
-        candidates = candidates if "rank" in candidates else sort_run(candidates)
-        head = candidates[candidates["rank"] <= top_k]
+        head = head_of(candidates, top_k)
         check_run(head, collection, columns=["query_id"])
         query_ids, query_of = unique(head["query_id"])
         doc_ids, document_of = unique(head["doc_id"])

@@ -258,6 +258,18 @@ def test_a_run_that_names_something_unknown_is_refused_by_name(column, value):
         reranker.rerank(collection.candidates.assign(**{column: value}), collection)
 
 
+def test_a_run_with_ranks_from_zero_or_pyterriers_columns_is_refused():
+    collection = load("rankmamba/tiny/test")
+    reranker, run = Reranker.from_pretrained("tiny-bert", dtype=torch.float32), collection.candidates
+    for wrong, said in (
+        (run.assign(rank=run["rank"] - 1), "expected ranks from 1, got 0"),
+        (run.assign(rank=np.nan), "expected ranks from 1, got nan"),
+        (run.rename(columns={"query_id": "qid", "doc_id": "docno"}), "got none called query_id, doc_id"),
+    ):
+        with pytest.raises(InputError, match=said):
+            reranker.rerank(wrong, collection, top_k=2)
+
+
 @pytest.mark.parametrize("wrong", ["top_k", "max_passages"])
 def test_nothing_to_rerank_is_refused(wrong):
     collection = load("rankmamba/tiny/test")

@@ -1,5 +1,6 @@
 """Training: the LCE loss, the recipe, reproducibility, stopping."""
 
+import re
 import signal
 import threading
 
@@ -240,6 +241,24 @@ def test_a_number_out_of_its_range_is_named_before_anything_is_loaded(wrong, tmp
     (name, value), config = *wrong.items(), TrainConfig("no-such-system", **{**TINY, **wrong})
     with pytest.raises(InputError, match=f"expected {name} (from|of at least) .* got {value}"):
         train(config, load("rankmamba/tiny/train"), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_steps": 2.5},
+        {"group_size": 4.0},
+        {"batch_size": True},
+        {"seed": np.int64(1)},
+        {"learning_rate": "1e-3"},
+        {"bf16": "yes"},
+    ],
+)
+def test_a_value_of_another_type_is_named_before_anything_is_loaded_or_written(wrong, tmp_path):
+    (name, value), config = *wrong.items(), TrainConfig("no-such-system", **{**TINY, **wrong})
+    with pytest.raises(InputError, match=rf"expected .* as '{name}', got {re.escape(repr(value))}"):
+        train(config, load("rankmamba/tiny/train"), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_teacher_that_was_trained_anew_is_asked_anew(tmp_path):

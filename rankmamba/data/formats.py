@@ -138,6 +138,26 @@ def sort_run(run: pd.DataFrame, path: str | Path | None = None) -> pd.DataFrame:
     return result
 
 
+def head_of(run: pd.DataFrame, top_k: int) -> pd.DataFrame:
+    """Return the rows of the `top_k` best documents of each query, by the run's ranks or, where it has none, by its scores.
+
+    Raises:
+        InputError: a column is missing, or ranks do not count from 1.
+    """
+    missing = [column for column in RUN_COLUMNS[:2] if column not in run.columns]
+    if missing:
+        raise InputError(
+            f"expected a run with columns query_id and doc_id, got none called {', '.join(missing)}; rename the columns"
+        )
+    if "rank" not in run.columns:
+        run = sort_run(run)
+    ranks = pd.to_numeric(run["rank"], errors="coerce")
+    if not (ranks >= 1).all():
+        wrong = run["rank"][~(ranks >= 1)].iloc[0]
+        raise InputError(f"expected ranks from 1, got {wrong}; drop the column to rank by scores")
+    return run[ranks <= top_k]
+
+
 def read_documents(path: str | Path) -> JsonlDocuments:
     """Open a JSONL file of documents; see `JsonlDocuments`."""
     return JsonlDocuments(path)

@@ -17,7 +17,7 @@ import torch
 from tqdm.std import tqdm
 
 from ..collection import Collection, check_run
-from ..data.formats import Documents, sort_run
+from ..data.formats import Documents, head_of, sort_run
 from ..errors import InputError
 from ..files import replacing
 from ..inputs import Pair
@@ -154,10 +154,10 @@ class DocumentStates:
         """Rerank the `top_k` best candidates of each query, like `Reranker.rerank`: run -> run, scores raw logits.
 
         Raises:
-            InputError: the run names a query that the collection does not have, or a document that has no state here.
+            InputError: the run lacks a column, its ranks do not count from 1, or it names a query that the collection does not have, or a
+                document that has no state here.
         """
-        head = candidates if "rank" in candidates else sort_run(candidates)
-        head = head[head["rank"] <= top_k]
+        head = head_of(candidates, top_k)
         check_run(head, collection, columns=["query_id"])
         query_ids, query_of = unique(head["query_id"])
         doc_ids, document_of = unique(head["doc_id"])

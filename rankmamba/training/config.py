@@ -35,6 +35,17 @@ def check_range(name: str, value: object) -> None:
         raise InputError(f"expected {name} {wanted}, got {value!r}")
 
 
+def check_type(name: str, value: object, wanted: type, where: str = "") -> None:
+    """Check that a value is of the type of its field; a whole number is a float, too, but no other number is whole.
+
+    Raises:
+        InputError: it is not; the message ends with `where`.
+    """
+    taken = float | int if wanted is float else wanted
+    if not isinstance(value, taken) or (isinstance(value, bool) and wanted not in (bool, bool | None)):
+        raise InputError(f"expected {getattr(wanted, '__name__', wanted)} as {name!r}, got {value!r}{where}")
+
+
 @dataclass
 class TrainConfig:
     """The settings of a training run; its record holds every field.
@@ -71,11 +82,14 @@ class TrainConfig:
         return dataclasses.asdict(self) | weights_in(name for name in (self.system, self.teacher) if name is not None)
 
     def check(self, processes: int = 1) -> None:
-        """Check what the fields' types cannot express.
+        """Check the fields' types, and what these cannot express.
 
         Raises:
-            InputError: a number is out of its range, the processes cannot share the batch evenly, or loss and teacher do not match.
+            InputError: a value is of another type, a number is out of its range, the processes cannot share the batch evenly, or loss
+                and teacher do not match.
         """
+        for field in dataclasses.fields(self):
+            check_type(field.name, getattr(self, field.name), field.type)
         for name in RANGES:
             check_range(name, getattr(self, name))
         if self.batch_size % processes:
@@ -118,8 +132,6 @@ def read_config(path: str | Path) -> tuple[TrainConfig, dict]:
     for name, value in values.items():
         if name not in types:
             raise InputError(f"expected names among {', '.join(types)}, got {name!r} ({path})")
-        wanted = float | int if types[name] is float else types[name]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted not in (bool, bool | None)):
-            raise InputError(f"expected {getattr(types[name], '__name__', types[name])} as {name!r}, got {value!r} ({path})")
+        check_type(name, value, types[name], f" ({path})")
     config = TrainConfig(**{name: value for name, value in values.items() if name not in where})
     return config, {name: values.get(name) for name in where}
