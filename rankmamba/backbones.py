@@ -152,6 +152,8 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
         if type(limit) is not int:
             raise InputError(f"expected a whole number of tokens as {name}, got {limit!r}")
     folder, spec = Path(path_or_id), None
+    if folder.is_file():
+        raise InputError(f"expected a folder, a system or a Hub id, got the file {folder}; name the folder that it is in")
     if not is_saved(folder):
         spec = find(str(path_or_id))
         if isinstance(spec.source, Path):

@@ -134,6 +134,8 @@ class Reranker:
     ) -> np.ndarray:
         """Score [(query, document)]: float32 (n,), raw logits, in the order given.
 
+        A model in training mode is put into evaluation mode, as CrossEncoder does: dropout would make the scores random.
+
         batch_tokens: tokens computed at a time after padding (on a CPU in one batch per thread), default `self.batch_tokens`; it
         changes speed and memory, not the scores.
         cross_encoder: further keywords of `CrossEncoder.predict`, see `cross_encoder.conversion`; with them the scores may be a tensor.
@@ -241,6 +243,8 @@ class Reranker:
         share: each process computes some of the batches, which are those of a single process, so the scores are the same too.
         """
         started = time.perf_counter()
+        if self.model.training:
+            self.model.eval()
         distinct, recurring = np.unique(np.stack([query_of, document_of]), axis=1, return_inverse=True)
         query_of, document_of = distinct
         specials = len(self.inputs.before) + len(self.inputs.between) + len(self.inputs.after)

@@ -385,6 +385,8 @@ def test_a_checkpoint_that_lacks_weights_or_words_and_one_that_reads_padding_is_
     for absent in (tmp_path / "absent", "results/absent/models/nano-mamba-seed0"):
         with pytest.raises(InputError, match="there is no such folder"):
             Reranker.from_pretrained(absent)
+    with pytest.raises(InputError, match="got the file .*config.json; name the folder"):
+        Reranker.from_pretrained(tmp_path / "config.json")
     with pytest.raises(InputError, match="did you mean nano-mamba"):
         Reranker.from_pretrained("nano-mambo")
 

@@ -59,6 +59,15 @@ def test_a_score_is_the_same_alone_and_in_mixed_company(reranker):
     assert np.ptp(together) > 1e-3
 
 
+def test_a_model_in_training_mode_scores_without_dropout():
+    torch.manual_seed(0)
+    reranker = Reranker.from_pretrained("tiny-neox", dtype=torch.float32, max_length=64, max_query_length=20)
+    pairs = [("which river", text) for text in TEXTS]
+    expected = reranker.predict(pairs)
+    reranker.model.train()
+    assert np.array_equal(reranker.predict(pairs), expected)
+
+
 def test_the_order_of_pairs_and_the_token_budget_change_nothing(reranker):
     pairs = [(query, text) for query in ("river", "a mountain in winter") for text in TEXTS]
     scores = reranker.predict(pairs)

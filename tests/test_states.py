@@ -174,6 +174,15 @@ def test_bf16_states_give_the_scores_of_bf16_full_scoring_to_its_precision(famil
         assert of_states.max() <= 2 * of_full.max() + 0.01
 
 
+def test_a_model_in_training_mode_gives_states_and_their_scores_without_dropout(tmp_path):
+    reranker = make("opt")
+    expected = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "s").rank("river", list(DOCUMENTS))
+    reranker.model.train()
+    states = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "t")
+    reranker.model.train()
+    assert states.rank("river", list(DOCUMENTS)) == expected
+
+
 def test_reranking_a_run_from_states_is_reranking_it(reranker, tmp_path):
     collection = load("rankmamba/tiny/test")
     states = DocumentStates.build(reranker, collection, tmp_path / "s")

@@ -83,6 +83,7 @@ class DocumentStates:
         if not isinstance(documents, Mapping):
             raise InputError(f"expected a collection or a mapping from ids to texts, got {type(documents).__name__}")
         documents = documents if isinstance(documents, Documents) else Documents(documents)
+        reranker.model.eval()
         kind = kind_of(reranker, layers)
         folder = Path(folder)
         check_folder(folder)
@@ -287,7 +288,10 @@ class DocumentStates:
         batch = inputs.collate([Pair(ids, np.zeros_like(ids)) for ids in halves])
         features = {name: tensor.to(self.reranker.device) for name, tensor in batch.items()}
         ids, mask = features["input_ids"], features["attention_mask"]
-        logits = self.reranker.model.score_hidden(
+        model = self.reranker.model
+        if model.training:  # as in Reranker._score
+            model.eval()
+        logits = model.score_hidden(
             lambda: self._kind.go_on(loaded, ids, mask), pooled_positions(ids, mask, "causal")
         )
         return logits[:, 0].float().cpu().numpy()
