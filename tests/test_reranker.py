@@ -230,6 +230,12 @@ def test_a_saved_folder_is_loaded_by_transformers_itself(reranker, tmp_path):
         assert model(**batch).logits.item() == pytest.approx(float(reranker.predict([("a", "b")])[0]), abs=1e-6)
 
 
+def test_transformers_loads_all_of_a_saved_folder_to_the_device_that_is_asked_for(reranker, tmp_path):
+    reranker.save_pretrained(tmp_path / "saved")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", device_map="meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 def test_ranking_is_by_score_and_ties_keep_the_given_order(reranker):
     ranked = reranker.rank("which river", [*TEXTS, TEXTS[1]], top_k=4, return_documents=True)
     assert [row["score"] for row in ranked] == sorted((row["score"] for row in ranked), reverse=True)

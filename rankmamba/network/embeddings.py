@@ -31,10 +31,10 @@ class FixedWordEmbedding(nn.Module):
             self.load_table()
 
     def load_table(self) -> None:
-        """Fill the table from its package."""
+        """Fill the table from its package, in its format and on its device."""
         package, file, tensor, *_ = WORD_EMBEDDINGS[self.name]
         with safe_open(package_folder(package) / file, framework="pt") as weights:
-            self.table = weights.get_tensor(tensor).to(self.table.dtype)
+            self.table = weights.get_tensor(tensor).to(self.table)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int64 (B, L) -> (B, L, D)."""

@@ -291,9 +291,7 @@ class DocumentStates:
         model = self.reranker.model
         if model.training:  # as in Reranker._score
             model.eval()
-        logits = model.score_hidden(
-            lambda: self._kind.go_on(loaded, ids, mask), pooled_positions(ids, mask, "causal")
-        )
+        logits = model.score_hidden(lambda: self._kind.go_on(loaded, ids, mask), pooled_positions(ids, mask, "causal"))
         return logits[:, 0].float().cpu().numpy()
 
 
