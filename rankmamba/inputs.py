@@ -17,6 +17,7 @@ from .errors import InputError
 from .files import json_sha256
 
 TOKENISING = threading.Lock()  # a fast tokenizer holds the truncation of the running call as its own state
+PROBES = "a", "the"  # not "a" and "b": T5 begins both, and hardly another text, with a token for the space before them
 MOST_MATCHES = 3  # of a query token in the document: a mark counts no further
 
 # What each kind of model reads, and the token whose hidden state becomes the score.
@@ -76,6 +77,11 @@ class PairTokenizer:
                 f"expected max_length > max_query_length > {specials} special tokens, "
                 f"got max_length={max_length}, max_query_length={max_query_length}"
             )
+        if self.document_limit == len(self.document_head) or self.query_limit == len(self.query_head):
+            raise InputError(
+                "expected room for text after the words that the template puts before document and query, got "
+                f"max_length={max_length}, max_query_length={max_query_length}, which these words fill; choose larger limits"
+            )
         ids = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
         self.pad_id = next(i for i in ids if i is not None)  # its value does not matter: the mask hides it
         self.typed = "token_type_ids" in tokenizer.model_input_names and self.query_first
@@ -91,12 +97,12 @@ class PairTokenizer:
     @cached_property
     def document_head(self) -> np.ndarray:
         """The ids that every document begins with, whatever its text."""
-        return _common_start(*self.documents(["a", "b"]))
+        return _common_start(*self.documents(PROBES))
 
     @cached_property
     def query_head(self) -> np.ndarray:
         """The ids that every query begins with, whatever its text."""
-        return _common_start(*self.queries(["a", "b"]))
+        return _common_start(*self.queries(PROBES))
 
     @cached_property
     def vocabulary_digest(self) -> str:
@@ -164,7 +170,7 @@ class PairTokenizer:
 
 
 def _common_start(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a[: next((at for at, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), 0)]
+    return a[: next((at for at, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))]
 
 
 def pair_specials(tokenizer) -> tuple[list[int], list[int], list[int]]:

