@@ -181,6 +181,7 @@ def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
         ("seed: true", "expected int as 'seed', got True"),
         ("learning_rat: 1", "got 'learning_rat'"),
         ("loss: distil", "expected a teacher for loss 'distil'"),
+        ("loss: distil\nteacher: minilm-l6", "expected the folder of a trained reranker as teacher, got 'minilm-l6'"),
         ("- a list", "got"),
     ],
 )

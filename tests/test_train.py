@@ -261,13 +261,19 @@ def test_a_value_of_another_type_is_named_before_anything_is_loaded_or_written(w
     assert not list(tmp_path.iterdir())
 
 
-def test_a_teacher_that_was_trained_anew_is_asked_anew(tmp_path):
-    tiny = load("rankmamba/tiny/train")
-    scores = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        teacher = Reranker.from_pretrained("tiny-bert", max_length=64, max_query_length=16)
-        torch.nn.init.normal_(teacher.model.score.weight, std=1.0)
+@pytest.mark.parametrize("other", ["weights", "limits", "texts"])
+def test_a_teacher_that_is_another_or_reads_other_texts_is_asked_anew(other, tmp_path):
+    tiny, scores = load("rankmamba/tiny/train"), []
+    teacher = Reranker.from_pretrained("tiny-bert", max_length=64, max_query_length=16)
+    torch.nn.init.normal_(teacher.model.score.weight, std=1.0)
+    for again in (False, True):
+        if again and other == "weights":
+            teacher.model.score.weight.data *= -1
+        elif again and other == "limits":
+            teacher.model.config.limits = {"max_length": 20, "max_query_length": 16}
+        elif again:
+            edited = {doc_id: f"edited {text}" for doc_id, text in tiny.documents.pairs()}
+            tiny = Collection(tiny.name, edited, tiny.queries, tiny.qrels, tiny.candidates)
         teacher.save_pretrained(tmp_path / "teacher")
         groups = TrainingGroups(tiny, tiny.candidates, teacher.inputs, 4, 0, count=4)
         scores.append(teacher_scores(str(tmp_path / "teacher"), groups, tiny, tmp_path / "kept"))

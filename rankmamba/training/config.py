@@ -54,7 +54,7 @@ class TrainConfig:
     of all steps) and then decaying linearly to 0. batch_size: queries per step, on all devices together. group_size: documents per
     query, 1 positive. epochs: passes over the training queries, may be fractional. max_steps: a cap on the steps, 0 for none.
     max_length, max_query_length: tokens. bf16: None lets the device decide. loss: "lce", or "distil" to imitate the scores of
-    `teacher`, a reranker's folder or system (KL divergence over the group). lora_r, lora_alpha: rank and scale of LoRA; rank 0 trains
+    `teacher`, the folder of a trained reranker (KL divergence over the group). lora_r, lora_alpha: rank and scale of LoRA; rank 0 trains
     all weights. gradient_checkpointing: compute layers twice to save memory. compile: use torch.compile.
     """
 
@@ -85,8 +85,8 @@ class TrainConfig:
         """Check the fields' types, and what these cannot express.
 
         Raises:
-            InputError: a value is of another type, a number is out of its range, the processes cannot share the batch evenly, or loss
-                and teacher do not match.
+            InputError: a value is of another type, a number is out of its range, the processes cannot share the batch evenly, loss and
+                teacher do not match, or the teacher is not a saved reranker.
         """
         for field in dataclasses.fields(self):
             check_type(field.name, getattr(self, field.name), field.type)
@@ -103,13 +103,24 @@ class TrainConfig:
             raise InputError(
                 f"expected a teacher for loss 'distil' and none for 'lce', got loss={self.loss!r} and teacher={self.teacher!r}"
             )
+        if self.teacher is not None:
+            from ..reranking.saved import is_saved  # imports torch, and a study's parameters are checked without it
+
+            if not is_saved(Path(self.teacher)):
+                raise InputError(
+                    f"expected the folder of a trained reranker as teacher, got {self.teacher!r}: the head of a system is new, so its "
+                    "scores would be random; train it and name the folder of its model"
+                )
 
 
 def weights_in(systems: Iterable[str]) -> dict[str, dict]:
-    """The SHA-256 of the weights of those systems that are folders, for a record's config: new weights change it."""
-    named = {name: sorted(Path(name).glob("*.safetensors")) for name in systems}
-    weights = {name: [sha256(path) for path in paths] for name, paths in named.items() if paths}
-    return {"weights_in": weights} if weights else {}
+    """The SHA-256 of weights and configuration of those systems that are folders, for a record's config: new ones change it."""
+    found = {}
+    for name in systems:
+        weights, configuration = sorted(Path(name).glob("*.safetensors")), Path(name) / "config.json"
+        if weights:
+            found[name] = [sha256(path) for path in (*weights, configuration) if path.is_file()]
+    return {"weights_in": found} if found else {}
 
 
 def read_config(path: str | Path) -> tuple[TrainConfig, dict]:
