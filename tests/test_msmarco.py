@@ -292,6 +292,15 @@ def test_the_dry_run_names_every_run_of_the_papers_as_a_command_with_hours_and_g
     assert capped == (10 * settings["batch_size"] * settings["group_size"], 528_100)
 
 
+def test_the_hours_of_a_study_are_those_of_all_its_systems_each_with_its_own_steps(nothing_fetched, capsys):
+    systems = {"systems": ["mamba-130m", "mamba-370m"], "max_steps": {"default": 0, "mamba-370m": 1000}}
+    settings = study.settle("paper") | systems
+    plan.announce(settings, yes=True)
+    smaller, larger = 5_872_192, 1000 * settings["batch_size"] * settings["group_size"]  # pairs to train on
+    hours = 512 * (smaller / 1e5 + 372 / 129 * larger / 1e5 + (1 + 372 / 129) * 528_100 / 3e5) / 3600
+    assert f"about {hours:,.1f} hours on" in capsys.readouterr().err
+
+
 def test_no_run_asks_for_more_positions_than_its_system_has():
     assert all(run.max_length <= (SYSTEMS[run.system].max_length or run.max_length) for run in RUNS)
     assert Run("opt-1.3b", 1536) in RUNS and Run("opt-1.3b", 4096) not in RUNS and Run("mamba2-780m", 1536) in RUNS

@@ -114,9 +114,8 @@ def announce(settings: dict, yes: bool) -> None:
     if sum(file.size for file in files) < TELL:
         return
     missing = [file for file in files if not file.there]
-    training, scoring = pairs(settings)
     rates = measure({stand_in(system) for system in settings["systems"]}, settings["group_size"])
-    hours = sum(estimate(system, settings["max_length"], rates, training, scoring) for system in settings["systems"])
+    hours = sum(estimate(system, settings["max_length"], rates, *pairs(settings, system)) for system in settings["systems"])
     print("\n".join([*_to_fetch(missing), f"about {hours:,.1f} hours on {_device()}"]), file=sys.stderr)
     if yes or not missing:
         return
@@ -161,11 +160,11 @@ def dry_run(scale: str, settings: dict) -> str:
     return "\n".join(lines)
 
 
-def pairs(settings: dict) -> tuple[int, int]:
-    """Count the (query, document) pairs that one run trains on and scores."""
+def pairs(settings: dict, system: str = "default") -> tuple[int, int]:
+    """Count the (query, document) pairs that one run, of a system, trains on and scores."""
     collection, batch = settings["collection"], settings["batch_size"]
     steps = int(settings["epochs"] * _count(f"{collection}/train", "qrels") / batch)
-    cap = settings["max_steps"].get("default", 0)
+    cap = settings["max_steps"].get(system, settings["max_steps"]["default"])
     steps = min(steps, cap) if cap else steps
     queries = sum(_count(name, "queries") for name in parts(settings)[1:])
     return steps * batch * settings["group_size"], queries * settings["top_k"]
