@@ -489,9 +489,12 @@ def test_ranking_writes_nothing(mamba, tmp_path):
 
 def test_what_cannot_be_is_refused_by_name(mamba, tmp_path):
     states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
-    assert "word" in states and "no-such" not in states
-    with pytest.raises(InputError, match="no-such"):
-        states.rank("which river", ["word", "no-such"])
+    assert "word" in states and "no-such" not in states and "\ud800" not in states
+    for unknown in ("no-such", "\ud800"):
+        with pytest.raises(InputError, match=f"a state in .*, got {unknown!r}".replace("\\", r"\\")):
+            states.rank("which river", ["word", unknown])
+    with pytest.raises(InputError, match="top_k of at least 1, got 0"):
+        states.rerank(load("rankmamba/tiny/test").candidates, load("rankmamba/tiny/test"), top_k=0)
     with pytest.raises(InputError, match="causal"):
         DocumentStates.build(Reranker.from_pretrained("tiny-bert"), DOCUMENTS, tmp_path / "bert")
     with pytest.raises(InputError, match="int4"):

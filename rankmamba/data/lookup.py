@@ -14,7 +14,8 @@ from ..errors import InputError
 
 def hash_id(doc_id: str) -> int:
     """Return the 64-bit hash that a doc_id is sorted by."""
-    return int.from_bytes(hashlib.blake2b(doc_id.encode(), digest_size=8).digest(), "little")
+    encoded = doc_id.encode("utf-8", "surrogatepass")  # no store has half a surrogate pair, but one may be asked for
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
 
 
 def make(hashes: Sequence[int], name: Callable[[int], str]) -> np.ndarray:

@@ -155,9 +155,11 @@ class DocumentStates:
         """Rerank the `top_k` best candidates of each query, like `Reranker.rerank`: run -> run, scores raw logits.
 
         Raises:
-            InputError: the run lacks a column, its ranks do not count from 1, or it names a query that the collection does not have, or a
-                document that has no state here.
+            InputError: the run lacks a column, its ranks do not count from 1, it names a query that the collection does not have or a
+                document that has no state here, or `top_k` is below 1.
         """
+        if top_k < 1:
+            raise InputError(f"expected top_k of at least 1, got {top_k}")
         head = head_of(candidates, top_k)
         check_run(head, collection, columns=["query_id"])
         query_ids, query_of = unique(head["query_id"])

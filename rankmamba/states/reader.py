@@ -44,10 +44,7 @@ class Names:
 
     def find(self, doc_id: str) -> int | None:
         """Return the row of a document, or None."""
-        try:
-            return lookup.find(self._lookup, doc_id, self.__getitem__)
-        except UnicodeEncodeError:  # half a surrogate pair, which no stored id has
-            return None
+        return lookup.find(self._lookup, doc_id, self.__getitem__)
 
 
 class Reader:
