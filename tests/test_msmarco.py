@@ -4,6 +4,8 @@ import copy
 import gzip
 import random
 import shlex
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import ir_datasets
 import numpy as np
@@ -223,19 +225,22 @@ def test_a_document_unknown_to_the_store_and_more_tokens_than_it_keeps_are_refus
 
 
 @pytest.mark.parametrize("system", ["tiny-bert", "tiny-mamba"])
-@pytest.mark.parametrize("length", [0, 1, 30, 47, 48, 49, 200])
+@pytest.mark.parametrize("length", [0, 1, 30, 47, 48, 49, 69, 72, 200])
 def test_passages_cover_a_document_and_the_first_is_its_beginning(system, length):
     inputs = Reranker.from_pretrained(system, max_length=64, max_query_length=16).inputs
-    document = inputs.documents([" ".join(["word"] * length)], 4096)[0]
+    document = inputs.documents([" ".join(map(str, range(length)))], 4096)[0]
     passages = cut(document, inputs, 100)
     assert passages[0].tolist() == document[: inputs.document_limit].tolist()
-    assert all(len(passage) <= inputs.document_limit for passage in passages)
-    head, covered = len(inputs.document_head), 0
+    head = len(inputs.document_head)
+    room = inputs.document_limit - head
     for place, passage in enumerate(passages):
-        assert passage[:head].tolist() == document[:head].tolist()
-        covered = place * ((inputs.document_limit - head) // 2) + len(passage)
-    assert covered == len(document)
-    assert len(cut(document, inputs, 1)) == 1 and tokens_needed(inputs, 1) == inputs.document_limit
+        begin = head + place * (room // 2)
+        assert passage.tolist() == [*document[:head], *document[begin : begin + room]]
+        assert (begin + room >= len(document)) == (place + 1 == len(passages))  # the last one, and no other, reaches the end
+    for most in (1, 2, 3):
+        reached = document[: tokens_needed(inputs, most)]
+        assert [*map(list, cut(reached, inputs, most))] == [*map(list, passages[:most])]
+    assert tokens_needed(inputs, 1) == inputs.document_limit
 
 
 def test_maxp_is_the_best_of_a_documents_passages_and_firstp_its_beginning(msmarco, reranker):
@@ -280,6 +285,11 @@ def test_the_dry_run_names_every_run_of_the_papers_as_a_command_with_hours_and_g
         Run(row[2].split("systems=[")[1].split("]")[0], int(row[2].split("max_length=")[1].split()[0])) for row in rows
     ] == RUNS
     first = dict(zip(["hours", "gb", "command"], rows[RUNS.index(Run("mamba-130m", 512))], strict=True))
+    assert "about 8.4 GB of tokens for each vocabulary" in text  # two bytes each
+    others = {"roberta-base": "bert-base", "t5-base": "bert-base", "gpt2": "pythia-160m", "opt-350m": "opt-125m"}
+    assert {name: plan.stand_in(name) for name in others} == others
+    (total,) = [line.split()[0] for line in text.splitlines() if "hours in all" in line]
+    assert float(total.replace(",", "")) == pytest.approx(sum(float(row[0].replace(",", "")) for row in rows), rel=1e-3)
     assert float(first["gb"]) == 5.2  # 129 M parameters, float32: the backbone, three checkpoints of weights and two moments
     assert float(rows[RUNS.index(Run("mamba-1.4b", 512))][1]) == 22.0  # LoRA: no moments
     measured, larger = (float(rows[RUNS.index(Run(name, 512))][0].replace(",", "")) for name in ("mamba-130m", "mamba-370m"))
@@ -288,8 +298,8 @@ def test_the_dry_run_names_every_run_of_the_papers_as_a_command_with_hours_and_g
     parser_sees = shlex.split(first["command"])[3:]
     settings = study.settle("paper", None, study.parse_parameters(parser_sees[3:6:2]))
     assert settings["systems"] == ["mamba-130m"] and settings["max_length"] == 512
-    capped = plan.pairs(settings | {"max_steps": {"default": 10}})
-    assert capped == (10 * settings["batch_size"] * settings["group_size"], 528_100)
+    less = {"max_steps": {"default": 10}, "n_dev": 30, "n_test": 1000, "top_k": 20, "max_passages": 4}
+    assert plan.pairs(settings | less) == (10 * settings["batch_size"] * settings["group_size"], (30 + 88) * 20 * 4)
 
 
 def test_the_hours_of_a_study_are_those_of_all_its_systems_each_with_its_own_steps(nothing_fetched, capsys):
@@ -314,6 +324,14 @@ def test_gigabytes_are_not_fetched_without_a_yes(nothing_fetched, capsys):
     plan.announce(study.settle("paper"), yes=True)
     plan.announce(study.settle("quick"), yes=False)
     assert "scale quick: about" in plan.dry_run("quick", study.settle("quick"))
+
+
+@pytest.mark.parametrize("answer", ["Y", "yes", "", "n"])
+def test_at_a_terminal_nothing_but_a_yes_is_one(answer, nothing_fetched, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    with nullcontext() if answer.startswith(("Y", "y")) else pytest.raises(InputError, match="got no yes"):
+        plan.announce(study.settle("paper"), yes=False)
 
 
 def test_what_is_there_is_not_asked_for(msmarco, monkeypatch, capsys):
@@ -351,6 +369,24 @@ def test_ours_beside_the_published_figures_is_the_mean_of_each_trec_year_and_of_
     ours = table[(table["system"] == "mamba-130m") & table["ours"].notna()].set_index(["collection", "measure"])["ours"]
     assert ours.to_dict() == pytest.approx({key: np.mean(found) for key, found in means.items()})
     assert not table[table["ours"].notna()]["system"].str.contains("bm25").any()
+
+
+def test_published_figures_are_of_msmarcos_documents_and_of_what_else_was_measured_best_first():
+    result = {"measures": {"nDCG@10": {"mean": 0.76}, "P@1": {"mean": 0.9}}, "per_query": {}}
+    passages = {
+        "kind": "evaluate",
+        "system": "mine",
+        "seed": 0,
+        "collection": "msmarco-passage/trec-dl-2019/judged",
+        "result": result,
+    }
+    nobodys, ours = beside_ours([]), beside_ours([passages])
+    assert set(ours["collection"]) - set(nobodys["collection"]) == {passages["collection"]}
+    assert nobodys["collection"].str.startswith("msmarco-document/").all() and not nobodys.empty
+    measured = ours[ours["collection"] == passages["collection"]]
+    assert set(measured["measure"]) == {"nDCG@10"} and measured["system"].iloc[0] == "mine" and len(measured) > 2
+    for _, figures in ours.groupby(["collection", "measure"]):
+        assert figures[["value", "ours"]].max(axis=1).is_monotonic_decreasing
 
 
 def test_a_study_at_scale_paper_runs_its_notebooks_on_the_miniature_with_both_trec_years_as_its_test(

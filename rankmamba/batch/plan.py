@@ -141,8 +141,8 @@ def dry_run(scale: str, settings: dict) -> str:
     documents = _count(settings["collection"], "docs")
     lines = _to_fetch([file for file in files if not file.there])
     lines += [
-        f"to keep beside it: about {2 * TOKENS_OF_A_DOCUMENT * documents / 1e9:.1f} GB of tokens for each vocabulary, and the texts "
-        "once more in ir_datasets' own store",
+        f"to keep beside it: about {2 * TOKENS_OF_A_DOCUMENT * documents / 1e9:.1f} GB of tokens for each vocabulary, twice that "
+        "beyond 65,536 words, and the texts once more in ir_datasets' own store",
         f"each run: {training:,} pairs to train on, {scoring:,} to score",
         "",
     ]
@@ -161,13 +161,18 @@ def dry_run(scale: str, settings: dict) -> str:
 
 
 def pairs(settings: dict, system: str = "default") -> tuple[int, int]:
-    """Count the (query, document) pairs that one run, of a system, trains on and scores."""
+    """Count the (query, document) pairs that one run, of a system, trains on and scores; of a document in passages each passage."""
+    from ..collection import UNIONS
+
     collection, batch = settings["collection"], settings["batch_size"]
     steps = int(settings["epochs"] * _count(f"{collection}/train", "qrels") / batch)
     cap = settings["max_steps"].get(system, settings["max_steps"]["default"])
     steps = min(steps, cap) if cap else steps
-    queries = sum(_count(name, "queries") for name in parts(settings)[1:])
-    return steps * batch * settings["group_size"], queries * settings["top_k"]
+    queries = 0
+    for part in ("dev", "test"):
+        name = f"{collection}/{part}"
+        queries += min(settings[f"n_{part}"], sum(_count(each, "queries") for each in UNIONS.get(name, (name,))))
+    return steps * batch * settings["group_size"], queries * settings["top_k"] * settings["max_passages"]
 
 
 def estimate(system: str, max_length: int, rates: dict[str, Rate], training: int, scoring: int) -> float:
