@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from forks import fork
@@ -265,7 +266,7 @@ def test_reranking_does_no_finished_query_again(fresh, monkeypatch):
 
 def test_no_piece_of_another_model_other_candidates_or_other_settings_is_taken_over(tmp_path, monkeypatch):
     exact, rounded = (
-        Reranker.from_pretrained("tiny-mamba", dtype=dtype, max_length=64, max_query_length=16)
+        Reranker.from_pretrained("tiny-mamba", dtype=dtype, max_length=32, max_query_length=16)
         for dtype in (torch.float32, torch.bfloat16)
     )
     test, scored = load("rankmamba/tiny/test").sample(3), []
@@ -274,7 +275,7 @@ def test_no_piece_of_another_model_other_candidates_or_other_settings_is_taken_o
         scored.append(candidates)
         return _rerank(self, candidates, *arguments, **options)
 
-    whole = exact.rerank(test.candidates, test, 2)
+    whole, parts = (exact.rerank(test.candidates, test, 2, max_passages=most) for most in (1, 2))
     monkeypatch.setattr(Reranker, "rerank", rerank_queries)
 
     def pieces(reranker=exact, candidates=test.candidates, top_k=2, of=1, pairs=2, **others):
@@ -292,6 +293,8 @@ def test_no_piece_of_another_model_other_candidates_or_other_settings_is_taken_o
     computed, run = pieces()
     assert computed == 0 and run[["query_id", "doc_id", "rank"]].equals(whole[["query_id", "doc_id", "rank"]])
     assert run["score"].to_numpy() == pytest.approx(whole["score"].to_numpy(), abs=1e-5)
+    assert not np.allclose(parts["score"], whole["score"], rtol=0, atol=1e-5)
+    assert pieces(max_passages=2)[1]["score"].to_numpy() == pytest.approx(parts["score"].to_numpy(), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- document states

@@ -324,16 +324,20 @@ def test_an_addition_that_stops_goes_on_and_a_document_that_is_there_is_not_adde
 
     with pytest.raises(InputError, match="each doc_id once, got 'cut' again as document 5"):
         DocumentStates.build(mamba, Twice(first), tmp_path / "s")
+    with pytest.raises(InputError, match="the 4 documents that .* got others"):  # more than there are, but one of those edited
+        DocumentStates.build(mamba, DOCUMENTS | {"word": "bridge"}, tmp_path / "s")
 
-    done = []
+    for kept in (4, 7):  # those that were there; and a block of three
 
-    def stop(count):
-        done.append(count)
-        if sum(done) > 8:  # four that were there, a block of three, some of another
-            raise KeyboardInterrupt
+        def stop(count, kept=kept, done=[]):  # noqa: B006
+            done.append(count)
+            if sum(done) > kept:
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s", on_stored=stop)
+        with pytest.raises(KeyboardInterrupt):
+            DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s", on_stored=stop)
+        with pytest.raises(InputError, match=f"got {kept} documents of a build that was stopped"):
+            DocumentStates.open(tmp_path / "s", mamba)
     states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
     assert np.abs(from_states(states, "which river") - full(mamba, "which river")).max() <= 1e-5
 
@@ -355,7 +359,8 @@ def test_building_again_computes_nothing_and_other_documents_are_refused(mamba, 
     before = contents(tmp_path / "s")
     monkeypatch.setattr(states_module, "store_block", None)
     assert len(DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")) == len(DOCUMENTS)
-    for documents in (DOCUMENTS | {"word": "bridge"}, {"empty": ""}):
+    moved = {"emp": "ty", **dict(itertools.islice(DOCUMENTS.items(), 1, None))}  # a part of the first one's id
+    for documents in (DOCUMENTS | {"word": "bridge"}, {"empty": ""}, moved):
         with pytest.raises(InputError, match="documents"):
             DocumentStates.build(mamba, documents, tmp_path / "s")
     with pytest.raises(InputError, match="another dtype"):
