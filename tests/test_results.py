@@ -213,6 +213,31 @@ def test_a_foreign_file_is_an_input_error(tmp_path, content):
         read_records(tmp_path)
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_is_not_finite_is_not_read_either(tmp_path, number):
+    path = write_record(tmp_path, record(result={"loss": 0.125}))
+    path.write_text(path.read_text().replace("0.125", number))
+    with pytest.raises(InputError, match="is not a finite number"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["first_stage", "train", "rerank"])
+def test_a_folder_of_another_collection_is_refused_whatever_was_done_in_it(tmp_path, kind):
+    results.check_collection(tmp_path / "new", "mine")
+    done = {"train": {"tokens": 1, "parameters_outside_embeddings": 1, "curve": []}}.get(kind, {})
+    write_record(tmp_path, record(kind, collection="theirs/test", result=done, timing={"seconds": 1.0, "pairs_per_s": 1.0}))
+    results.check_collection(tmp_path, "theirs")
+    with pytest.raises(InputError, match="expected results of mine in .*, got those of theirs"):
+        results.check_collection(tmp_path, "mine")
+
+
+def test_a_removed_record_is_gone_gzipped_or_not(tmp_path):
+    path = write_record(tmp_path, record())
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+    results.remove_record(tmp_path, record())
+    assert read_records(tmp_path) == []
+
+
 def test_a_copy_under_another_name_does_not_count_twice(tmp_path):
     path = write_record(tmp_path, record())
     path.with_name("data-x copy.json").write_bytes(path.read_bytes())
