@@ -336,7 +336,7 @@ def test_an_addition_that_stops_goes_on_and_a_document_that_is_there_is_not_adde
 
         with pytest.raises(KeyboardInterrupt):
             DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s", on_stored=stop)
-        with pytest.raises(InputError, match=f"got {kept} documents of a build that was stopped"):
+        with pytest.raises(InputError, match=f"got {kept} documents of a build that is running or was stopped"):
             DocumentStates.open(tmp_path / "s", mamba)
     states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "s")
     assert np.abs(from_states(states, "which river") - full(mamba, "which river")).max() <= 1e-5
