@@ -32,7 +32,7 @@ from .results import environment, find_record, leave_record
 from .systems import CHECKPOINTS, SCRATCH
 from .train import TrainConfig, scale_config, train
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 WIKI = "rankmamba/wiki"
 
 
