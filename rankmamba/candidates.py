@@ -12,7 +12,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from .collection import Collection
-from .data.formats import Documents, head_of, sort_run
+from .data.formats import Documents
+from .data.runs import head_of, sort_run
 from .errors import InputError
 
 # bm25s imports JAX where it is installed, and JAX would reserve three quarters of a GPU's memory.

@@ -11,18 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .data.formats import (
-    QRELS_COLUMNS,
-    RUN_COLUMNS,
-    Documents,
-    read_documents,
-    read_lines,
-    read_qrels,
-    read_queries,
-    read_run,
-    refuse_duplicates,
-    sort_run,
-)
+from .data.formats import QRELS_COLUMNS, Documents, read_documents, read_qrels, read_queries
+from .data.lines import read_lines, refuse_duplicates
+from .data.runs import RUN_COLUMNS, read_run, sort_run
 from .errors import InputError
 from .files import sha256
 

@@ -1,6 +1,6 @@
 """Measures, intervals and paired tests.
 
-A run is measured by its `rank` column, which `formats.sort_run` made with the one tie rule: tools that see only scores break
+A run is measured by its `rank` column, which `runs.sort_run` made with the one tie rule: tools that see only scores break
 ties in their own ways (trec_eval by larger doc_id, MS MARCO by smaller). Every mean is over the judged queries.
 """
 

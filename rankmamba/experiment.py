@@ -21,7 +21,7 @@ from tqdm.std import tqdm
 from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25, candidates_of
 from .collection import UNIONS, Collection, digest_of, load
-from .data.formats import read_run, write_run
+from .data.runs import read_run, write_run
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, clusters, per_query
 from .files import json_sha256, sha256, slug

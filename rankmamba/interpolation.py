@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .data.formats import sort_run
+from .data.runs import sort_run
 from .errors import InputError
 from .evaluate import PRIMARY, per_query
 

@@ -15,7 +15,7 @@ from tqdm.std import tqdm
 
 from . import backbones, scan
 from .collection import Collection, check_run
-from .data.formats import head_of, sort_run
+from .data.runs import head_of, sort_run
 from .data.token_store import document_tokens
 from .errors import InputError
 from .files import replacing
@@ -236,6 +236,15 @@ class Reranker:
         scored["rank"] = scored.groupby("qid", sort=False)["score"].rank(method="first", ascending=False).astype(int) - 1
         return scored.sort_values(["qid", "rank"], ignore_index=True)
 
+    def scoring(self) -> torch.autocast:
+        """The context that the network scores and reads in: without dropout, products in `dtype`.
+
+        One for all batches converts the weights once; in inference mode it would do so for every batch.
+        """
+        if self.model.training:
+            self.model.eval()
+        return autocast(self.device, self.dtype)
+
     @torch.no_grad()
     def _score(self, queries, documents, query_of, document_of, batch_tokens, show_progress_bar, share=False) -> np.ndarray:
         """Score pairs given as two index arrays into tokenised queries and documents; a pair that recurs is computed once.
@@ -243,8 +252,6 @@ class Reranker:
         share: each process computes some of the batches, which are those of a single process, so the scores are the same too.
         """
         started = time.perf_counter()
-        if self.model.training:
-            self.model.eval()
         distinct, recurring = np.unique(np.stack([query_of, document_of]), axis=1, return_inverse=True)
         query_of, document_of = distinct
         specials = len(self.inputs.before) + len(self.inputs.between) + len(self.inputs.after)
@@ -265,8 +272,7 @@ class Reranker:
             return self._score_batch(pairs, alone=count == 1)
 
         bar = tqdm(total=sum(map(len, batches)), unit="pair", desc="scoring", mininterval=1, disable=not show_progress_bar)
-        # one autocast for all batches converts the weights once; in inference mode it would do so for every batch
-        with bar, autocast(self.device, self.dtype):
+        with bar, self.scoring():
             while batches:
                 count, left = min(count, len(batches)), dict(enumerate(batches))
                 with closing(side_by_side(compute, batches, count, self.device, self.dtype)) as results:

@@ -25,7 +25,7 @@ from transformers.integrations import TensorBoardCallback
 
 from .backbones import find
 from .collection import Collection, check_run, load
-from .data.formats import read_run
+from .data.runs import read_run
 from .errors import InputError
 from .files import check_room
 from .model import weights_digest

@@ -36,7 +36,7 @@ import ir_measures  # noqa: E402
 from rankmamba import results
 from rankmamba.batch import sweep
 from rankmamba.batch.parameters import load_yaml, parse_parameters  # noqa: E402
-from rankmamba.data import formats, token_store
+from rankmamba.data import formats, lines, runs, token_store
 from rankmamba.data.embedded import nq
 from rankmamba.errors import InputError  # noqa: E402
 from rankmamba.evaluate import parse_measure  # noqa: E402
@@ -63,11 +63,11 @@ def _text(data: bytes) -> str:
 
 
 def check_run(path: Path, data: bytes) -> None:
-    run = formats.read_run(path)
+    run = runs.read_run(path)
     theirs = {(row.query_id, row.doc_id): row.score for row in ir_measures.read_trec_run(io.StringIO(_text(data)))}
     assert {(q, d): s for q, d, s in zip(run["query_id"], run["doc_id"], run["score"], strict=True)} == theirs
-    formats.write_run(path, run, "again")
-    assert formats.read_run(path).equals(run)
+    runs.write_run(path, run, "again")
+    assert runs.read_run(path).equals(run)
 
 
 def check_qrels(path: Path, data: bytes) -> None:
@@ -444,7 +444,7 @@ def guided(name: str, arguments: list[str]) -> None:
     """Let atheris, which sees what the code does with an input, look for more; it ends the process."""
     import atheris
 
-    for module in (formats, nq, results, state_reader, sweep, token_store, sys.modules["rankmamba.batch.parameters"]):
+    for module in (formats, lines, runs, nq, results, state_reader, sweep, token_store, sys.modules["rankmamba.batch.parameters"]):
         for function in filter(inspect.isfunction, vars(module).values()):
             if function.__module__ == module.__name__:
                 atheris.instrument_func(function)

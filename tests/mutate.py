@@ -46,6 +46,7 @@ TESTS = {
     "reporting/tables": ["test_results.py"],
     "transfer": ["test_transfer.py"],
     "data/formats": ["test_collection.py"],
+    "data/runs": ["test_collection.py"],
     "collection": ["test_collection.py"],
     "experiment": ["test_experiment.py"],
 }

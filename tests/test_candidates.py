@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rankmamba.candidates import BM25, GRID, lce_groups, tune_bm25
 from rankmamba.collection import load
-from rankmamba.data.formats import sort_run
+from rankmamba.data.runs import sort_run
 from rankmamba.errors import InputError
 
 

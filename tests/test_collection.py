@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 
 from rankmamba import collection
 from rankmamba.collection import Collection, check_run, digest_of, load
-from rankmamba.data.formats import (
-    read_documents,
-    read_qrels,
-    read_queries,
-    read_run,
-    sort_run,
-    write_documents,
-    write_qrels,
-    write_queries,
-    write_run,
-)
+from rankmamba.data.formats import read_documents, read_qrels, read_queries, write_documents, write_qrels, write_queries
+from rankmamba.data.runs import read_run, sort_run, write_run
 from rankmamba.errors import InputError
 
 IDS = st.text(st.characters(categories=("L", "N", "P", "S"), codec="utf-8"), min_size=1, max_size=8)

@@ -14,7 +14,7 @@ from forks import fork
 from torch.distributed import TCPStore
 
 from rankmamba.collection import load
-from rankmamba.data.formats import write_run
+from rankmamba.data.runs import write_run
 from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
 from rankmamba.results import read_records

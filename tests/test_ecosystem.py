@@ -13,7 +13,8 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderClassificationEvaluator, CrossEncoderRerankingEvaluator
 
 from rankmamba.collection import load
-from rankmamba.data.formats import write_qrels, write_run
+from rankmamba.data.formats import write_qrels
+from rankmamba.data.runs import write_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.reranker import Reranker

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rankmamba.collection import load
-from rankmamba.data.formats import sort_run
+from rankmamba.data.runs import sort_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import (
     BASELINE,

@@ -8,7 +8,8 @@ import pytest
 
 from rankmamba import study
 from rankmamba.collection import load
-from rankmamba.data.formats import write_documents, write_qrels, write_queries, write_run
+from rankmamba.data.formats import write_documents, write_qrels, write_queries
+from rankmamba.data.runs import write_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import clusters, per_query
 from rankmamba.experiment import Experiment

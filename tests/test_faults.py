@@ -18,7 +18,8 @@ import torch
 from rankmamba import study
 from rankmamba.batch import parameters
 from rankmamba.collection import load
-from rankmamba.data.formats import write_documents, write_qrels, write_queries, write_run
+from rankmamba.data.formats import write_documents, write_qrels, write_queries
+from rankmamba.data.runs import write_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import replacing, write_text

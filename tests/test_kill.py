@@ -29,7 +29,8 @@ from rankmamba.backbones import load_tokenizer
 from rankmamba.collection import load
 from rankmamba.data import embedded, sources, token_store
 from rankmamba.data.embedded import nq
-from rankmamba.data.formats import Documents, sort_run
+from rankmamba.data.formats import Documents
+from rankmamba.data.runs import sort_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import PARTS, Experiment
 from rankmamba.files import sha256

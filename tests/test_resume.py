@@ -22,7 +22,7 @@ from forks import fork
 
 from rankmamba import experiment, reranker
 from rankmamba.collection import Collection, load
-from rankmamba.data.formats import sort_run
+from rankmamba.data.runs import sort_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.files import sha256

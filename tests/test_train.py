@@ -10,7 +10,8 @@ import torch
 
 from rankmamba.candidates import BM25, lce_groups
 from rankmamba.collection import Collection, load
-from rankmamba.data.formats import write_documents, write_qrels, write_queries, write_run
+from rankmamba.data.formats import write_documents, write_qrels, write_queries
+from rankmamba.data.runs import write_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.reranker import Reranker

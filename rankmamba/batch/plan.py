@@ -5,6 +5,7 @@ The hours are extrapolated from a minute of measuring: one published backbone of
 are an upper bound.
 """
 
+import itertools
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -94,12 +95,12 @@ def downloads(collections: Iterable[str]) -> list[Download]:
     return list(found.values())
 
 
-def parts(settings: dict) -> list[str]:
-    """The ids that a study with these settings reads: of training, then those whose queries are ranked."""
+def parts(settings: dict) -> dict[str, tuple[str, ...]]:
+    """The ids that a study with these settings reads, by what they are for: "train", "dev" and "test"."""
     from ..collection import UNIONS
 
-    names = [f"{settings['collection']}/{part}" for part in ("train", "dev", "test")]
-    return [part for name in names for part in UNIONS.get(name, (name,))]
+    names = {part: f"{settings['collection']}/{part}" for part in ("train", "dev", "test")}
+    return {part: UNIONS.get(name, (name,)) for part, name in names.items()}
 
 
 def announce(settings: dict, yes: bool) -> None:
@@ -110,7 +111,7 @@ def announce(settings: dict, yes: bool) -> None:
     Raises:
         InputError: the user did not agree.
     """
-    files = downloads(parts(settings))
+    files = downloads(itertools.chain(*parts(settings).values()))
     if sum(file.size for file in files) < TELL:
         return
     missing = [file for file in files if not file.there]
@@ -133,7 +134,7 @@ def _to_fetch(missing: Sequence[Download]) -> list[str]:
 
 def dry_run(scale: str, settings: dict) -> str:
     """Say what a study at a scale fetches and keeps, and each run of the papers as a command with its hours and GB on this device."""
-    files = downloads(parts(settings))
+    files = downloads(itertools.chain(*parts(settings).values()))
     if not files:
         minutes = sum(read_scale(scale)["minutes"].values())
         return f"scale {scale}: about {minutes:.0f} minutes, as its file says; the papers' runs are those of scale paper"
@@ -162,16 +163,15 @@ def dry_run(scale: str, settings: dict) -> str:
 
 def pairs(settings: dict, system: str = "default") -> tuple[int, int]:
     """Count the (query, document) pairs that one run, of a system, trains on and scores; of a document in passages each passage."""
-    from ..collection import UNIONS
-
     collection, batch = settings["collection"], settings["batch_size"]
     steps = int(settings["epochs"] * _count(f"{collection}/train", "qrels") / batch)
-    cap = settings["max_steps"].get(system, settings["max_steps"]["default"])
+    caps = settings["max_steps"]
+    cap = caps.get(system, caps["default"])
     steps = min(steps, cap) if cap else steps
-    queries = 0
-    for part in ("dev", "test"):
-        name = f"{collection}/{part}"
-        queries += min(settings[f"n_{part}"], sum(_count(each, "queries") for each in UNIONS.get(name, (name,))))
+    ids = parts(settings)
+    queries = sum(
+        min(settings[f"n_{part}"], sum(_count(name, "queries") for name in ids[part])) for part in ("dev", "test")
+    )
     return steps * batch * settings["group_size"], queries * settings["top_k"] * settings["max_passages"]
 
 

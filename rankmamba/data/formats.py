@@ -1,13 +1,10 @@
-"""The files of a collection: documents (JSONL), queries (TSV), judgements and runs (TREC), read strictly and written plainly.
+"""The files of a collection: documents (JSONL), queries (TSV), judgements (TREC qrels), read strictly and written plainly.
 
-A run is a DataFrame query_id (str), doc_id (str), score (float64), rank (int, from 1); qrels are query_id, doc_id and
-relevance (int). Ids are printable and contain no spaces, which the TREC formats could not represent. Empty lines are
-skipped everywhere; anything else that is not as described is an `InputError` with file and line.
+Qrels are a DataFrame query_id (str), doc_id (str) and relevance (int). Anything that is not as described is an `InputError` with file
+and line. Runs have a module of their own (`runs`).
 """
 
-import itertools
 import json
-import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
@@ -18,8 +15,8 @@ import pandas as pd
 
 from ..errors import InputError
 from ..files import replacing
+from .lines import checked_id, numbers, read_lines, refuse_duplicates
 
-RUN_COLUMNS = ["query_id", "doc_id", "score", "rank"]
 QRELS_COLUMNS = ["query_id", "doc_id", "relevance"]
 
 
@@ -92,72 +89,6 @@ class JsonlDocuments(Documents):
         return _document(self._bytes[begin:end].decode(), str(self._path))[1]
 
 
-def sort_run(run: pd.DataFrame, path: str | Path | None = None) -> pd.DataFrame:
-    """Put a run into the order used everywhere: by query_id, then score descending, then doc_id ascending; ranks count from 1.
-
-    Ids are compared as strings, character by character. Ties are broken here and nowhere else. `path` is the file that the run
-    was read from, for messages.
-
-    Raises:
-        InputError: a column is missing, an id is not a string, a score is not finite, or a query has a document twice.
-    """
-    missing = [column for column in RUN_COLUMNS[:3] if column not in run.columns]
-    if missing:
-        raise InputError(f"expected a run with columns query_id, doc_id and score, got none called {', '.join(missing)}")
-    codes, names = {}, {}
-    for column in ("query_id", "doc_id"):
-        codes[column], names[column] = pd.factorize(run[column].to_numpy(dtype=object), sort=False)
-        wrong = [value for value in names[column] if not isinstance(value, str)]
-        if wrong or (codes[column] < 0).any():
-            raise InputError(f"expected strings as {column} in a run, got {wrong[0] if wrong else None!r}; convert the column")
-        order = np.argsort(names[column], kind="stable")
-        position = np.empty(len(order), dtype=np.int64)
-        position[order] = np.arange(len(order))
-        codes[column], names[column] = position[codes[column]], names[column][order]
-    scores = pd.to_numeric(run["score"], errors="coerce").to_numpy(dtype=np.float64)
-    if not np.isfinite(scores).all():
-        row = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(
-            f"expected finite scores, got {run['score'].iloc[row]} for query {run['query_id'].iloc[row]!r}, "
-            f"document {run['doc_id'].iloc[row]!r}"
-        )
-    order = np.lexsort((codes["doc_id"], -scores, codes["query_id"]))
-    queries = codes["query_id"][order]
-    first = np.searchsorted(queries, queries)
-    result = pd.DataFrame(
-        {
-            "query_id": names["query_id"][queries],
-            "doc_id": names["doc_id"][codes["doc_id"][order]],
-            "score": scores[order],
-            "rank": np.arange(len(order)) - first + 1,
-        }
-    )
-    pairs = np.sort(codes["query_id"] * max(1, len(names["doc_id"])) + codes["doc_id"])
-    if (pairs[1:] == pairs[:-1]).any():
-        refuse_duplicates(run, "a run", path)
-    return result
-
-
-def head_of(run: pd.DataFrame, top_k: int) -> pd.DataFrame:
-    """Return the rows of the `top_k` best documents of each query, by the run's ranks or, where it has none, by its scores.
-
-    Raises:
-        InputError: a column is missing, or ranks do not count from 1.
-    """
-    missing = [column for column in RUN_COLUMNS[:2] if column not in run.columns]
-    if missing:
-        raise InputError(
-            f"expected a run with columns query_id and doc_id, got none called {', '.join(missing)}; rename the columns"
-        )
-    if "rank" not in run.columns:
-        run = sort_run(run)
-    ranks = pd.to_numeric(run["rank"], errors="coerce")
-    if not (ranks >= 1).all():
-        wrong = run["rank"][~(ranks >= 1)].iloc[0]
-        raise InputError(f"expected ranks from 1, got {wrong}; drop the column to rank by scores")
-    return run[ranks <= top_k]
-
-
 def read_documents(path: str | Path) -> JsonlDocuments:
     """Open a JSONL file of documents; see `JsonlDocuments`."""
     return JsonlDocuments(path)
@@ -197,7 +128,7 @@ def read_queries(path: str | Path) -> dict[str, str]:
             raise InputError(
                 f"expected query_id, one tab and the query text, got {len(columns)} columns ({where}): {line[:80]!r}"
             )
-        query_id, text = _id(columns[0], "query_id", where), columns[1].strip()
+        query_id, text = checked_id(columns[0], "query_id", where), columns[1].strip()
         if not text:
             raise InputError(
                 f"expected a query text, got an empty one for query {query_id!r} ({where}); write one or remove the line"
@@ -222,7 +153,7 @@ def write_queries(path: str | Path, queries: Mapping[str, str]) -> None:
         for query_id, text in queries.items():
             if not isinstance(text, str) or not text.strip() or any(character in text for character in "\t\n\r"):
                 raise InputError(f"expected a query text without tabs and line breaks, got {text!r:.80} for query {query_id!r}")
-            handle.write(f"{_id(query_id, 'query_id', path)}\t{_encodable(text, f'query {query_id!r}', path)}\n")
+            handle.write(f"{checked_id(query_id, 'query_id', path)}\t{_encodable(text, f'query {query_id!r}', path)}\n")
 
 
 def read_qrels(path: str | Path) -> pd.DataFrame:
@@ -243,7 +174,7 @@ def read_qrels(path: str | Path) -> pd.DataFrame:
     if not rows:
         raise InputError(f"expected at least one judgement, got an empty file ({path})")
     query_ids, doc_ids, texts = (list(column) for column in zip(*rows, strict=True))
-    relevance = _numbers(texts, int, "a whole number as relevance", path)
+    relevance = numbers(texts, int, "a whole number as relevance", path)
     qrels = pd.DataFrame({"query_id": query_ids, "doc_id": doc_ids, "relevance": relevance})
     refuse_duplicates(qrels, "qrels", path)
     return qrels
@@ -264,69 +195,7 @@ def write_qrels(path: str | Path, qrels: pd.DataFrame) -> None:
     refuse_duplicates(qrels, "qrels")
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
         for query_id, doc_id, relevance in zip(qrels["query_id"], qrels["doc_id"], qrels["relevance"], strict=True):
-            handle.write(f"{_id(query_id, 'query_id', path)} 0 {_id(doc_id, 'doc_id', path)} {int(relevance)}\n")
-
-
-def read_run(path: str | Path) -> pd.DataFrame:
-    """Read a TREC run (query_id, Q0, doc_id, rank, score, tag). Order and ranks follow the scores, by the tie rule of `sort_run`.
-
-    An empty file is a run without results.
-
-    Raises:
-        InputError: a line does not have six columns, a rank or score is not a number, a score is not finite, or a document occurs twice.
-    """
-    query_ids, doc_ids, ranks, scores = [], [], [], []
-    seen: dict[str, str] = {}  # one string object for each id and rank, however many lines name it
-    for number, _, line in read_lines(Path(path)):
-        try:
-            query_id, _, doc_id, rank, score, _ = line.split()
-        except ValueError:
-            raise InputError(
-                f"expected 6 columns (query_id, Q0, doc_id, rank, score, tag), got {len(line.split())} "
-                f"({path}:{number}): {line[:80]!r}"
-            ) from None
-        query_ids.append(seen.setdefault(query_id, query_id))
-        doc_ids.append(seen.setdefault(doc_id, doc_id))
-        ranks.append(seen.setdefault(rank, rank))
-        scores.append(score)
-    _numbers(ranks, int, "a whole number as rank", path)
-    values = _numbers(scores, float, "a finite number as score", path)
-    return sort_run(pd.DataFrame({"query_id": query_ids, "doc_id": doc_ids, "score": values}), path)
-
-
-def write_run(path: str | Path, run: pd.DataFrame, tag: str) -> None:
-    """Write a run in the TREC format, scores with all their digits, so that `read_run` gives the same run back."""
-    _id(tag, "tag", path)
-    run = sort_run(run)
-    for column in ("query_id", "doc_id"):
-        for name in run[column].unique():
-            _id(name, column, path)
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as handle:
-        columns = (run[column].tolist() for column in RUN_COLUMNS)
-        handle.writelines(f"{query} Q0 {doc} {rank} {score!r} {tag}\n" for query, doc, score, rank in zip(*columns, strict=True))
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, int, str]]:
-    """Yield (line number, byte offset, text without line end) of the lines that are not empty; a byte-order mark is skipped."""
-    try:
-        handle = open(path, "rb")
-    except OSError as error:
-        raise InputError(f"expected a readable file, got {error.strerror} ({path})") from error
-    with handle:
-        offset = 0
-        for number, raw in enumerate(handle, 1):
-            begin, offset = offset, offset + len(raw)
-            if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-                raw, begin = raw[3:], 3
-            try:
-                line = raw.rstrip(b"\r\n").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"expected UTF-8 text, got byte 0x{raw[error.start]:02x} at position {error.start + 1} ({path}:{number}); "
-                    "convert the file, e.g. with iconv -t UTF-8"
-                ) from None
-            if line:
-                yield number, begin, line
+            handle.write(f"{checked_id(query_id, 'query_id', path)} 0 {checked_id(doc_id, 'doc_id', path)} {int(relevance)}\n")
 
 
 def _document(line: str, where: str) -> tuple[str, str]:
@@ -348,7 +217,7 @@ def _checked(doc_id: str, text: str, where: str | Path, title: str = "") -> tupl
             remedy = 'write "" for none' if value is None else "put it in quotes"
             raise InputError(f"expected a string as {field}, got {value!r:.80} ({where}); {remedy}")
     text = f"{title} {text}" if title else text
-    return _id(doc_id, "doc_id", where), _encodable(text, f"document {doc_id!r}", where)
+    return checked_id(doc_id, "doc_id", where), _encodable(text, f"document {doc_id!r}", where)
 
 
 def _encodable(text: str, of: str, where: str | Path) -> str:
@@ -358,49 +227,3 @@ def _encodable(text: str, of: str, where: str | Path) -> str:
     except UnicodeEncodeError:
         raise InputError(f"expected text that UTF-8 can hold, got half a surrogate pair in {of} ({where})") from None
     return text
-
-
-def _id(value: str, field: str, where: str | Path) -> str:
-    """Check an id: printable, no spaces."""
-    if not isinstance(value, str) or not value or " " in value or not value.isprintable():
-        raise InputError(f"expected a {field} of printable characters without spaces, got {value!r:.80} ({where})")
-    return value
-
-
-def _numbers(texts: list[str], kind: type, expected: str, path: str | Path) -> np.ndarray:
-    """Convert a column of a file to int or float; forms that only Python accepts (1_000, nan, inf) are refused.
-
-    The texts are those of the file's non-empty lines, in order, so that the message can name the line of a wrong one.
-    """
-    try:
-        values = np.array(list(map(kind, texts)), dtype=np.float64 if kind is float else np.int64)
-        if np.isfinite(values).all() and not any("_" in text for text in texts):
-            return values
-    except (ValueError, OverflowError):
-        pass
-
-    def wrong(text: str) -> bool:
-        try:
-            return "_" in text or not math.isfinite(kind(text)) or (kind is int and abs(int(text)) >= 2**63)
-        except (ValueError, OverflowError):
-            return True
-
-    row = next(row for row, text in enumerate(texts) if wrong(text))
-    raise InputError(f"expected {expected}, got {texts[row][:80]!r} ({path}:{_line_of_row(path, row)})")
-
-
-def _line_of_row(path: str | Path, row: int) -> int:
-    """The line number of the non-empty line with index `row`."""
-    return next(itertools.islice(read_lines(Path(path)), int(row), None))[0]
-
-
-def refuse_duplicates(table: pd.DataFrame, what: str, path: str | Path | None = None) -> None:
-    """Check that no (query_id, doc_id) occurs twice; `path` is the file whose non-empty lines are the rows."""
-    again = np.flatnonzero(table.duplicated(["query_id", "doc_id"]))
-    if len(again):
-        query_id, doc_id = table.iloc[again[0]][["query_id", "doc_id"]]
-        raise InputError(
-            f"expected each document once per query in {what}, got {doc_id!r} again for query {query_id!r}"
-            + (f" ({path}:{_line_of_row(path, again[0])})" if path else "")
-            + f", {len(again)} such rows in all; remove the repeated ones"
-        )

@@ -11,7 +11,7 @@ import pandas as pd
 from tqdm.std import tqdm
 
 from ..collection import Collection
-from ..data.formats import sort_run
+from ..data.runs import head_of, sort_run
 from ..files import refusals
 from ..reranker import Cost, Reranker
 
@@ -84,7 +84,7 @@ def rerank(
     Raises:
         InputError: as `Reranker.rerank`; or the disk is full or not writable.
     """
-    head = candidates[candidates["rank"] <= top_k]
+    head = head_of(candidates, top_k)
     digest = hashlib.sha256(pd.util.hash_pandas_object(head, index=False).to_numpy().tobytes()).hexdigest()
     of = of | {"top_k": top_k, "max_passages": max_passages, "pairs": PAIRS, "candidates": digest}
     journal = Journal(path, of | {"precision": reranker.precision, "device": reranker.device.type})

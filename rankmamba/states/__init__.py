@@ -17,12 +17,12 @@ import torch
 from tqdm.std import tqdm
 
 from ..collection import Collection, check_run
-from ..data.formats import Documents, head_of, sort_run
+from ..data.formats import Documents
+from ..data.runs import head_of, sort_run
 from ..errors import InputError
 from ..files import replacing
 from ..inputs import Pair
 from ..model import pooled_positions
-from ..precision import autocast
 from ..reranker import Cost, Reranker, unique
 from .build import BLOCK, SAMPLE, blocks, identity, store_block
 from .encoding import FLOATS, Parts, check_format, decode, encode, record_bytes
@@ -83,7 +83,6 @@ class DocumentStates:
         if not isinstance(documents, Mapping):
             raise InputError(f"expected a collection or a mapping from ids to texts, got {type(documents).__name__}")
         documents = documents if isinstance(documents, Documents) else Documents(documents)
-        reranker.model.eval()
         kind = kind_of(reranker, layers)
         folder = Path(folder)
         check_folder(folder)
@@ -268,7 +267,7 @@ class DocumentStates:
         with (
             ThreadPoolExecutor(1, thread_name_prefix="states") as loader,
             tqdm(total=len(rows), unit="pair", desc="scoring from states", mininterval=1, disable=not show_progress_bar) as bar,
-            autocast(self.reranker.device, self.reranker.dtype),  # one for all batches, as in Reranker._score
+            self.reranker.scoring(),
         ):
             coming = loader.submit(self._load, rows[batches[0]]) if batches else None
             for place, batch in enumerate(batches):
@@ -290,10 +289,9 @@ class DocumentStates:
         batch = inputs.collate([Pair(ids, np.zeros_like(ids)) for ids in halves])
         features = {name: tensor.to(self.reranker.device) for name, tensor in batch.items()}
         ids, mask = features["input_ids"], features["attention_mask"]
-        model = self.reranker.model
-        if model.training:  # as in Reranker._score
-            model.eval()
-        logits = model.score_hidden(lambda: self._kind.go_on(loaded, ids, mask), pooled_positions(ids, mask, "causal"))
+        logits = self.reranker.model.score_hidden(
+            lambda: self._kind.go_on(loaded, ids, mask), pooled_positions(ids, mask, "causal")
+        )
         return logits[:, 0].float().cpu().numpy()
 
 
@@ -314,7 +312,7 @@ class HeldStates:
         _check_query(query, top_k)
         tokens = self.states.reranker.inputs.queries([query])
         scores = np.empty(len(self.doc_ids), dtype=np.float32)
-        with self._lock, autocast(self.states.reranker.device, self.states.reranker.dtype):
+        with self._lock, self.states.reranker.scoring():
             for batch, loaded in self._batches:
                 scores[batch] = self.states._continue(loaded, tokens * len(batch))
         return _ranked(self.doc_ids, scores, top_k)

@@ -11,7 +11,6 @@ from ..data.formats import Documents
 from ..files import json_sha256
 from ..inputs import Pair, token_batches
 from ..model import weights_digest
-from ..precision import autocast
 from ..reranker import Reranker
 from ..reranking.threads import batch_cost
 from .encoding import FLOATS, Parts, Profile, encode
@@ -74,7 +73,7 @@ def store_block(
     """Compute and store the states of one block."""
     doc_ids, pairs, digests = zip(*block, strict=True)
     dtype, profile = writer.header["dtype"], None
-    with autocast(reranker.device, reranker.dtype):  # one for all batches, as in Reranker._score
+    with reranker.scoring():
         batches = _states(kind, reranker, pairs, batch_tokens, count)
         if dtype not in FLOATS or kind.kept is not None:
             profile, batches = _profile(kind, writer, batches)

@@ -44,12 +44,11 @@ from ..formats import (
     read_documents,
     read_qrels,
     read_queries,
-    read_run,
     write_documents,
     write_qrels,
     write_queries,
-    write_run,
 )
+from ..runs import read_run, write_run
 from ..sources import fetch, say
 from . import nq, squad, wiki
 from .nq import SPLITS
