@@ -32,15 +32,15 @@ struct Scan {
     float *dB, *dC;           // (groups, B, L, N), to be summed over the groups
 };
 
-// The convolution before the scan. weight: (K, E). state: (B, K-1, E).
+// The convolution before the scan, with four taps. weight: (4, E). x, y, dy and dx are all float32 or all bfloat16.
 struct Conv {
-    int64_t batch, length, inner, taps;  // B, L, E, K
+    int64_t batch, length, inner;  // B, L, E
     int64_t silu;
-    Rows x, y, initial;
+    Rows x, y, initial;          // initial (B, 3, E), float32; or absent
     const float *weight, *bias;  // bias (E) or null
     // backward only
-    Rows dy, dx, dinitial;
-    float *dweight, *dbias;  // (B, K, E), (B, E): to be summed over B
+    Rows dy, dx, dinitial;   // dinitial like initial
+    float *dweight, *dbias;  // (B, 4, E), (B, E): to be summed over B
 };
 
 // Mamba-2's scan, arXiv 2405.21060, section 6, in chunks of Q tokens.

@@ -41,7 +41,7 @@ Scan = _structure(
 )
 Conv = _structure(
     "Conv",
-    ("batch length inner taps silu", c_int64),
+    ("batch length inner silu", c_int64),
     ("x y initial", Rows),
     ("weight bias", c_void_p),
     ("dy dx dinitial", Rows),
@@ -122,6 +122,7 @@ _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 if _madvise:
     _madvise.argtypes = (c_void_p, ctypes.c_size_t, ctypes.c_int)
 BLOCK, TILE, NORM_ROWS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_norm_rows()
+TAPS = 4  # of the filters that the convolution's kernels compute, as in `causal_conv1d.h`
 
 
 def description() -> str:

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import BLOCK, TILE, Conv, Scan, as_plain, as_rows, call, empty, parts, pointer, rows, tracked, workers
+from .library import BLOCK, TAPS, TILE, Conv, Scan, as_plain, as_rows, call, empty, parts, pointer, rows, tracked, workers
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
@@ -93,7 +93,7 @@ def _scan_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, checkpoin
 def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
     """See `rankmamba.scan.causal_conv1d`."""
     tensors, silu = (x, weight, bias, initial_state), activation == "silu"
-    if x.numel() == 0:
+    if x.numel() == 0 or weight.shape[1] != TAPS:
         return portable.causal_conv1d(*tensors, return_final_state, activation)
     y = _CausalConv1d.apply(*tensors, silu) if tracked(tensors) else _conv_forward(*tensors, silu)
     if not return_final_state:
@@ -121,8 +121,8 @@ class _CausalConv1d(torch.autograd.Function):
 
 def _conv_arguments(x, weight, bias, initial_state, silu):
     """Return the C arguments and the tensors they point to."""
-    alive = x, initial, weight_t, bias_f = as_rows(x), as_rows(initial_state), as_plain(weight.t()), as_plain(bias)
-    arguments = Conv(*x.shape, weight.shape[1], silu)
+    alive = x, initial, weight_t, bias_f = as_rows(x), as_plain(initial_state), as_plain(weight.t()), as_plain(bias)
+    arguments = Conv(*x.shape, silu)
     arguments.x, arguments.initial = rows(x), rows(initial)
     arguments.weight, arguments.bias = pointer(weight_t), pointer(bias_f)
     return arguments, alive
@@ -132,19 +132,20 @@ def _conv_forward(x, weight, bias, initial_state, silu):
     arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
     y = empty(*x.shape, dtype=alive[0].dtype)
     arguments.y = rows(y)
-    call("conv_forward", arguments, workers(x.numel() * weight.shape[1]))
+    call("conv_forward", arguments, workers(x.numel() * TAPS))
     return y.to(x.dtype)
 
 
 @without_autocast
 def _conv_backward(x, weight, bias, initial_state, silu, dy):
     arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
-    (batch, _, inner), taps = x.shape, weight.shape[1]
-    dy, dx = as_rows(dy), empty(*x.shape, dtype=alive[0].dtype)
-    dinitial, dweight, dbias = empty(batch, taps - 1, inner), empty(batch, taps, inner), empty(batch, inner)
+    batch, _, inner = x.shape
+    dy, dx = as_rows(dy.to(alive[0].dtype)), empty(*x.shape, dtype=alive[0].dtype)
+    dinitial = None if initial_state is None else empty(batch, TAPS - 1, inner)
+    dweight, dbias = empty(batch, TAPS, inner), empty(batch, inner)
     arguments.dy, arguments.dx, arguments.dinitial = rows(dy), rows(dx), rows(dinitial)
     arguments.dweight, arguments.dbias = pointer(dweight), pointer(dbias)
-    call("conv_backward", arguments, workers(2 * x.numel() * taps))
+    call("conv_backward", arguments, workers(2 * x.numel() * TAPS))
     gradients = (dx, dweight.sum(0).t(), dbias.sum(0), dinitial)
     inputs = (x, weight, bias, initial_state)
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True))

@@ -43,6 +43,17 @@ void gelu_run(const Gelu &s, int64_t item, float *bias) {
         }
 }
 
+// sum a b over [first, first + count)
+inline float dot(const float *a, const float *b, int count) {
+    vf sums[VECTORS] = {};
+    int i = 0;
+    for (; i + BLOCK <= count; i += BLOCK)
+        for (int c = 0; c < VECTORS; c++) sums[c] += load(a + i + c * W) * load(b + i + c * W);
+    float rest = 0;
+    for (; i < count; i++) rest += a[i] * b[i];
+    return rest + total(sums);
+}
+
 int64_t add_norm_items(const AddNorm &s) { return ceil_div(s.rows, POINTWISE_ROWS); }
 int64_t add_norm_workspace(const AddNorm &s) { return 3 * (ceil_div(s.inner, BLOCK) * BLOCK); }
 
@@ -62,7 +73,7 @@ void add_norm_run(const AddNorm &s, int64_t item, float *space) {
                 store(x + at, added);
                 sums[c] += added;
             }
-        const float mean = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / inner;
+        const float mean = total(sums) / inner;
         for (int e = 0; e < inner; e++) x[e] -= mean;
         const float r = inverse_root(dot(x, x, inner) / inner + s.epsilon);
         for (int e = 0; e < inner; e++) x[e] = x[e] * r * s.weight[e] + s.shift[e];

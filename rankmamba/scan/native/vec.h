@@ -101,10 +101,17 @@ inline void transpose(vf *rows) {
 #endif
 }
 
+// The intrinsics since GCC widens half of a vector at a time.
 inline vf load_bf16(const uint16_t *p) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__AVX2__) && WIDTH == 8
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
     vh v;
     memcpy(&v, p, sizeof v);
     return (vf)(__builtin_convertvector(v, vu) << 16);
+#endif
 }
 #ifndef __AVX512BF16__
 // In the lower half of each lane.
@@ -142,6 +149,9 @@ inline vf reciprocal(vf x) {
     return 1.f / x;
 #endif
 }
+
+inline vf load(const uint16_t *p) { return load_bf16(p); }
+inline void store(uint16_t *p, vf x) { store_bf16(p, x); }
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float EXP_LIMIT = 86.6f;  // exp(-EXP_LIMIT) is 2^-125
@@ -352,12 +362,14 @@ ALWAYS_INLINE void store_block(const Rows &r, int64_t b, int64_t t, int64_t firs
 }
 
 // Ask for a piece of row t ahead of its use: rows lie far apart, and the processor's own guess is the next line. It comes into the
-// second-level cache: the first one is full of what is worked on. Never faults.
-inline void prefetch_row(const Rows &r, int64_t b, int64_t t, int64_t first, int64_t size = BLOCK) {
+// second-level cache: the first one is full of what is worked on. Never faults. Asks for the last byte of each 64: where rows begin anywhere
+// in a cache line, as Mamba-2's do, the first line is the one that came with the piece before. Always inlined, since GCC drops calls of a
+// function that does nothing else.
+ALWAYS_INLINE void prefetch_row(const Rows &r, int64_t b, int64_t t, int64_t first, int64_t size = BLOCK) {
     if (!r.data) return;
     const int64_t bytes = r.bfloat16 ? 2 : 4;
     const char *at = (const char *)r.data + (b * r.batch_stride + t * r.row_stride + first) * bytes;
-    for (int64_t i = 0; i < size * bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    for (int64_t i = 63; i < size * bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 // `count` floats, then zeros up to `size`; all zeros where there is nothing to read.
