@@ -204,7 +204,8 @@ def ssd_token(x, delta, A, B, C, D, initial_state, at):
     later = F.pad(decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # of the tokens after j
     reads = there(C)
     scores = (reads * B).sum(-1).repeat_interleave(shared, dim=2)  # (B, L, H)
-    y = ((later.exp() * step * scores)[..., None] * x).sum(1, keepdim=True)
+    weights = (later.exp() * step * scores).to(x.dtype)  # as exact as x: no copy of x with more digits, the largest tensor by far
+    y = _wide(torch.einsum("blh,blhp->bhp", weights, x))[:, None]
     if initial_state is not None:
         reads = reads.repeat_interleave(shared, dim=2)[:, 0, :, None]  # (B, H, 1, N)
         y = y + (decay.sum(1).exp()[..., None] * (initial_state * reads).sum(-1))[:, None]
