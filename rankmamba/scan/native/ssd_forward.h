@@ -11,8 +11,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
     using Base::s, Base::Q, Base::N, Base::P, Base::b, Base::g, Base::first, Base::count, Base::t0, Base::next_t0,
         Base::next_head, Base::tokens, Base::rows, Base::high, Base::low, Base::delta, Base::since, Base::weight, Base::block,
         Base::floats, Base::numbers;
-    float *scores = floats(Q * Q), *y = floats(Q * P), *carried = floats(Q * P);  // C . B, M x, C h
-    float *h = floats(this->own_heads() * N * P);                                 // (heads, N, P)
+    float *scores = floats(Q * Q), *y = floats(Q * P), *h = floats(this->own_heads() * N * P);  // C . B; y; (heads, N, P)
     Number *C = numbers(Q * N), *B = numbers(N * Q), *B_right = numbers(N * Q);   // left, left, right
     Number *mixing = numbers(Q * Q), *x = numbers(Q * P), *xw = numbers(Q * P), *h_right = numbers(N * P);
 
@@ -33,8 +32,8 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
         M::template multiply<false>(rows, N, rows, C, N, B_right, Q, scores, Q, WHOLE, LOWER);
     }
 
-    // x as it is, and weighed where the chunk adds to the state; y begins as D x.
-    void load_x(int64_t head, bool adds) {
+    // x as it is, and weighed where the chunk adds to the state. y, which is C h if the chunk reads a state, becomes exp(a) C h + D x.
+    void load_x(int64_t head, bool reads, bool adds) {
         const float D = s.D ? s.D[head] : 0;
         for (int t = 0; t < rows; t += 2) {
             float *next = block + P;
@@ -42,8 +41,9 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
             this->load_token(s.x, t + 1, head * s.width, s.width, P, next);
             for (int p = 0; p < P; p += W) {
                 const vf even = load(block + p), odd = load(next + p);
-                store(y + t * P + p, even * D);
-                store(y + (t + 1) * P + p, odd * D);
+                float *to = y + t * P + p;
+                store(to, reads ? fma(load(to), broadcast(since[t]), even * D) : even * D);
+                store(to + P, reads ? fma(load(to + P), broadcast(since[t + 1]), odd * D) : odd * D);
                 M::store_right(x, P, t, p, even, odd);
                 if (adds) M::store_right(xw, P, t, p, even * weight[t], odd * weight[t + 1]);
             }
@@ -59,7 +59,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
             int j = 0;
             for (; j <= i; j += W) {
                 vf keep = (high[i] - load(high + j)) + (low[i] - load(low + j));
-                exp2_clamped<1>(&keep);
+                exp2_up_to_1<1>(&keep);
                 keep *= load(scores + i * Q + j) * load(delta + j);
                 M::store_left(row + j, select(lanes <= i - j, keep, vf{}));
             }
@@ -68,7 +68,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
         for (int i = tokens; i < rows; i++) memset(mixing + i * Q, 0, rows * sizeof(Number));
     }
 
-    // The state before the chunk, for the product with C; what the chunk keeps of it stays in `own`.
+    // y = C h, of the state before the chunk; what the chunk keeps of it stays in `own`.
     void read_state(float *own) {
         const float keep = this->kept();
         for (int n = 0; n < N; n += 2)
@@ -79,15 +79,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
                 store(to, even * keep);
                 store(to + P, odd * keep);
             }
-        M::template multiply<false>(rows, N, P, C, N, h_right, P, carried, P);
-    }
-
-    void store_y(int64_t head, bool reads) {
-        for (int t = 0; t < tokens; t++) {
-            float *out = y + t * P;
-            for (int p = 0; reads && p < P; p += W) store(out + p, load(out + p) + load(carried + t * P + p) * since[t]);
-            store_row(s.y, b, t0 + t, head * s.width, (int)s.width, out);
-        }
+        M::template multiply<false>(rows, N, P, C, N, h_right, P, y, P);
     }
 
     void run(int64_t item) {
@@ -103,14 +95,14 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
                 float *own = h + i * N * P;
                 this->prefetch_shared();
                 this->load_steps(head);
-                load_x(head, adds);
-                mix(head);
-                M::template multiply<true>(rows, rows, P, mixing, Q, x, P, y, P, LOWER);
                 for (int64_t n = 0; s.before && reads && n < s.n; n++)
                     store_row(this->before(), 0, n, this->before_at(k, head), (int)s.width, own + n * P);
                 if (reads) read_state(own);
+                load_x(head, reads, adds);
                 if (adds) M::template multiply<true>(N, rows, P, B, Q, xw, P, own, P);
-                store_y(head, reads);
+                mix(head);
+                M::template multiply<true>(rows, rows, P, mixing, Q, x, P, y, P, LOWER);
+                for (int t = 0; t < tokens; t++) store_row(s.y, b, t0 + t, head * s.width, (int)s.width, y + t * P);
             }
         }
         this->store_states(h, s.final);
