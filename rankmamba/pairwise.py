@@ -108,7 +108,7 @@ def claim(pairs: pd.DataFrame, records: Sequence[dict], measure: str = PRIMARY) 
     lines.append(
         f"\nWith these queries a true difference of about {pairs['detectable'].median():.3f} is found four times in five, a smaller one "
         "less often. The intervals speak of other queries and, where there are several seeds, of other seeds of the training; with one "
-        "seed another training may give another order. None speaks of another pre-training: each system starts from one."
+        "seed another training may give another order. None speaks of another pre-training."
     )
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment
 from .interpolation import interpolate
+from .pairwise import SCAN, mixers, pairwise
 from .reporting.tables import measured
 from .reranker import Reranker
 from .results import environment, find_record, fingerprint, leave_record
@@ -174,6 +175,41 @@ def gains(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
                 cells.append((system, head, f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"))
     table = pd.DataFrame(cells, columns=["system", "reading", "gain"])
     return table.pivot(index="system", columns="reading", values="gain")[list(dict.fromkeys(table["reading"]))].fillna("")
+
+
+def verdict(transfers: Sequence[dict], pairs: Sequence[tuple[str, str]], trainings: Sequence[dict], measure: str = PRIMARY) -> str:
+    """Say in Markdown, for each collection, how the pairs of a state-space model and a Transformer (`pairwise.across`) stand there.
+
+    Documents are read as short as any record has it, which is what the systems were trained to read. trainings: the records of them.
+    """
+    kinds, lines = mixers(trainings), []
+    for collection in sorted({record["collection"] for record in transfers}, key=lambda name: (len(name), name)):
+        here = [r for r in transfers if r["collection"] == collection and r["config"]["max_passages"] == 1]
+        length = min(record["config"]["max_length"] for record in here)
+        found: dict[str, list[pd.DataFrame]] = {}
+        for record in here:
+            if record["config"]["max_length"] == length:
+                table = pd.DataFrame(record["result"]["per_query"], dtype=np.float64).rename_axis("query_id").sort_index()
+                found.setdefault(record["system"].partition(", ")[0], []).append(table)
+        table = pairwise(found, pairs, measure)
+        if table.empty:
+            continue
+        shown = table[(table["p_holm"] < 0.05) & (table["low"] > 0)]
+        said = [
+            f"{row.system} over {row.other} {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in shown.itertuples()
+        ]
+        ahead, queries = int((shown["system"].map(kinds) == SCAN).sum()), len(next(iter(found.values()))[0])
+        lines.append(
+            f"- {collection.removeprefix('rankmamba/')}, {length} tokens, {queries} queries: the Transformer is better in "
+            f"{len(shown) - ahead}, the state-space model in {ahead} of {len(table)}" + (f": {', '.join(said)}." if said else ".")
+        )
+    if not lines:
+        return ""
+    head = (
+        f"**Do they stand alike there?** Pairs of a state-space model and a Transformer that were trained alike, on {measure}, "
+        "p corrected for the pairs of a collection; each query counts as independent:\n\n"
+    )
+    return head + "\n".join(lines)
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:

@@ -163,3 +163,26 @@ def test_gains_are_of_the_same_queries_read_at_both_lengths():
     table = transfer.gains([*records, *others])
     assert table.to_dict() == {"x/test, 2,048 instead of 512 tokens": {"s": "+0.250 [+0.250, +0.250]"}}
     assert transfer.gains(others).empty
+
+
+def test_the_verdict_elsewhere_reads_documents_as_in_training_and_says_who_is_better():
+    rng = np.random.default_rng(0)
+    systems = {"a-bert": ("none", "sdpa", 0.6), "a-mamba": ("native", "none", 0.4), "b-mamba": ("native", "none", 0.6)}
+    trainings = [
+        {"kind": "train", "system": system, "environment": {"scan": scan, "attention": attention}}
+        for system, (scan, attention, _) in systems.items()
+    ]
+
+    def record(system, mean, length, passages=1):
+        config = {"max_length": length, "max_passages": passages}
+        values = {f"q{i}": value for i, value in enumerate(mean + rng.normal(0, 0.1, 200))}
+        result = {"per_query": {"RR@100": values}, "first_stage": {"per_query": {"RR@100": values}}}
+        name = f"{system}, {transfer.reading(length, passages)}"
+        return {"system": name, "collection": "rankmamba/x", "config": config, "result": result}
+
+    records = [record(system, mean, 64) for system, (_, _, mean) in systems.items()]
+    longer = [record(system, 1 - mean, 128) for system, (_, _, mean) in systems.items()] + [record("a-mamba", 0.9, 32, 4)]
+    pairs = [("a-bert", "a-mamba"), ("a-bert", "b-mamba")]
+    said = transfer.verdict(records + longer, pairs, trainings)
+    assert "x, 64 tokens, 200 queries: the Transformer is better in 1, the state-space model in 0 of 2: a-bert over a-mamba +0." in said
+    assert transfer.verdict(records, [], trainings) == transfer.verdict([], pairs, trainings) == ""
