@@ -4,10 +4,10 @@
 
 namespace {
 
-constexpr int TAPS = 4;                 // of every Mamba; other filters run in PyTorch
-constexpr int STRIP = W == 16 ? 2 : 1;  // vectors of channels whose filter and inputs stay in registers
-constexpr int CONV_ROWS = 16;           // tokens of an item of the forward: more are more streams than a processor follows
-constexpr int AHEAD = 8;                // tokens that the backward asks for ahead
+constexpr int TAPS = 4;        // of every Mamba; other filters run in PyTorch
+constexpr int STRIP = 2;       // vectors of channels whose filter and inputs stay in registers, as far as there are any
+constexpr int CONV_ROWS = 16;  // tokens of an item of the forward: more are more streams than a processor follows
+constexpr int AHEAD = 8;       // tokens that the backward asks for ahead
 
 // A strip of a tensor's channels, from `first` on. WHOLE: all of them exist; else, at the end of a row, `count` do.
 template <class Number, bool WHOLE>
@@ -35,7 +35,11 @@ struct Strip {
             store_row(r, b, t, first, count, row);
         }
     }
-    ALWAYS_INLINE void prefetch(int64_t t, int64_t channels) const { __builtin_prefetch(at(t) + channels + STRIP * W - 1, 0, 2); }
+    // As `prefetch_row`, from so many channels behind `first`.
+    ALWAYS_INLINE void prefetch(int64_t t, int64_t channels) const {
+        const char *from = (const char *)(at(t) + channels);
+        for (int end = STRIP * W * sizeof(Number); end > 0; end -= 64) __builtin_prefetch(from + end - 1, 0, 2);
+    }
 };
 
 // The filter of a strip and the last inputs that it has read.
