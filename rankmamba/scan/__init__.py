@@ -70,6 +70,7 @@ def causal_conv1d(
 
     x: (B, L, E). weight: (E, K). bias: (E,). initial_state: (B, K-1, E), the inputs before the first, oldest first; zero if left
     out. activation: None or "silu". Returns y (B, L, E), and with return_final_state also the last K-1 inputs, (B, K-1, E).
+    The native kernels have four taps, as every Mamba has; other filters run in torch's operations on a CPU.
 
     Raises:
         InputError: the shapes do not match, or the activation is unknown.
