@@ -195,13 +195,13 @@ def verdict(transfers: Sequence[dict], pairs: Sequence[tuple[str, str]], trainin
         if table.empty:
             continue
         shown = table[(table["p_holm"] < 0.05) & (table["low"] > 0)]
-        said = [
+        said = ", ".join(
             f"{row.system} over {row.other} {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in shown.itertuples()
-        ]
-        ahead, queries = int((shown["system"].map(kinds) == SCAN).sum()), len(next(iter(found.values()))[0])
+        )
+        ahead, tables = int((shown["system"].map(kinds) == SCAN).sum()), next(iter(found.values()))
         lines.append(
-            f"- {collection.removeprefix('rankmamba/')}, {length} tokens, {queries} queries: the Transformer is better in "
-            f"{len(shown) - ahead}, the state-space model in {ahead} of {len(table)}" + (f": {', '.join(said)}." if said else ".")
+            f"- {collection.removeprefix('rankmamba/')}, {length} tokens, {len(tables[0])} queries, seeds: {len(tables)}; the Transformer "
+            f"is better in {len(shown) - ahead}, the state-space model in {ahead} of {len(table)}" + (f": {said}." if said else ".")
         )
     if not lines:
         return ""
