@@ -5,7 +5,7 @@ import re
 import pytest
 
 import run
-from rankmamba import pretraining_seeds, transfer
+from rankmamba import learning_rates, pretraining_seeds, transfer
 from rankmamba.pairwise import across, pairwise, trained_alike
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.reporting.tables import final_table, format_table, per_query_values, shared_documents
@@ -43,6 +43,12 @@ def test_the_gains_by_reading_more_in_the_evidence_are_those_of_the_records():
 def test_the_table_of_pretrainings_in_the_evidence_is_that_of_the_records():
     found = pretraining_seeds.table(read_records(ROOT / "data" / "pretraining_seeds"))
     assert found.to_string(float_format="{:.3f}".format) in EVIDENCE
+
+
+def test_the_table_of_learning_rates_in_the_evidence_is_that_of_the_records():
+    records = [record for folder in (ROOT / "data" / "rates" / "full").iterdir() for record in read_records(folder)]
+    found = learning_rates.table(records).sort_values(["system", "learning rate"])
+    assert found.to_string(index=False, float_format="{:.5g}".format) in EVIDENCE
 
 
 def test_the_speeds_on_a_cpu_in_the_evidence_are_those_of_the_records():
