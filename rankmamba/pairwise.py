@@ -80,11 +80,16 @@ def pairwise(
     return table.sort_values("difference", ascending=False, kind="stable", ignore_index=True)
 
 
+def are_shown(pairs: pd.DataFrame) -> pd.Series:
+    """Which differences of `pairwise` are shown: p speaks of other queries, the interval of other seeds, too."""
+    return (pairs["p_holm"] < 0.05) & (pairs["low"] > 0)
+
+
 def claim(pairs: pd.DataFrame, records: Sequence[dict], measure: str = PRIMARY) -> str:
     """Say in Markdown what the pairs of `across`, compared by `pairwise`, show about "Mamba ranks as well". records: as there."""
     if pairs.empty:
         return "No state-space model and Transformer were trained alike here."
-    found = (pairs["p_holm"] < 0.05) & (pairs["low"] > 0)  # p speaks of other queries, the interval of other seeds, too
+    found = are_shown(pairs)
     level = ~found & (pairs["low"] > -MARGIN) & (pairs["high"] < MARGIN)
     shown, kinds = pairs[found], mixers(records)
     ahead, behind = (shown[shown["system"].map(kinds) == better] for better in (SCAN, ATTENTION))

@@ -12,8 +12,8 @@ from .errors import InputError
 from .evaluate import PRIMARY, mean_interval, per_query
 from .experiment import Experiment
 from .interpolation import interpolate
-from .pairwise import SCAN, mixers, pairwise
-from .reporting.tables import measured
+from .pairwise import SCAN, are_shown, mixers, pairwise
+from .reporting.tables import measured, per_query_table
 from .reranker import Reranker
 from .results import environment, find_record, fingerprint, leave_record
 
@@ -189,12 +189,11 @@ def verdict(transfers: Sequence[dict], pairs: Sequence[tuple[str, str]], trainin
         found: dict[str, list[pd.DataFrame]] = {}
         for record in here:
             if record["config"]["max_length"] == length:
-                table = pd.DataFrame(record["result"]["per_query"], dtype=np.float64).rename_axis("query_id").sort_index()
-                found.setdefault(record["system"].partition(", ")[0], []).append(table)
+                found.setdefault(record["system"].partition(", ")[0], []).append(per_query_table(record))
         table = pairwise(found, pairs, measure)
         if table.empty:
             continue
-        shown = table[(table["p_holm"] < 0.05) & (table["low"] > 0)]
+        shown = table[are_shown(table)]
         said = ", ".join(
             f"{row.system} over {row.other} {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in shown.itertuples()
         )

@@ -2,10 +2,12 @@
 
 import re
 
+import pandas as pd
 import pytest
 
 import run
 from rankmamba import learning_rates, pretraining_seeds, transfer
+from rankmamba.evaluate import mean_interval
 from rankmamba.pairwise import across, pairwise, trained_alike
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.reporting.tables import final_table, format_table, per_query_values, shared_documents
@@ -45,10 +47,36 @@ def test_the_table_of_pretrainings_in_the_evidence_is_that_of_the_records():
     assert found.to_string(float_format="{:.3f}".format) in EVIDENCE
 
 
-def test_the_table_of_learning_rates_in_the_evidence_is_that_of_the_records():
+def test_the_tables_of_learning_rates_in_the_evidence_are_those_of_the_records():
     records = [record for folder in (ROOT / "data" / "rates" / "full").iterdir() for record in read_records(folder)]
     found = learning_rates.table(records).sort_values(["system", "learning rate"])
     assert found.to_string(index=False, float_format="{:.5g}".format) in EVIDENCE
+    values = {(r["system"], r["config"]["learning_rate"]): pd.Series(r["result"]["per_query"]) for r in records}
+    own = found[found["best"]].set_index("system")["learning rate"]
+
+    def cell(ahead: str, behind: str, rates: dict) -> str:
+        difference = values[ahead, rates[ahead]] - values[behind, rates[behind]]
+        mean, low, high = mean_interval(difference.sort_index())
+        return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+    for where, rates in (("all at 2e-4", dict.fromkeys(own.index, 2e-4)), ("each at its own", own)):
+        for name in ("BERT", "GPT-NeoX"):
+            cells = [cell(f"nano-{NAMES[name]}", f"nano-{NAMES[behind]}", rates) for behind in ("Mamba", "Mamba-2")]
+            assert f"| {name}, {where} | {' | '.join(cells)} |" in EVIDENCE
+    for (system, _), tried in values.items():
+        _, low, high = mean_interval(tried - values[system, 2e-4])
+        assert low <= 0 <= high
+
+
+def test_what_is_said_of_paragraphs_of_other_sources_is_what_the_records_say():
+    read = transfer.by_reading(read_records(ROOT / "data" / "study", "transfer"))
+    means = read[(read["collection"] == "rankmamba/squad/test") & (read["reading"] == "512 tokens")].set_index("system")["mean"]
+    said = {name: f"{means[f'nano-{system}']:.3f}" for name, system in NAMES.items()}
+    for name, mean in said.items():
+        assert re.search(rf"{name}\s{mean}", EVIDENCE)
+    for name in ("BERT", "GPT-NeoX", "Mamba", "Mamba-2"):
+        assert f"{name} {said[name]}" in README
+    assert f"BM25 {means['bm25']:.3f}" in README
 
 
 def test_the_speeds_on_a_cpu_in_the_evidence_are_those_of_the_records():

@@ -38,9 +38,13 @@ def per_query_values(records: list[dict], collection: str | None = None) -> dict
         raise InputError(f"expected one evaluated collection ({collection or 'any'}), got {there}; {remedy}")
     values: dict[str, Tables] = {}
     for record in sorted(found, key=lambda record: (order(record["system"]), record["seed"])):
-        table = pd.DataFrame(record["result"]["per_query"], dtype=np.float64).rename_axis("query_id").sort_index()
-        values.setdefault(record["system"], []).append(table)
+        values.setdefault(record["system"], []).append(per_query_table(record))
     return values
+
+
+def per_query_table(record: dict) -> pd.DataFrame:
+    """What `evaluate.per_query` gave when the record was made."""
+    return pd.DataFrame(record["result"]["per_query"], dtype=np.float64).rename_axis("query_id").sort_index()
 
 
 def shared_documents(records: list[dict], collection: str | None = None) -> dict[str, int] | None:

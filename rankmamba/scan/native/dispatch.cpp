@@ -112,6 +112,7 @@ const char *rankmamba_build() { return build.name; }
 int64_t rankmamba_block() { return build.kernels->block; }
 int64_t rankmamba_tile() { return build.kernels->tile; }
 int64_t rankmamba_norm_rows() { return build.kernels->norm_rows; }
+int64_t rankmamba_taps() { return build.kernels->taps; }
 void rankmamba_use_gomp(void *entry) { gomp_parallel = (decltype(gomp_parallel))entry; }
 
 // One entry for each kernel, and the size of its arguments for the caller to check its own against.

@@ -15,6 +15,7 @@ extern "C" const Kernels JOIN(rankmamba_kernels_, ISA) = {
     BLOCK,
     TILE,
     NORM_ROWS,
+    TAPS,
     {scan_items, forward_workspace, forward_run},
     {scan_items, backward_workspace, backward_run},
     {conv_forward_items, conv_workspace, conv_forward_run},

@@ -121,6 +121,7 @@ struct Kernel {
 struct Kernels {
     int width, block, tile;  // lanes, channels of a block, tokens of a tile
     int norm_rows;           // the norm's tokens of an item
+    int taps;                // of the convolution's filters
     Kernel<Scan> scan_forward, scan_backward;
     Kernel<Conv> conv_forward, conv_backward;
     Kernel<SsdForward> ssd_forward;

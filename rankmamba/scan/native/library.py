@@ -122,7 +122,7 @@ _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 if _madvise:
     _madvise.argtypes = (c_void_p, ctypes.c_size_t, ctypes.c_int)
 BLOCK, TILE, NORM_ROWS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_norm_rows()
-TAPS = 4  # of the filters that the convolution's kernels compute, as in `causal_conv1d.h`
+TAPS = _library.rankmamba_taps()
 
 
 def description() -> str:

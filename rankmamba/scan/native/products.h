@@ -94,7 +94,7 @@ struct Pairs {
     struct [[maybe_unused]] Session {};
 
     static const Number *column(const Number *right, int j) { return right + 2 * j; }
-    static void store_left(Number *to, vf x) { store_bf16(to, x); }
+    static void store_left(Number *to, vf x) { store(to, x); }
     static __m512i halves(vf front, vf back) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)back, (__m512)front); }
     static void store_right(Number *to, int stride, int k, int column, vf even, vf odd) {
         const __m512i pairs = _mm512_permutexvar_epi16(

@@ -14,15 +14,15 @@ int64_t norm_workspace(const Norm &s) { return 3 * norm_padded(s); }
 inline float total(const vf *sums) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 inline float inverse_root(float mean_square) { return 1.f / __builtin_sqrtf(mean_square); }
 
-// A group of a row: as gated = y silu(z), or y alone without a gate.
+// A group of a row, which is normed by itself.
 struct Group {
     const Norm &s;
     const int64_t b, t, first;
     const int width = (int)(s.inner / s.groups);
 
     int count(int e) const { return smaller(BLOCK, width - e); }
-    // A block of silu(z) with its gate, 1 without.
-    ALWAYS_INLINE void gate(int e, vf *z, vf *gate) const {
+    // A block of z and of silu's gate, its sigmoid.
+    ALWAYS_INLINE void load_gate(int e, vf *z, vf *gate) const {
         load_block(s.z, b, t, first + e, count(e), z);
         s.z.bfloat16 ? sigmoid_bf16<VECTORS>(z, gate) : sigmoid<VECTORS>(z, gate);
     }
@@ -43,7 +43,7 @@ void norm_forward_run(const Norm &s, int64_t item, float *space) {
                 vf row[VECTORS], z[VECTORS], gate[VECTORS];
                 load_block(s.y, b, t, first + e, group.count(e), row);
                 if (s.z.data) {
-                    group.gate(e, z, gate);
+                    group.load_gate(e, z, gate);
                     EACH(c, VECTORS) row[c] *= z[c] * gate[c];
                 }
                 EACH(c, VECTORS) store(gated + e + c * W, row[c]), squares[c] = fma(row[c], row[c], squares[c]);
@@ -76,7 +76,7 @@ void norm_backward_run(const Norm &s, int64_t item, float *space) {
                 load_block(s.y, b, t, first + e, group.count(e), row);
                 load_block(s.dout, b, t, first + e, group.count(e), d);
                 if (s.z.data) {
-                    group.gate(e, z, gate);
+                    group.load_gate(e, z, gate);
                     EACH(c, VECTORS) store(gates + e + c * W, gate[c]), row[c] *= z[c] * gate[c];
                 }
                 EACH(c, VECTORS) squares[c] = fma(row[c], row[c], squares[c]);

@@ -101,8 +101,8 @@ inline void transpose(vf *rows) {
 #endif
 }
 
-// The intrinsics since GCC widens half of a vector at a time.
-inline vf load_bf16(const uint16_t *p) {
+// bfloat16. The intrinsics since GCC widens half of a vector at a time.
+inline vf load(const uint16_t *p) {
 #if defined(__AVX512F__) && WIDTH == 16
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
 #elif defined(__AVX2__) && WIDTH == 8
@@ -122,7 +122,7 @@ inline vu rounded_bf16(vf x) {
     return (vu)select(x == x, (vf)bits, (vf)nan);
 }
 #endif
-inline void store_bf16(uint16_t *p, vf x) {
+inline void store(uint16_t *p, vf x) {
 #ifdef __AVX512BF16__
     const __m256bh v = _mm512_cvtneps_pbh((__m512)x);
 #else
@@ -149,9 +149,6 @@ inline vf reciprocal(vf x) {
     return 1.f / x;
 #endif
 }
-
-inline vf load(const uint16_t *p) { return load_bf16(p); }
-inline void store(uint16_t *p, vf x) { store_bf16(p, x); }
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float EXP_LIMIT = 86.6f;  // exp(-EXP_LIMIT) is 2^-125
@@ -300,7 +297,7 @@ inline void load_row(const Rows &r, int64_t b, int64_t t, int64_t first, int cou
     int i = 0;
     if (r.bfloat16) {
         const uint16_t *from = (const uint16_t *)r.data + at;
-        for (; i + W <= count; i += W) store(to + i, load_bf16(from + i));
+        for (; i + W <= count; i += W) store(to + i, load(from + i));
         for (; i < count; i++) {
             const uint32_t bits = (uint32_t)from[i] << 16;
             memcpy(to + i, &bits, 4);
@@ -318,12 +315,12 @@ inline void store_row(const Rows &r, int64_t b, int64_t t, int64_t first, int co
     int i = 0;
     if (r.bfloat16) {
         uint16_t *to = (uint16_t *)r.data + at;
-        for (; i + W <= count; i += W) store_bf16(to + i, load(from + i));
+        for (; i + W <= count; i += W) store(to + i, load(from + i));
         if (i < count) {
             float last[W] = {};
             uint16_t rounded[W];
             memcpy(last, from + i, (count - i) * sizeof(float));
-            store_bf16(rounded, load(last));
+            store(rounded, load(last));
             memcpy(to + i, rounded, (count - i) * sizeof(uint16_t));
         }
     } else {
@@ -338,7 +335,7 @@ ALWAYS_INLINE void load_block(const Rows &r, int64_t b, int64_t t, int64_t first
     if (count == BLOCK) {
         const int64_t at = b * r.batch_stride + t * r.row_stride + first;
         if (r.bfloat16)
-            for (int c = 0; c < VECTORS; c++) to[c] = load_bf16((const uint16_t *)r.data + at + c * W);
+            for (int c = 0; c < VECTORS; c++) to[c] = load((const uint16_t *)r.data + at + c * W);
         else
             for (int c = 0; c < VECTORS; c++) to[c] = load((const float *)r.data + at + c * W);
     } else {
@@ -351,7 +348,7 @@ ALWAYS_INLINE void store_block(const Rows &r, int64_t b, int64_t t, int64_t firs
     if (count == BLOCK) {
         const int64_t at = b * r.batch_stride + t * r.row_stride + first;
         if (r.bfloat16)
-            for (int c = 0; c < VECTORS; c++) store_bf16((uint16_t *)r.data + at + c * W, from[c]);
+            for (int c = 0; c < VECTORS; c++) store((uint16_t *)r.data + at + c * W, from[c]);
         else
             for (int c = 0; c < VECTORS; c++) store((float *)r.data + at + c * W, from[c]);
     } else {
