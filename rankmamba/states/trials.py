@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,18 +58,21 @@ def trial(
     candidates = candidates[candidates["query_id"].isin(test.queries) & (candidates["rank"] <= top_k)]
     texts = test.documents.get_many(sorted(set(candidates["doc_id"])))
 
-    # A first pass warms up, and checks the bytes of every state that it reads.
-    full, full_seconds = _passes(reranker, lambda: reranker.rerank(candidates, test, top_k, show_progress_bar=True))
-    cost = reranker.cost
     with tempfile.TemporaryDirectory(dir=experiment.folder, prefix="states-") as place:
         started = time.perf_counter()
         exact = DocumentStates.build(reranker, texts, Path(place) / "exact", show_progress_bar=True)
         build_seconds = time.perf_counter() - started
-        formats, seconds = {}, {}
-        for name, dtype, layers in _formats(reranker, dtypes):
-            states = exact if name == "float32" else exact.convert(Path(place) / name, dtype, layers)
-            run, seconds[name] = _passes(states, lambda states=states: states.rerank(candidates, test, top_k))
-            formats[name] = _compare(full, run, test, measure) | {"bytes_per_document": states.nbytes / len(states)}
+        stores = {
+            name: exact if name == "float32" else exact.convert(Path(place) / name, dtype, layers)
+            for name, dtype, layers in _formats(reranker, dtypes)
+        }
+        runs, seconds = _in_turns({FULL: reranker} | stores, lambda ranker: ranker.rerank(candidates, test, top_k))
+        full, full_seconds = runs.pop(FULL), seconds.pop(FULL)
+        formats = {
+            name: _compare(full, run, test, measure) | {"bytes_per_document": stores[name].nbytes / len(stores[name])}
+            for name, run in runs.items()
+        }
+    cost = reranker.cost
     by_length = {str(length): _at_length(reranker, folder, list(texts.values()), length) for length in lengths}
     result = {
         "pairs": cost.pairs,
@@ -87,13 +90,17 @@ def trial(
     return leave_record(experiment.folder, "states", system, collection, scale, seed, config, result, timing, ran)
 
 
-def _passes(ranker, run: Callable) -> tuple[pd.DataFrame, float]:
-    """The ranking of the last of four passes, and the median seconds of the last three: a single slow pass does not count."""
-    seconds = []
+def _in_turns(rankers: Mapping[str, Reranker | DocumentStates], rank: Callable) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    """The ranking of each ranker, and the median seconds of three passes: in turns, so that what slows the machine meets all alike.
+
+    A first round warms up, and checks the bytes of every state that it reads.
+    """
+    runs, seconds = {}, {name: [] for name in rankers}
     for _ in range(4):
-        ranking = run()
-        seconds.append(ranker.cost.seconds)
-    return ranking, float(np.median(seconds[1:]))
+        for name, ranker in rankers.items():
+            runs[name] = rank(ranker)
+            seconds[name].append(ranker.cost.seconds)
+    return runs, {name: float(np.median(passes[1:])) for name, passes in seconds.items()}
 
 
 def _formats(reranker: Reranker, dtypes: Sequence[str]):
