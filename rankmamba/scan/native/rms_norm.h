@@ -21,6 +21,8 @@ struct Group {
     const int width = (int)(s.inner / s.groups);
 
     int count(int e) const { return smaller(BLOCK, width - e); }
+    // A block of the next row, one at a time between other work: a row's all at once would have to wait.
+    ALWAYS_INLINE void prefetch(const Rows &r, int e) const { prefetch_row(r, b, t + 1, first + e); }
     // A block of z and of silu's gate, its sigmoid.
     ALWAYS_INLINE void load_gate(int e, vf *z, vf *gate) const {
         load_block(s.z, b, t, first + e, count(e), z);
@@ -35,12 +37,12 @@ void norm_forward_run(const Norm &s, int64_t item, float *space) {
     float *gated = space, *weight = gated + size;
     load_span(s.weight, (int)s.inner, size, weight);
     for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
-        prefetch_row(s.y, b, t + 2, 0, s.inner), prefetch_row(s.z, b, t + 2, 0, s.inner), prefetch_row(s.out, b, t + 1, 0, s.inner);
         for (int64_t first = 0; first < s.inner; first += s.inner / s.groups) {
             const Group group{s, b, t, first};
             vf squares[VECTORS] = {};
             for (int e = 0; e < group.width; e += BLOCK) {
                 vf row[VECTORS], z[VECTORS], gate[VECTORS];
+                group.prefetch(s.y, e), group.prefetch(s.z, e);
                 load_block(s.y, b, t, first + e, group.count(e), row);
                 if (s.z.data) {
                     group.load_gate(e, z, gate);
@@ -51,6 +53,7 @@ void norm_forward_run(const Norm &s, int64_t item, float *space) {
             const float r = inverse_root(total(squares) / group.width + s.epsilon);
             for (int e = 0; e < group.width; e += BLOCK) {
                 vf out[VECTORS];
+                group.prefetch(s.out, e);
                 EACH(c, VECTORS) out[c] = load(gated + e + c * W) * r * load(weight + first + e + c * W);
                 store_block(s.out, b, t, first + e, group.count(e), out);
             }
@@ -66,13 +69,12 @@ void norm_backward_run(const Norm &s, int64_t item, float *space) {
     load_span(s.weight, (int)s.inner, size, weight);
     memset(dweight, 0, size * sizeof(float));
     for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
-        prefetch_row(s.y, b, t + 2, 0, s.inner), prefetch_row(s.z, b, t + 2, 0, s.inner), prefetch_row(s.dout, b, t + 2, 0, s.inner);
-        prefetch_row(s.dy, b, t + 1, 0, s.inner), prefetch_row(s.dz, b, t + 1, 0, s.inner);
         for (int64_t first = 0; first < s.inner; first += s.inner / s.groups) {
             const Group group{s, b, t, first};
             vf squares[VECTORS] = {}, products[VECTORS] = {};
             for (int e = 0; e < group.width; e += BLOCK) {
                 vf row[VECTORS], z[VECTORS], gate[VECTORS], d[VECTORS];
+                group.prefetch(s.y, e), group.prefetch(s.z, e), group.prefetch(s.dout, e);
                 load_block(s.y, b, t, first + e, group.count(e), row);
                 load_block(s.dout, b, t, first + e, group.count(e), d);
                 if (s.z.data) {
@@ -85,6 +87,7 @@ void norm_backward_run(const Norm &s, int64_t item, float *space) {
             const float r = inverse_root(total(squares) / group.width + s.epsilon), along = total(products) / group.width * r * r;
             for (int e = 0; e < group.width; e += BLOCK) {
                 vf y[VECTORS], z[VECTORS], d[VECTORS], gate[VECTORS], dz[VECTORS];
+                group.prefetch(s.dy, e), group.prefetch(s.dz, e);
                 load_block(s.y, b, t, first + e, group.count(e), y);
                 load_block(s.dout, b, t, first + e, group.count(e), d);
                 if (s.z.data) load_block(s.z, b, t, first + e, group.count(e), z);

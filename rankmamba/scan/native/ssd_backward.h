@@ -13,12 +13,12 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
         Base::next_head, Base::tokens, Base::rows, Base::high, Base::low, Base::delta, Base::since, Base::until, Base::weight,
         Base::block, Base::floats, Base::numbers;
     float *scores = floats(Q * Q), *dscores = floats(Q * Q), *dM = floats(Q * Q);  // (j, i)
-    float *C_turned = floats(N * Q), *dB = floats(N * Q), *dC = floats(N * Q), *hdy = floats(N * Q);
+    float *C_turned = floats(N * Q), *dB = floats(N * Q), *dC = floats(N * Q), *hdy = floats(M::ROW_UNIT * Q);
     float *dx = floats(Q * P), *Bdh = floats(Q * P), *dh = floats(this->own_heads() * N * P);
     float *da = floats(Q), *ddelta = floats(Q);
     Number *B = numbers(Q * N), *B_left = numbers(N * Q), *C_left = numbers(N * Q), *C_right = numbers(N * Q);
     Number *x = numbers(Q * P), *xw_right = numbers(Q * P), *dy = numbers(Q * P), *dy_right = numbers(Q * P), *ye = numbers(Q * P);
-    Number *mixing = numbers(Q * Q), *pairs = numbers(Q * Q), *h_left = numbers(N * P), *dh_left = numbers(N * P),
+    Number *mixing = numbers(Q * Q), *pairs = numbers(Q * Q), *h_left = numbers(M::ROW_UNIT * P), *dh_left = numbers(N * P),
            *dh_right = numbers(N * P);
 
     using Base::Base;
@@ -72,53 +72,63 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
         }
     }
 
-    // The state before the chunk, and its part of the gradients of C and a.
-    void through_reading(int64_t k, int64_t head) {
-        for (int n = 0; n < N; n++) {
-            load_row(this->before(), 0, n, this->before_at(k, head), n < s.n ? (int)s.width : 0, P, block);
-            for (int p = 0; p < P; p += W) M::store_left(h_left + n * P + p, load(block + p));
+    // Rows of the state before the chunk as a left operand: as they lie in memory if nothing has to be filled up or widened.
+    const Number *state_rows(int64_t at, int n) {
+        const bool whole = s.width == P && n + M::ROW_UNIT <= s.n;
+        if (whole && sizeof(Number) == (s.x.bfloat16 ? 2 : 4)) return (const Number *)s.before + at + n * P;
+        for (int i = 0; i < M::ROW_UNIT; i++) {
+            load_row(this->before(), 0, n + i, at, n + i < s.n ? (int)s.width : 0, P, block);
+            for (int p = 0; p < P; p += W) M::store_left(h_left + i * P + p, load(block + p));
         }
-        M::template multiply<false>(N, P, rows, h_left, P, dy_right, Q, hdy, Q);
-        for (int n = 0; n < s.n; n++)
-            for (int t = 0; t < rows; t += W) {
-                const int at = n * Q + t;
-                const vf d = load(hdy + at) * load(since + t);
-                store(dC + at, load(dC + at) + d);
-                store(da + t, load(da + t) + d * load(C_turned + at));
-            }
+        return h_left;
     }
 
-    // What the chunk adds to the state: the gradients of B, and B dh for those of x and delta.
-    void through_adding(const float *own) {
-        for (int n = 0; n < N; n += 2)
-            for (int p = 0; p < P; p += W) {
-                const vf even = load(own + n * P + p), odd = load(own + (n + 1) * P + p);
-                M::store_left(dh_left + n * P + p, even);
-                M::store_left(dh_left + (n + 1) * P + p, odd);
-                M::store_right(dh_right, P, n, p, even, odd);
+    // What the chunk reads of the state before, whose rows begin `at`: the gradients of C and a.
+    void through_reading(int64_t at) {
+        for (int n = 0; n < N; n += M::ROW_UNIT) {
+            M::template multiply<false>(M::ROW_UNIT, P, rows, state_rows(at, n), P, dy_right, Q, hdy, Q);
+            for (int t = 0; t < rows; t += W) {
+                const vf decay = load(since + t);
+                vf by_decay = load(da + t);
+                EACH(i, M::ROW_UNIT) {
+                    float *sum = dC + (n + i) * Q + t;
+                    const vf d = load(hdy + i * Q + t) * decay;
+                    store(sum, load(sum) + d);
+                    by_decay = fma(d, load(C_turned + (n + i) * Q + t), by_decay);
+                }
+                store(da + t, by_decay);
             }
+        }
+    }
+
+    // What the chunk adds to the state: the gradients of B, and B dh for those of x and delta. And what it keeps of the state before:
+    // dh becomes that part of the gradient of the state before.
+    void through_adding(bool reads, int64_t at, float *own) {
+        const float keep = this->kept();
+        vf by_keep[2] = {};
+        for (int n = 0; n < N; n += 2) {
+            for (int i = 0; reads && i < 2; i++)
+                load_row(this->before(), 0, n + i, at, n + i < s.n ? (int)s.width : 0, P, block + i * P);
+            for (int p = 0; p < P; p += W) {
+                vf d[2];
+                EACH(i, 2) {
+                    float *from = own + (n + i) * P + p;
+                    d[i] = load(from);
+                    M::store_left(dh_left + (n + i) * P + p, d[i]);
+                    store(from, d[i] * keep);
+                    if (reads) by_keep[i] = fma(d[i], load(block + i * P + p), by_keep[i]);
+                }
+                M::store_right(dh_right, P, n, p, d[0], d[1]);
+            }
+        }
+        da[tokens - 1] += sum(by_keep[0] + by_keep[1]) * keep;
         M::template multiply<true>(N, P, rows, dh_left, P, xw_right, Q, dB, Q);
         M::template multiply<false>(rows, N, P, B, N, dh_right, P, Bdh, P);
     }
 
-    // What the chunk keeps of the state, and what it reads of it: dh becomes the gradient of the state before.
-    void through_state(int64_t k, int64_t head, float *own) {
-        const float keep = this->kept();
-        vf by_keep = {};
-        for (int n = 0; n < N; n++) {
-            load_row(this->before(), 0, n, this->before_at(k, head), n < s.n ? (int)s.width : 0, P, block);
-            for (int p = 0; p < P; p += W) {
-                const vf left = load(own + n * P + p) * keep;
-                by_keep += left * load(block + p);
-                store(own + n * P + p, left);
-            }
-        }
-        da[tokens - 1] += sum(by_keep);
-        M::template multiply<true>(N, rows, P, C_left, Q, ye, P, own, P);
-    }
-
     // Within the chunk: the gradients of C . B, a and delta; M is left for that of x. Returns the gradient of D.
-    float through_mixing(int64_t head) {
+    // next_before: where the states begin that the next head reads, which come from far away; negative if it reads none.
+    float through_mixing(int64_t head, int64_t next_before) {
         const vi lanes = lane_numbers();
         float dD = 0;
         M::template multiply<false>(rows, P, rows, x, P, dy_right, Q, dM, Q, WHOLE, UPPER);
@@ -128,6 +138,8 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
                 prefetch_row(s.x, b, next_t0 + j, next_head * s.width, s.width);
                 prefetch_row(s.dy, b, next_t0 + j, next_head * s.width, s.width);
             }
+            for (int64_t n = j * s.n / rows; next_before >= 0 && n < (j + 1) * s.n / rows; n++)
+                prefetch_row(this->before(), 0, n, next_before, s.width);
             Number *row = mixing + j * Q;
             const int unit = j / M::UNIT * M::UNIT, start = j / W * W;
             vf row_sum = {};
@@ -157,10 +169,9 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
             float *out = dx + t * P;
             if (adds) {
                 vf by_weight = {};
-                this->load_token(s.x, t, head * s.width, s.width, P, block);
                 for (int p = 0; p < P; p += W) {
                     const vf d = load(Bdh + t * P + p);
-                    by_weight += d * load(block + p);
+                    by_weight += d * load(x + t * P + p);
                     store(out + p, load(out + p) + d * weight[t]);
                 }
                 const float dw = sum(by_weight);
@@ -225,11 +236,12 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
                 this->prefetch_shared();
                 this->load_steps(head);
                 load_x_and_dy(head);
-                if (reads) through_reading(k, head);
-                if (adds) through_adding(own);
-                dD[i] += through_mixing(head);
+                const int64_t at = this->before_at(k, head), next_k = next_t0 == t0 ? k : k - 1;
+                if (reads) through_reading(at);
+                if (adds) through_adding(reads, at, own);
+                dD[i] += through_mixing(head, next_k < this->reads_from() ? -1 : this->before_at(next_k, next_head));
                 store_dx(head, adds);
-                if (reads) through_state(k, head, own);
+                if (reads) M::template multiply<true>(N, rows, P, C_left, Q, ye, P, own, P);
                 dA[i] += store_ddelta(head);
             }
             store_shared();
