@@ -4,10 +4,11 @@
 
 namespace {
 
-constexpr int TAPS = 4;        // of every Mamba; other filters run in PyTorch
-constexpr int STRIP = 2;       // vectors of channels whose filter and inputs stay in registers, as far as there are any
-constexpr int CONV_ROWS = 16;  // tokens of an item of the forward: more are more streams than a processor follows
-constexpr int AHEAD = 8;       // tokens that the backward asks for ahead
+constexpr int TAPS = 4;          // of every Mamba; other filters run in PyTorch
+constexpr int STRIP = 2;         // vectors of channels whose filter and inputs stay in registers, as far as there are any
+constexpr int CONV_ROWS = 16;    // tokens of an item of the forward: more are more streams than a processor follows
+constexpr int STRIPS_AHEAD = 4;  // what the forward asks for: a strip of a tile takes less time than memory
+constexpr int AHEAD = 8;         // tokens that the backward asks for ahead
 
 // A strip of a tensor's channels, from `first` on. WHOLE: all of them exist; else, at the end of a row, `count` do.
 template <class Number, bool WHOLE>
@@ -94,7 +95,7 @@ inline void convolve(const Conv &s, int64_t b, int64_t t0, int64_t first) {
     EACH(k, TAPS - 1) filter.read(t0 - TAPS + 1 + k, k);
     const int64_t end = t0 + CONV_ROWS < s.length ? t0 + CONV_ROWS : s.length;
     for (int64_t t = t0; t < end; t++) {
-        filter.input.prefetch(t, STRIP * W), output.prefetch(t, STRIP * W);
+        filter.input.prefetch(t, STRIPS_AHEAD * STRIP * W), output.prefetch(t, STRIPS_AHEAD * STRIP * W);
         vf y[STRIP], gate[STRIP];
         filter.input.read(t, filter.x[TAPS - 1]);
         filter.apply(y, gate);

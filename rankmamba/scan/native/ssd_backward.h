@@ -141,9 +141,9 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
             for (int64_t n = j * s.n / rows; next_before >= 0 && n < (j + 1) * s.n / rows; n++)
                 prefetch_row(this->before(), 0, n, next_before, s.width);
             Number *row = mixing + j * Q;
-            const int unit = j / M::UNIT * M::UNIT, start = j / W * W;
+            const int start = j / W * W;
             vf row_sum = {};
-            memset(row + unit, 0, (start - unit) * sizeof(Number));
+            for (int i = j / M::ROW_UNIT * M::ROW_UNIT; i < start; i += W) M::store_left(row + i, vf{});
             for (int i = start; i < rows; i += W) {
                 const int at = j * Q + i;
                 vf keep = (load(high + i) - high[j]) + (load(low + i) - low[j]);
