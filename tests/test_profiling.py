@@ -152,6 +152,15 @@ def test_a_measurement_is_a_record_that_says_how_it_was_made_and_a_second_run_fi
     )
 
 
+def test_the_turn_that_pays_for_the_memory_measurement_is_not_timed(monkeypatch):
+    monkeypatch.setattr(profiling, "gemm_gflops", lambda device, dtype: 1.0)
+    monkeypatch.setattr(profiling, "_first", lambda subject, passes: ([0.0], None))
+    seconds = iter([9.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(profiling, "timed", lambda run, device: next(seconds))
+    found = profiling.measure_together([Subject("tiny-mamba", 16, device="cpu")], 16, 2, 2, repeats=3, modes=["training"])
+    assert found["tiny-mamba"]["training"]["seconds"] == [1.0, 2.0, 3.0]
+
+
 def test_a_measurement_stops_between_two_passes():
     stop = threading.Event()
     stop.set()

@@ -110,7 +110,8 @@ def measure_together(
     modes: Sequence[str] = MODES,
     stop: threading.Event | None = None,
 ) -> dict[str, dict]:
-    """Measure systems in turns, A B A B, after a first pass of each that warms up and whose memory is measured.
+    """Measure systems in turns, A B A B, after a first pass of each whose memory is measured and a turn that is not timed: measuring
+    memory gives what is free back to the system, and the pass after it pays for that.
 
     length, batch: tokens per pair, pairs. group_size: pairs of an LCE group, at most the batch. seconds: no further turn begins after
     this many per system, but there are at least two turns, or three where a system's speed is extrapolated from two depths, which
@@ -187,18 +188,26 @@ def _first_passes(
 def _take_turns(
     runs: dict[Subject, list[Callable]], times: dict[Subject, list[float]], repeats: int, seconds: float, stop: threading.Event
 ) -> None:
-    """Run the systems that have no times yet in turns, and add each turn's seconds to their times."""
+    """Run the systems that have no times yet in turns, and add each turn's seconds but the first one's to their times."""
     waiting = [subject for subject, taken in times.items() if not taken]
     if not waiting:
         return
-    started = clock(waiting[0].first.device)
-    least = 3 if any(subject.depths for subject in waiting) else 2
-    for turn in range(repeats):
-        if turn >= least and clock(waiting[0].first.device) - started > seconds * len(waiting):
-            break
+
+    def turn() -> dict[Subject, float]:
+        taken = {}
         for subject in waiting:
             if not stop.is_set():
-                times[subject].append(subject.whole([timed(run, subject.first.device) for run in runs[subject]]))
+                taken[subject] = subject.whole([timed(run, subject.first.device) for run in runs[subject]])
+        return taken
+
+    turn()
+    started = clock(waiting[0].first.device)
+    least = 3 if any(subject.depths for subject in waiting) else 2
+    for place in range(repeats):
+        if place >= least and clock(waiting[0].first.device) - started > seconds * len(waiting):
+            break
+        for subject, taken in turn().items():
+            times[subject].append(taken)
 
 
 def _summary(times: list[float], peak_mib: float | None, batch: int, length: int, best_seconds: float) -> dict:
