@@ -41,12 +41,16 @@ bf16: false
 def on_processes(count: int, work) -> None:
     """Run `work` in `count` forks of this process that know of one another as torchrun's processes do.
 
-    As there, the store in which they meet is older than they: nobody else gets its port, and nobody waits for it.
+    As there, the store in which they meet is older than they: nobody else gets its port, and nobody waits for it. They set off together:
+    while the store's thread answers one, it holds locks that a fork made then would inherit and wait for.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    start, gate = os.pipe()
 
     def ranked(rank: int):
         def joined() -> None:
+            os.close(gate)
+            os.read(start, 1)  # ends when nobody holds the gate any more
             where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": store.host, "MASTER_PORT": store.port}
             os.environ.update({name: str(value) for name, value in where.items()}, OMP_NUM_THREADS="1")
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
@@ -56,7 +60,9 @@ def on_processes(count: int, work) -> None:
         return joined
 
     processes = [fork(ranked(rank)) for rank in range(count)]
+    os.close(gate)
     statuses = [os.waitpid(process, 0)[1] for process in processes]
+    os.close(start)
     assert not any(statuses), "it failed; what it said is above"
 
 
