@@ -94,6 +94,15 @@ struct AttentionHead : Buffers<M> {
             for (int p = 0; p < P; p += W) M::store_left(to + (t + i) * P + p, load(rows.data + i * rows.stride + p));
     }
 
+    // The share of query `at` in a head's keys and values, ahead of their use. Rows are asked for query by query between other work:
+    // many at once would have to wait.
+    ALWAYS_INLINE void prefetch_keys(int64_t b, int64_t head, int64_t at) const {
+        for (int64_t t = at * s.keys / s.queries; t < (at + 1) * s.keys / s.queries; t++) {
+            prefetch_row(s.k, b, t, head * s.k_head, width);
+            prefetch_row(s.v, b, t, head * s.v_head, width);
+        }
+    }
+
     // To a query's scores, which are still to be scaled.
     void add_bias(int64_t head, int64_t query, int own, float *score) const {
         if (!s.bias) return;
@@ -142,18 +151,14 @@ struct AttentionForward : AttentionHead<M> {
             for (int t = 0; t < rows; t++)
                 this->store_left(this->load_rows(s.q, b, head * s.q_head, first + t, 1, s.queries), t, 1, q);
             this->multiply(rows, P, columns, q, P, k_turned, K, scores, K);
-            for (int64_t t = first * s.keys / s.queries; t < (first + count) * s.keys / s.queries; t++) {
-                prefetch_row(s.k, next / s.heads, t, next % s.heads / s.shared * s.k_head, width);
-                prefetch_row(s.v, next / s.heads, t, next % s.heads / s.shared * s.v_head, width);
-            }
-            for (int64_t t = first; t < first + count; t++) {
-                prefetch_row(s.out, b, t, head * s.width, width);
-                if (t + QUERIES < s.queries) prefetch_row(s.q, b, t + QUERIES, head * s.q_head, width);
-            }
             float shares[QUERIES];
             for (int i = 0; i < count; i++) {
+                const int64_t at = first + i;
+                this->prefetch_keys(next / s.heads, next % s.heads / s.shared, at);
+                prefetch_row(s.out, b, at, head * s.width, width);
+                if (at + QUERIES < s.queries) prefetch_row(s.q, b, at + QUERIES, head * s.q_head, width);
                 const int own = s.causal ? seen - count + i + 1 : seen;
-                this->add_bias(head, first + i, own, scores + i * K);
+                this->add_bias(head, at, own, scores + i * K);
                 shares[i] = softmax<M>(scores + i * K, s.scale * LOG2E, s.hidden ? hidden : nullptr, own, weights + i * K);
                 for (int j = padded(own, W); j < columns; j += W) M::store_left(weights + i * K + j, vf{});
             }

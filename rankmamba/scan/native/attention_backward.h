@@ -71,6 +71,7 @@ struct AttentionBackward : AttentionHead<M> {
     void run(int64_t item) {
         const typename M::Session session;
         const int64_t sharing = s.heads / s.shared, b = item / sharing, shared = item % sharing, ahead = s.keys - s.queries;
+        const int64_t next = item + 1 < s.batch * sharing ? item + 1 : item;
         load_keys_and_values(b, shared);
         for (int64_t head = shared * s.shared; head < (shared + 1) * s.shared; head++)
             for (int64_t first = 0; first < s.queries; first += QUERIES) {
@@ -81,8 +82,15 @@ struct AttentionBackward : AttentionHead<M> {
                 this->multiply(rows, P, columns, q, P, k_turned, K, scores, K);
                 this->multiply(rows, P, columns, dout, P, v_turned, K, dscores, K);
                 for (int i = 0; i < count; i++) {
+                    const int64_t at = first + i;
+                    this->prefetch_keys(next / sharing, next % sharing, at);
+                    prefetch_row(s.dq, b, at, head * s.width, width);
+                    if (at + QUERIES < s.queries) {
+                        prefetch_row(s.q, b, at + QUERIES, head * s.q_head, width);
+                        prefetch_row(s.dout, b, at + QUERIES, head * s.dout_head, width);
+                    }
                     const int own = s.causal ? seen - count + i + 1 : seen;
-                    this->add_bias(head, first + i, own, scores + i * K);
+                    this->add_bias(head, at, own, scores + i * K);
                     through_softmax(scores + i * K, dscores + i * K, own, columns);
                 }
                 memset(scores + count * K, 0, (QUERIES - count) * K * sizeof(float));

@@ -90,6 +90,7 @@ struct Vectors {
 // bfloat16 for instructions that multiply two numbers of a row by two of a column at a time.
 struct Pairs {
     typedef uint16_t Number;
+    typedef uint16_t Line __attribute__((vector_size(W * 4), aligned(2)));  // of a right operand, stored as in vec.h
     static constexpr int UNIT = 2 * W, ROW_UNIT = ROWS, DEPTH_UNIT = 2;
     struct [[maybe_unused]] Session {};
 
@@ -101,7 +102,7 @@ struct Pairs {
             _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
                              17, 1, 16, 0),
             halves(even, odd));
-        memcpy(to + k * stride + 2 * column, &pairs, sizeof pairs);
+        *(Line *)(to + k * stride + 2 * column) = (Line)pairs;
     }
     // A row's pairs of numbers are moved together.
     static void store_right_turned(Number *to, int stride, int t, const float *from, int columns, int64_t from_stride) {
@@ -112,7 +113,7 @@ struct Pairs {
                 turned[i] = (vf)halves(load(row), load(row + W));
             }
             transpose(turned);
-            for (int i = 0; i < W; i++) memcpy(to + (k + 2 * i) * stride + 2 * t, &turned[i], sizeof turned[i]);
+            for (int i = 0; i < W; i++) *(Line *)(to + (k + 2 * i) * stride + 2 * t) = (Line)turned[i];
         }
     }
     // out (ROWS, UNIT) = [out +] left (ROWS, depth) right (depth, UNIT)

@@ -49,15 +49,6 @@ struct SsdPart : Buffers<M> {
     void load_token(const Rows &r, int t, int64_t from, int64_t channels, int size, float *to) const {
         load_row(r, b, t0 + t, from, t < tokens ? (int)channels : 0, size, to);
     }
-    // Ask ahead for the next chunk's B and C. Rows of heads are asked for one by one between other work: many at once would have to wait.
-    void prefetch_shared() const {
-        if (next_t0 == t0 || next_t0 < 0) return;
-        for (int64_t t = next_t0; t < next_t0 + s.chunk && t < s.length; t++) {
-            prefetch_row(s.B, b, t, g * s.n, s.n);
-            prefetch_row(s.C, b, t, g * s.n, s.n);
-        }
-    }
-
     // W of the chunk's rows of B or C: as they are in `block`, and turned, W channels at a time: each(channel, vectors).
     template <class Each>
     void turn_tokens(const Rows &r, int t, Each each) {

@@ -233,7 +233,6 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
                 float *own = dh + i * N * P;
                 memset(da, 0, rows * sizeof(float));
                 memset(ddelta, 0, rows * sizeof(float));
-                this->prefetch_shared();
                 this->load_steps(head);
                 load_x_and_dy(head);
                 const int64_t at = this->before_at(k, head), next_k = next_t0 == t0 ? k : k - 1;

@@ -93,7 +93,6 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
             for (int64_t i = 0; i < count; i++) {
                 const int64_t head = this->choose_head(i, s.chunk);
                 float *own = h + i * N * P;
-                this->prefetch_shared();
                 this->load_steps(head);
                 for (int64_t n = 0; s.before && reads && n < s.n; n++)
                     store_row(this->before(), 0, n, this->before_at(k, head), (int)s.width, own + n * P);

@@ -31,12 +31,11 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 
 inline vf broadcast(float x) { return x - vf{}; }
-inline vf load(const float *p) {
-    vf v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+// Anywhere in memory. Not by memcpy, which could write to anything: pointers would be read again behind every store.
+typedef float vf_at __attribute__((vector_size(W * 4), aligned(4)));
+typedef uint16_t vh_at __attribute__((vector_size(W * 2), aligned(2)));
+inline vf load(const float *p) { return *(const vf_at *)p; }
+inline void store(float *p, vf v) { *(vf_at *)p = v; }
 inline vi lane_numbers() {
     vi lanes;
     for (int i = 0; i < W; i++) lanes[i] = i;
@@ -128,7 +127,7 @@ inline void store(uint16_t *p, vf x) {
 #else
     const vh v = __builtin_convertvector(rounded_bf16(x), vh);
 #endif
-    memcpy(p, &v, sizeof v);
+    *(vh_at *)p = (vh)v;
 }
 
 // a b + c, rounded once where the processor can.
