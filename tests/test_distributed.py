@@ -42,7 +42,7 @@ def on_processes(count: int, work) -> None:
     """Run `work` in `count` forks of this process that know of one another as torchrun's processes do.
 
     As there, the store in which they meet is older than they: nobody else gets its port, and nobody waits for it. They set off together:
-    while the store's thread answers one, it holds locks that a fork made then would inherit and wait for.
+    while the store's thread answers one, it may hold locks that a fork made then would inherit and wait for.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     start, gate = os.pipe()

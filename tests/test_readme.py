@@ -12,6 +12,7 @@ from rankmamba.pairwise import across, pairwise, trained_alike
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.reporting.tables import final_table, format_table, per_query_values, shared_documents
 from rankmamba.results import read_records
+from rankmamba.states import trials
 from rankmamba.study import NOTEBOOKS, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,6 +90,26 @@ def test_the_speeds_on_a_cpu_in_the_evidence_are_those_of_the_records():
             cells += [f"{of[system] / max(of['nano-bert'], of['nano-neox']):.2f}" for system in ("nano-mamba", "nano-mamba2")]
         pattern = " [|] ".join([rf"[|] {length:,} [(]{batch}.*[)]", *map(re.escape, cells)])
         assert re.search(pattern, EVIDENCE)
+
+
+def test_what_training_and_states_are_said_to_gain_is_what_the_records_say():
+    said = " ".join(README.split())
+    records = read_records(ROOT / "data" / "quick", "profile")
+    compared = profile_tables.against_transformers(profile_tables.speed_table(records)).set_index(["mode", "system", "length"])["ratio"]
+    short, middle, longer, longest = (f"{compared['training', 'nano-mamba', length]:.2f}" for length in (128, 512, 2048, 8192))
+    assert f"nano-mamba at {short} to {middle} times the fastest nano Transformer's at 128 to 512 tokens" in said
+    assert f"ahead at 2,048 and 8,192 ({longer} and {longest} times; 05_profile)" in said
+    records = read_records(ROOT / "data" / "quick", "states")
+    formats, lengths = trials.format_table(records), trials.length_table(records)
+    passages = formats[formats["format"] == "float32"].set_index("system")["speed-up"]
+    documents = lengths[lengths["tokens"] == 1536].set_index("system")["speed-up"]
+    mamba, mamba2, neox = (f"{passages[f'nano-{system}']:.1f}" for system in ("mamba", "mamba2", "neox"))
+    assert f"Mamba scores passages {mamba}, Mamba-2 {mamba2} and GPT-NeoX {neox} times as fast" in said
+    mamba, mamba2, neox = (f"{documents[f'nano-{system}']:.0f}" for system in ("mamba", "mamba2", "neox"))
+    assert f"documents of 1,536 tokens {mamba}, {mamba2} and {neox} times" in said
+    paid = trials.outlook(records, 1)
+    paid = paid.loc[paid["format"] == "float32", "break-even"].round()
+    assert (paid.min(), paid.max()) == (3, 5) and "scored three to five times" in said
 
 
 def test_every_command_of_run_py_in_it_exists():

@@ -351,7 +351,7 @@ void backward_run(const Scan &s, int64_t item, float *space) {
             const float *before = s.checkpoints + shape.checkpoint(s, b, i, index);
             // The next block's checkpoint comes from far away: asked for state by state, too. The very last one asks for its own again.
             const int64_t next_index = i + 1 < to || index == 0 ? index : index - 1;
-            const float *next_before = s.checkpoints + shape.checkpoint(s, b, i + 1 < to ? i + 1 : from, next_index);
+            const Rows next_before{s.checkpoints + shape.checkpoint(s, b, i + 1 < to ? i + 1 : from, next_index), 0, BLOCK, 0};
             for (int n = 0, taken; n < states; n += taken) {
                 taken = n + STATES <= states ? STATES : 1;
                 for (int t = n * TILE / states; t < (n + taken) * TILE / states; t++) {
@@ -359,7 +359,7 @@ void backward_run(const Scan &s, int64_t item, float *space) {
                     prefetch_row(s.delta, b, next + t, ahead), prefetch_row(s.u, b, next + t, ahead);
                     prefetch_row(s.z, b, next + t, ahead), prefetch_row(s.dy, b, next + t, ahead);
                 }
-                for (int e = 0; e < taken * BLOCK; e += 16) __builtin_prefetch(next_before + n * BLOCK + e, 0, 2);
+                prefetch_row(next_before, 0, n, 0, taken * BLOCK);
                 (taken == STATES ? run : run_last)(tokens, states, block.A2 + n * BLOCK, tile, B + n, C + n, before + n * BLOCK,
                                                    carry + own + n * BLOCK, dA + own + n * BLOCK, dB + n * TILE * W,
                                                    dC + n * TILE * W, a, h);

@@ -143,7 +143,7 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
             Number *row = mixing + j * Q;
             const int start = j / W * W;
             vf row_sum = {};
-            for (int i = j / M::ROW_UNIT * M::ROW_UNIT; i < start; i += W) M::store_left(row + i, vf{});
+            for (int i = j / M::ROW_UNIT * M::ROW_UNIT; i < start; i += W) M::store_left(row + i, vf{});  // products begin to read here
             for (int i = start; i < rows; i += W) {
                 const int at = j * Q + i;
                 vf keep = (load(high + i) - high[j]) + (load(low + i) - low[j]);
@@ -236,9 +236,10 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
                 this->load_steps(head);
                 load_x_and_dy(head);
                 const int64_t at = this->before_at(k, head), next_k = next_t0 == t0 ? k : k - 1;
+                const int64_t next_before = next_k < this->reads_from() ? -1 : this->before_at(next_k, next_head);
                 if (reads) through_reading(at);
                 if (adds) through_adding(reads, at, own);
-                dD[i] += through_mixing(head, next_k < this->reads_from() ? -1 : this->before_at(next_k, next_head));
+                dD[i] += through_mixing(head, next_before);
                 store_dx(head, adds);
                 if (reads) M::template multiply<true>(N, rows, P, C_left, Q, ye, P, own, P);
                 dA[i] += store_ddelta(head);

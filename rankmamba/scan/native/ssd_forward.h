@@ -63,7 +63,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
                 keep *= load(scores + i * Q + j) * load(delta + j);
                 M::store_left(row + j, select(lanes <= i - j, keep, vf{}));
             }
-            for (; j < padded(i + 1, M::ROW_UNIT); j += W) M::store_left(row + j, vf{});
+            for (; j < padded(i + 1, M::ROW_UNIT); j += W) M::store_left(row + j, vf{});  // as far as products read
         }
         for (int i = tokens; i < rows; i++) memset(mixing + i * Q, 0, rows * sizeof(Number));
     }
