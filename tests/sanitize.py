@@ -114,7 +114,12 @@ def run_all_shapes() -> None:
             for D, state in ((normal(heads), normal(batch, heads, width, n)), (None, None)):
                 backward(scan.ssd_scan(x, delta, A, B, C, D, state, return_final_state=True))
                 backward([scan.ssd_scan(x, delta, A, B, C, D, state)])
-                count += 2
+                inner, convolved = heads * width, heads * width + 2 * groups * n
+                projected, conv = make(batch, length, inner + convolved + heads, dtype=dtype), normal(convolved, 4)
+                past = None if state is None else normal(batch, 3, convolved)
+                weights = conv, None if D is None else normal(convolved), A, D, normal(heads), normal(inner)
+                backward([scan.mamba2_inner(projected, *weights, past, state, groups=groups)])
+                count += 3
         for batch, heads, shared, queries, keys, width in [
             (1, 1, 1, 1, 1, 1), (2, 3, 1, 7, 7, 5), (1, 4, 2, 33, 50, 16), (2, 2, 2, 8, 70, 31), (1, 2, 1, 65, 65, 32)
         ]:  # fmt: skip

@@ -24,7 +24,7 @@ if torch.cuda.is_available() and scan.kernel("cuda").name == "cuda":
     KERNELS.append("cuda")  # on a machine with a GPU every claim is tested there, too
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 # The CUDA kernels compute with fast exponentials, Mamba-2's products in TF32.
-CUDA_LIMITS = {"selective_scan": 1e-5, "ssd_scan": 5e-3, "causal_conv1d": 1e-5, "rms_norm": 1e-5}
+CUDA_LIMITS = {"selective_scan": 1e-5, "ssd_scan": 5e-3, "causal_conv1d": 1e-5, "rms_norm": 1e-5, "mamba2_inner": 1e-2}
 
 
 def runs_on_gpu(kernel):
@@ -33,9 +33,9 @@ def runs_on_gpu(kernel):
 
 
 def on(kernel, tensors):
-    """The tensors on the device that `kernel` runs on."""
+    """The tensors among the values on the device that `kernel` runs on."""
     device = "cuda" if runs_on_gpu(kernel) else "cpu"
-    return {name: None if t is None else t.to(device) for name, t in tensors.items()}
+    return {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in tensors.items()}
 
 
 def error(got, expected):
@@ -60,7 +60,7 @@ def check(name, kernel, tensors, forward, backward, **options):
         getattr(reference, name), {k: None if t is None else t.double() for k, t in tensors.items()}, **options
     )
     with scan.forced(kernel):
-        got = values_and_gradients(getattr(scan, name), on(kernel, tensors), **options)
+        got = values_and_gradients(getattr(scan, name), on(kernel, tensors), **on(kernel, options))
     if runs_on_gpu(kernel):
         forward, backward = (max(limit, CUDA_LIMITS[name]) for limit in (forward, backward))
     errors = {key: error(got[key], exact[key]) for key in exact}
@@ -95,6 +95,20 @@ def mamba2(batch, length, heads, width, groups, n, seed=0, state=True, dtype=tor
     tensors = {"x": x.unflatten(-1, (heads, width)), "B": B.unflatten(-1, (groups, n)), "C": C.unflatten(-1, (groups, n))}
     tensors |= {"delta": torch.nn.functional.softplus(normal(batch, length, heads) - 2), "A": -torch.exp(1.5 * normal(heads))}
     return tensors | {"D": normal(heads), "initial_state": normal(batch, heads, width, n) if state else None}
+
+
+def between_projections(batch, length, heads, width, groups, n, optional=True, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    inner, convolved = heads * width, heads * width + 2 * groups * n
+    tensors = {"projected": normal(batch, length, inner + convolved + heads).to(dtype), "conv_weight": normal(convolved, 4) / 2}
+    tensors |= {"A": -torch.exp(1.5 * normal(heads)), "delta_bias": normal(heads) - 3, "norm_weight": normal(inner)}
+    tensors |= {"conv_bias": normal(convolved), "D": normal(heads)} if optional else {"conv_bias": None, "D": None}
+    states = {"conv_state": normal(batch, 3, convolved), "initial_state": normal(batch, heads, width, n)}
+    return tensors | (states if optional else {})
 
 
 SCAN_SHAPES = [(2, 70, 37, 16), (1, 1, 1, 1), (3, 33, 64, 5), (2, 129, 8, 17), (1, 32, 33, 3)]
@@ -145,6 +159,28 @@ def test_rms_norm_equals_its_definition_in_float64(kernel, shape):
 
 
 @every_kernel
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("shape", [shape for shape in SSD_SHAPES if shape[2] > 1], ids=str)  # one channel is normed to its sign
+def test_what_lies_between_mamba2s_projections_equals_its_parts_in_float64(kernel, shape, optional):
+    beyond = torch.arange(shape[1]) >= torch.tensor([[shape[1]], [shape[1] // 2]])[: shape[0]] if optional else None
+    tensors = between_projections(*shape, optional=optional)
+    check("mamba2_inner", kernel, tensors, 4e-6, 2e-5, groups=shape[4], beyond=beyond, return_final_state=True)
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name == "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 300, 4, 32, 1, 16), (1, 333, 6, 16, 2, 24)], ids=str)
+def test_one_call_between_the_projections_gives_the_very_numbers_of_its_parts(kernel, dtype, shape):
+    names = "selective_scan", "causal_conv1d", "ssd_scan", "rms_norm"
+    parts = types.SimpleNamespace(**{name: getattr(scan.native, name) for name in names})
+    tensors, options = between_projections(*shape, dtype=dtype), {"groups": shape[4], "return_final_state": True}
+    with scan.forced(parts):
+        expected = values_and_gradients(scan.mamba2_inner, tensors, **options)
+    got = values_and_gradients(scan.mamba2_inner, tensors, **options)
+    assert [key for key in expected if not torch.equal(got[key], expected[key])] == []
+
+
+@every_kernel
 @pytest.mark.parametrize("gated", [False, True])
 def test_rms_norm_rounds_its_result_to_another_format_and_takes_its_gradient_in_it(kernel, gated):
     g = torch.Generator().manual_seed(0)
@@ -170,6 +206,8 @@ def test_bfloat16_inputs_cost_no_more_than_their_rounding(kernel):
     check("selective_scan", kernel, mamba(2, 70, 37, 16, dtype=torch.bfloat16), 2**-8, 2**-7, return_final_state=True)
     for shape in ((2, 130, 4, 16, 2, 16), (1, 70, 11, 17, 1, 33), (1, 150, 3, 64, 1, 128)):
         check("ssd_scan", kernel, mamba2(*shape, dtype=torch.bfloat16), 2**-6, 2**-5, return_final_state=True)
+        tensors = between_projections(*shape, dtype=torch.bfloat16)
+        check("mamba2_inner", kernel, tensors, 2**-6, 2**-5, groups=shape[4], return_final_state=True)
 
 
 @every_kernel
@@ -310,13 +348,20 @@ def test_nothing_to_scan_is_not_an_error(kernel, shape):
     assert states[0].shape == (batch, length, 2, inner) and states[1].shape == (batch, 2, inner, n)
 
 
-def test_threads_do_not_change_a_result():
-    tensors, before = mamba(3, 300, 130, 16), torch.get_num_threads()
+@pytest.mark.parametrize(
+    "name, tensors",
+    [
+        ("selective_scan", mamba(3, 300, 130, 16)),
+        ("mamba2_inner", between_projections(1, 300, 6, 64, 1, 32)),  # one thread takes a chunk through all of it, three cannot
+    ],
+)
+def test_threads_do_not_change_a_result(name, tensors):
+    before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = values_and_gradients(scan.selective_scan, tensors)
+        one = values_and_gradients(getattr(scan, name), tensors)
         torch.set_num_threads(3)
-        three = values_and_gradients(scan.selective_scan, tensors)
+        three = values_and_gradients(getattr(scan, name), tensors)
     finally:
         torch.set_num_threads(before)
     assert "native" not in KERNELS or torch.equal(one["output 0"], three["output 0"])
@@ -346,6 +391,7 @@ CALLS = {
     "selective_scan": lambda: mamba(2, 70, 37, 16),
     "ssd_scan": lambda: mamba2(1, 150, 3, 64, 1, 33),
     "causal_conv1d": lambda: {"x": torch.randn(2, 9, 5), "weight": torch.randn(5, 4), "initial_state": torch.randn(2, 3, 5)},
+    "mamba2_inner": lambda: between_projections(1, 150, 3, 64, 1, 33),
     "rms_norm": lambda: {"y": torch.randn(2, 40, 96), "weight": torch.randn(96), "z": torch.randn(2, 40, 96)},
 }
 OPTIONS = {"rms_norm": {"epsilon": 1e-5}}

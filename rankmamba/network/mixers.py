@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
-from ..scan import causal_conv1d, rms_norm, selective_scan, ssd_scan, ssd_token
+from ..scan import causal_conv1d, mamba2_inner, mamba2_step, rms_norm, selective_scan, ssd_token
 from ..scan.precision import autocasts
 
 
@@ -162,24 +162,25 @@ class ScanMixer:
         bias = None if self.in_proj.bias is None else self.in_proj.bias[rest]
         return self.in_proj(_take(hidden_states, at))[..., gate], F.linear(hidden_states, self.in_proj.weight[rest], bias)
 
-    def _convolve(self, x, past, padding, record):
-        """x: (B, L, W) -> act(conv(x)), and the last K-1 real inputs if they are to be recorded."""
-        fused = self.activation in ("silu", "swish")
-        y = causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            initial_state=past,
-            return_final_state=record and padding is None,
-            activation="silu" if fused else None,
-        )
-        y, last = y if record and padding is None else (y, None)
-        if record and padding is not None:
-            kept = self.conv_kernel_size - 1
-            before = x.new_zeros(x.shape[0], kept, x.shape[2]) if past is None else past.to(x.dtype)
-            at = padding.lengths[:, None] + torch.arange(kept, device=x.device)
-            last = torch.cat([before, x], 1).gather(1, at[..., None].expand(-1, -1, x.shape[2]))
-        return y if fused else self.act(y), last
+    def _convolve(self, x, past):
+        """(B, L, W) -> act(conv(x))."""
+        act = self._other_act()
+        y = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, past, activation=None if act else "silu")
+        return act(y) if act else y
+
+    def _other_act(self):
+        """What follows the convolution, or None for silu, which the kernels compute."""
+        return None if self.activation in ("silu", "swish") else self.act
+
+    def _last_inputs(self, x, past, padding):
+        """The last K-1 real inputs of the convolution, x: (B, L, W) -> (B, K-1, W)."""
+        kept, length = self.conv_kernel_size - 1, x.shape[1]
+        before = x.new_zeros(x.shape[0], kept, x.shape[2]) if past is None else past.to(x.dtype)
+        if padding is None:
+            inputs = torch.cat([before, x[:, max(0, length - kept) :]], 1)
+            return inputs[:, inputs.shape[1] - kept :]
+        at = padding.lengths[:, None] + torch.arange(kept, device=x.device)
+        return _take(torch.cat([before, x], 1), at)
 
 
 def _take(hidden, at):
@@ -206,7 +207,7 @@ class ScanMamba(ScanMixer):
             inner = self.intermediate_size
             gate, x = self._split(hidden_states, at, slice(inner, None), slice(inner))
             z = None
-        u, last_inputs = self._convolve(x, past_conv, padding, record)
+        u = self._convolve(x, past_conv)
         low_rank, B, C = self._select(u)
         delta, delta_bias = self._delta(low_rank)
         if record and padding is not None:
@@ -224,8 +225,9 @@ class ScanMamba(ScanMixer):
             initial_state=past_ssm,
             return_final_state=record,
         )
-        y, last_state = y if record else (y, None)
-        return (y if at is None else _take(y, at) * F.silu(gate)), last_inputs, last_state
+        if record:
+            return y[0], self._last_inputs(x, past_conv, padding), y[1]
+        return (y if at is None else _take(y, at) * F.silu(gate)), None, None
 
     def _select(self, u):
         """(B, L, E) -> the input-dependent parameters: delta before its projection (B, L, R), B and C (B, L, N)."""
@@ -253,31 +255,45 @@ class ScanMamba2(ScanMixer):
     """Mamba-2's mixer (arXiv 2405.21060, figure 6), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, past_conv, past_ssm, padding, record, at=None):
-        inner = self.intermediate_size
-        shared = self.n_groups * self.ssm_state_size
-        if at is None:
-            z, xBC, delta = self.in_proj(hidden_states).split([inner, self.conv_dim, self.num_heads], dim=-1)
-        else:
-            z, rest = self._split(hidden_states, at, slice(inner), slice(inner, None))
-            xBC, delta = rest.split([self.conv_dim, self.num_heads], dim=-1)
-        xBC, last_inputs = self._convolve(xBC, past_conv, padding, record)
-        x, B, C = xBC.split([inner, shared, shared], dim=-1)
-        step = F.softplus(delta.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
-        if record and padding is not None:
-            step = step.masked_fill(padding.beyond(step.shape[1])[..., None], 0.0)
-        inputs = (
-            x.unflatten(-1, (self.num_heads, self.head_dim)),
-            step,
-            -torch.exp(self.A_log.float()),
-            B.unflatten(-1, (self.n_groups, self.ssm_state_size)),
-            C.unflatten(-1, (self.n_groups, self.ssm_state_size)),
-            self.D.float(),
+        A, D = -torch.exp(self.A_log.float()), self.D.float()
+        if at is not None:
+            return self._mix_token(hidden_states, past_conv, past_ssm, A, D, at), None, None
+        projected = self.in_proj(hidden_states)
+        y = mamba2_inner(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            A,
+            D,
+            self.dt_bias,
+            self.norm.weight,
+            past_conv,
             past_ssm,
+            groups=self.n_groups,
+            epsilon=self.norm.variance_epsilon,
+            delta_limit=self.time_step_limit,
+            beyond=padding.beyond(projected.shape[1]) if record and padding is not None else None,
+            act=self._other_act(),
+            return_final_state=record,
         )
-        y = ssd_scan(*inputs, return_final_state=record) if at is None else ssd_token(*inputs, at)
-        y, last_state = y if record else (y, None)
-        normed = rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups)
-        return normed, last_inputs, last_state
+        if not record:
+            return y, None, None
+        _, xBC, _ = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        return y[0], self._last_inputs(xBC, past_conv, padding), y[1]
+
+    def _mix_token(self, hidden_states, past_conv, past_ssm, A, D, at):
+        """(B, L, D) -> what the tokens at `at` (B, 1) give, (B, 1, E)."""
+        inner, shared = self.intermediate_size, self.n_groups * self.ssm_state_size
+        z, rest = self._split(hidden_states, at, slice(inner), slice(inner, None))
+        xBC, delta = rest.split([self.conv_dim, self.num_heads], dim=-1)
+        x, B, C = self._convolve(xBC, past_conv).split([inner, shared, shared], dim=-1)
+        x, B, C = (
+            x.unflatten(-1, (self.num_heads, -1)),
+            B.unflatten(-1, (self.n_groups, -1)),
+            C.unflatten(-1, (self.n_groups, -1)),
+        )
+        y = ssd_token(x, mamba2_step(delta, self.dt_bias, self.time_step_limit), A, B, C, D, past_ssm, at)
+        return rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups)
 
 
 class ScanRMSNorm:

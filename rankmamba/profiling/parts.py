@@ -19,7 +19,7 @@ from . import timed
 # scan calls belongs to the scan. "rankmamba::" are our own labels; a backward pass is named after what it is the backward of.
 PARTS = {
     "tokeniser": ("rankmamba::tokenise",),
-    "scan": ("rankmamba::scan", "_SelectiveScanBackward", "_SsdScanBackward"),
+    "scan": ("rankmamba::scan", "_SelectiveScanBackward", "_SsdScanBackward", "_Mamba2InnerBackward"),
     "convolution": ("rankmamba::convolution", "_CausalConv1dBackward"),
     "attention": (
         "rankmamba::attention",

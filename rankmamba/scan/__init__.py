@@ -4,15 +4,30 @@ B batch, L tokens, E inner width, N state size, K taps, H heads of width P, G gr
 Activations (u, delta, B, C, z, x) are float32, bfloat16 or float64. The state and all sums are float32 (float64 for float64).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.profiler import record_function
 
 from ..errors import InputError
 from . import portable
 from .dispatch import Kernel, forced, implementation, kernel, traced
+from .portable import mamba2_step
 from .precision import without_autocast
 
-__all__ = ["Kernel", "causal_conv1d", "forced", "kernel", "rms_norm", "selective_scan", "ssd_scan", "ssd_token", "traced"]
+__all__ = [
+    "Kernel",
+    "causal_conv1d",
+    "forced",
+    "kernel",
+    "mamba2_inner",
+    "mamba2_step",
+    "rms_norm",
+    "selective_scan",
+    "ssd_scan",
+    "ssd_token",
+    "traced",
+]
 
 
 @without_autocast
@@ -163,6 +178,69 @@ def rms_norm(
     if groups < 1 or inner % groups:
         raise InputError(f"expected channels in equal groups, got {inner} channels and {groups} groups")
     return implementation(y).rms_norm(y, weight, z, epsilon, groups, dtype or y.dtype)
+
+
+@without_autocast
+def mamba2_inner(
+    projected: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    A: torch.Tensor,
+    D: torch.Tensor | None,
+    delta_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    conv_state: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    *,
+    groups: int = 1,
+    epsilon: float = 1e-5,
+    delta_limit: tuple[float, float] = (0.0, float("inf")),
+    beyond: torch.Tensor | None = None,
+    act: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    return_final_state: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute what lies between the projections of a Mamba-2: `causal_conv1d`, `ssd_scan` and the gated `rms_norm`.
+
+    projected: (B, L, E + W + H), the first projection's z, convolved channels (x, B and C; W = E + 2 G N) and delta.
+    conv_weight: (W, K). conv_bias: (W,). A, D, delta_bias: (H,). norm_weight: (E,). groups: G, also of the norm.
+    delta_limit: of the step softplus(delta + delta_bias). beyond: (B, L), the tokens whose step is 0: they leave the state as it is.
+    act: what follows the convolution, silu if left out. conv_state: (B, K-1, W), initial_state: (B, H, E / H, N): what came before.
+    Returns (B, L, E), and with return_final_state also the state after the last token. The native kernels take a chunk of tokens
+    through all of it while its rows are in the cache.
+
+    Raises:
+        InputError: the shapes do not match.
+    Source: arXiv 2405.21060, figure 6.
+    """
+    batch, length, width = _shape("projected", projected, 3)
+    inner, convolved, heads = len(norm_weight), len(conv_weight), len(A)
+    n = (convolved - inner) // (2 * groups)
+    if width != inner + convolved + heads or convolved != inner + 2 * groups * n or inner % heads or heads % groups:
+        parts = f"{inner} of norm_weight, {convolved} of conv_weight and {heads} of A in {groups} groups"
+        raise InputError(f"expected projected and {parts} to be E + W + H channels, E, W = E + 2 G N and H, got {width} channels")
+    expected = {
+        "conv_bias": (conv_bias, (convolved,)),
+        "D": (D, (heads,)),
+        "delta_bias": (delta_bias, (heads,)),
+        "beyond": (beyond, (batch, length)),
+        "conv_state": (conv_state, (batch, conv_weight.shape[1] - 1, convolved)),
+        "initial_state": (initial_state, (batch, heads, inner // heads, n)),
+    }
+    _check("projected", projected, expected)
+    native = getattr(implementation(projected), "mamba2_inner", None)
+    if native and act is None and conv_weight.shape[1] == 4:
+        tensors = projected, conv_weight, conv_bias, A, D, delta_bias, norm_weight, conv_state, initial_state
+        with record_function("rankmamba::scan"):
+            return native(*tensors, groups, epsilon, delta_limit, beyond, return_final_state)
+    z, xBC, delta = projected.split([inner, convolved, heads], dim=-1)
+    xBC = causal_conv1d(xBC, conv_weight, conv_bias, conv_state, activation=None if act else "silu")
+    shared = (convolved - inner) // 2
+    x, B, C = (act(xBC) if act else xBC).split([inner, shared, shared], dim=-1)
+    x, B, C = x.unflatten(2, (heads, -1)), B.unflatten(2, (groups, -1)), C.unflatten(2, (groups, -1))
+    y = ssd_scan(x, mamba2_step(delta, delta_bias, delta_limit, beyond), A, B, C, D, initial_state, return_final_state)
+    y, state = y if return_final_state else (y, None)
+    y = rms_norm(y.flatten(2), norm_weight, z, epsilon, groups)
+    return (y, state) if return_final_state else y
 
 
 def _check_ssd(x, delta, A, B, C, D, initial_state):

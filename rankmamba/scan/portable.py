@@ -191,6 +191,12 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     return (y, state) if return_final_state else y
 
 
+def mamba2_step(delta, delta_bias, limit, beyond=None):
+    """delta (B, L, H) -> the step: softplus(delta + delta_bias) within its limits, and 0 at the tokens `beyond` (B, L)."""
+    step = F.softplus(_wide(delta) + _wide(delta_bias)).clamp(*limit)
+    return step if beyond is None else step.masked_fill(beyond[..., None], 0.0)
+
+
 def ssd_token(x, delta, A, B, C, D, initial_state, at):
     """See `rankmamba.scan.ssd_token`."""
     shared = x.shape[2] // B.shape[2]  # heads that use the same B and C

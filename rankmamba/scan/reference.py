@@ -59,3 +59,30 @@ def rms_norm(y, weight, z=None, epsilon=1e-5, groups=1):
     """Gate, root mean square, weight; see `rankmamba.scan.rms_norm`."""
     parts = (y if z is None else y * F.silu(z)).unflatten(-1, (groups, -1))
     return weight * (parts / (parts.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()).flatten(-2)
+
+
+def mamba2_inner(
+    projected,
+    conv_weight,
+    conv_bias,
+    A,
+    D,
+    delta_bias,
+    norm_weight,
+    conv_state=None,
+    initial_state=None,
+    groups=1,
+    beyond=None,
+    return_final_state=False,
+):
+    """Convolution, step, scan and gated norm; see `rankmamba.scan.mamba2_inner`."""
+    inner, heads = len(norm_weight), len(A)
+    shared = (len(conv_weight) - inner) // 2
+    z, xBC, delta = projected.split([inner, len(conv_weight), heads], dim=-1)
+    x, B, C = causal_conv1d(xBC, conv_weight, conv_bias, conv_state, activation="silu").split([inner, shared, shared], -1)
+    x, B, C = x.unflatten(2, (heads, -1)), B.unflatten(2, (groups, -1)), C.unflatten(2, (groups, -1))
+    step = F.softplus(delta + delta_bias)
+    step = step if beyond is None else torch.where(beyond[..., None], 0, step)
+    y, state = ssd_scan(x, step, A, B, C, D, initial_state, return_final_state=True)
+    y = rms_norm(y.flatten(2), norm_weight, z, groups=groups)
+    return (y, state) if return_final_state else y

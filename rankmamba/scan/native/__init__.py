@@ -4,7 +4,18 @@ from .attention import attention
 from .library import description
 from .mamba import causal_conv1d, selective_scan
 from .mamba2 import ssd_scan
+from .mamba2_inner import mamba2_inner
 from .norm import rms_norm
 from .pointwise import add_norm, gelu_
 
-__all__ = ["add_norm", "attention", "causal_conv1d", "description", "gelu_", "rms_norm", "selective_scan", "ssd_scan"]
+__all__ = [
+    "add_norm",
+    "attention",
+    "causal_conv1d",
+    "description",
+    "gelu_",
+    "mamba2_inner",
+    "rms_norm",
+    "selective_scan",
+    "ssd_scan",
+]

@@ -43,6 +43,17 @@ struct Conv {
     float *dweight, *dbias;  // (B, 4, E), (B, E): to be summed over B
 };
 
+// y, or y silu(z), divided by its root mean square over each of `groups` parts of a row, times weight (E).
+struct Norm {
+    int64_t batch, length, inner, groups;
+    float epsilon;
+    Rows y, z, out;  // z, dz: null for no gate
+    const float *weight;
+    // backward only
+    Rows dout, dy, dz;
+    float *dweight;  // (items, E), to be summed
+};
+
 // Mamba-2's scan, arXiv 2405.21060, section 6, in chunks of Q tokens.
 struct SsdForward {
     int64_t batch, length, heads, width, groups, n, chunk;  // B, L, H, P, G, N, Q
@@ -54,6 +65,9 @@ struct SsdForward {
     float *final;                                           // (B, H, P, N) or null
     // the state before each chunk that reads one, (chunks, B, H, N, P) in the format of x; or null
     void *before;
+    // What makes x, B and C of each chunk, and what norms its y; or null. Only where an item has all heads of a sequence.
+    const Conv *conv;
+    const Norm *norm;
 };
 struct SsdBackward {
     int64_t batch, length, heads, width, groups, n, chunk, parts;
@@ -66,17 +80,7 @@ struct SsdBackward {
     float *ddelta;                    // (B, L, H)
     float *dA, *dD;                   // (B, H), to be summed over B
     float *dB, *dC;                   // (parts, B, L, G, N), to be summed over the parts
-};
-
-// y, or y silu(z), divided by its root mean square over each of `groups` parts of a row, times weight (E).
-struct Norm {
-    int64_t batch, length, inner, groups;
-    float epsilon;
-    Rows y, z, out;  // z, dz: null for no gate
-    const float *weight;
-    // backward only
-    Rows dout, dy, dz;
-    float *dweight;  // (items, E), to be summed
+    const Norm *norm;                 // what makes dy of each chunk, as in the forward
 };
 
 // Attention. q, out (B, L, .), k, v (B, K, .): their heads of P numbers lie *_head apart; in out and gradients P.

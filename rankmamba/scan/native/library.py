@@ -51,13 +51,13 @@ SsdForward = _structure(
     "SsdForward",
     ("batch length heads width groups n chunk parts", c_int64),
     ("x B C y", Rows),
-    ("delta A2 D initial final before", c_void_p),
+    ("delta A2 D initial final before conv norm", c_void_p),
 )
 SsdBackward = _structure(
     "SsdBackward",
     ("batch length heads width groups n chunk parts", c_int64),
     ("x B C dy dx", Rows),
-    ("delta A A2 D initial before dfinal dinitial ddelta dA dD dB dC", c_void_p),
+    ("delta A A2 D initial before dfinal dinitial ddelta dA dD dB dC norm", c_void_p),
 )
 Norm = _structure(
     "Norm",
@@ -167,9 +167,17 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def in_memory(tensor):
-    """Return a tensor whose memory holds its values: torch negates some lazily, and some zero tensors have no memory."""
+    """Return a tensor whose memory holds its values: torch negates some lazily, and some zero tensors have no memory.
+
+    Raises:
+        InputError: its memory was freed.
+    """
     tensor = tensor.detach().resolve_neg()
-    return tensor.clone() if tensor._is_zerotensor() else tensor
+    if tensor._is_zerotensor():
+        return tensor.clone()
+    if tensor.numel() and not tensor.untyped_storage().nbytes():  # a part of it may have an address all the same
+        raise InputError(f"expected a tensor with memory, got {tuple(tensor.shape)} whose storage was freed")
+    return tensor
 
 
 def as_rows(tensor):
@@ -195,13 +203,5 @@ def rows(tensor) -> Rows:
 
 
 def pointer(tensor):
-    """Return the address of a tensor's memory; None: absent.
-
-    Raises:
-        InputError: its memory was freed.
-    """
-    if tensor is None:
-        return None
-    if tensor.numel() and not tensor.untyped_storage().nbytes():  # a part of it may have an address all the same
-        raise InputError(f"expected a tensor with memory, got {tuple(tensor.shape)} whose storage was freed")
-    return tensor.data_ptr()
+    """Return the address of a tensor's memory; None: absent."""
+    return None if tensor is None else tensor.data_ptr()

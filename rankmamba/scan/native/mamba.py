@@ -116,10 +116,10 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *_conv_backward(*ctx.saved_tensors, ctx.silu, dy), None
+        return *conv_backward(*ctx.saved_tensors, ctx.silu, dy), None
 
 
-def _conv_arguments(x, weight, bias, initial_state, silu):
+def conv_arguments(x, weight, bias, initial_state, silu):
     """Return the C arguments and the tensors they point to."""
     alive = x, initial, weight_t, bias_f = as_rows(x), as_plain(initial_state), as_plain(weight.t()), as_plain(bias)
     arguments = Conv(*x.shape, silu)
@@ -128,19 +128,24 @@ def _conv_arguments(x, weight, bias, initial_state, silu):
     return arguments, alive
 
 
+def conv_workers(arguments):
+    return workers(arguments.batch * arguments.length * arguments.inner * TAPS)
+
+
 def _conv_forward(x, weight, bias, initial_state, silu):
-    arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
+    arguments, alive = conv_arguments(x, weight, bias, initial_state, silu)
     y = empty(*x.shape, dtype=alive[0].dtype)
     arguments.y = rows(y)
-    call("conv_forward", arguments, workers(x.numel() * TAPS))
+    call("conv_forward", arguments, conv_workers(arguments))
     return y.to(x.dtype)
 
 
 @without_autocast
-def _conv_backward(x, weight, bias, initial_state, silu, dy):
-    arguments, alive = _conv_arguments(x, weight, bias, initial_state, silu)
+def conv_backward(x, weight, bias, initial_state, silu, dy, dx=None):
+    """Return the gradients of the first four. dx: where that of x is written to, if not to new memory."""
+    arguments, alive = conv_arguments(x, weight, bias, initial_state, silu)
     batch, _, inner = x.shape
-    dy, dx = as_rows(dy.to(alive[0].dtype)), empty(*x.shape, dtype=alive[0].dtype)
+    dy, dx = as_rows(dy.to(alive[0].dtype)), empty(*x.shape, dtype=alive[0].dtype) if dx is None else dx
     dinitial = None if initial_state is None else empty(batch, TAPS - 1, inner)
     dweight, dbias = empty(batch, TAPS, inner), empty(batch, inner)
     arguments.dy, arguments.dx, arguments.dinitial = rows(dy), rows(dx), rows(dinitial)

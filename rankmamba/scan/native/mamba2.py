@@ -1,6 +1,7 @@
 """Mamba-2's scan on the native kernels (arXiv 2405.21060, section 6)."""
 
 import math
+from ctypes import addressof
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -8,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from .. import portable
 from ..precision import without_autocast
 from .library import SsdBackward, SsdForward, as_plain, as_rows, call, empty, in_memory, parts, pointer, rows, tracked, workers
+from .mamba import conv_workers
+from .norm import norm_workers
 
 
 def _chunk(length: int, n: int) -> int:
@@ -24,18 +27,20 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     if tracked(tensors):
         y, final_state = _SsdScan.apply(*tensors, return_final_state)
     else:
-        y, final_state, _ = _ssd_forward(*tensors, return_final_state)
+        y, final_state, _ = ssd_forward(*tensors, return_final_state)
+        y = y.to(x.dtype)
+    y = y.unflatten(2, x.shape[2:])
     return (y, final_state) if return_final_state else y
 
 
 class _SsdScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        y, final_state, before = _ssd_forward(*inputs, want_before=True)
+        y, final_state, before = ssd_forward(*inputs, want_before=True)
         *tensors, _ = inputs
         ctx.save_for_backward(*tensors, before)
         ctx.set_materialize_grads(False)
-        return y, final_state
+        return y.to(tensors[0].dtype), final_state
 
     @staticmethod
     @once_differentiable
@@ -43,7 +48,7 @@ class _SsdScan(torch.autograd.Function):
         *tensors, before = ctx.saved_tensors
         if dy is None and dfinal is None:
             return (None,) * 8
-        gradients = _ssd_backward(*tensors, before, dy, dfinal)
+        gradients = ssd_backward(*tensors, before, dy, dfinal)
         return *(None if t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)), None
 
 
@@ -71,32 +76,57 @@ def _workers(x, n: int) -> int:
     return workers(x.numel() * (_chunk(x.shape[1], n) + 2 * n))
 
 
-def _ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=False):
-    """Return y (B, L, H, P), the final state (B, H, P, N) or None, and the states that the chunks read, (c, B, H, N, P), or None."""
+def _together(arguments):
+    """Whether an item of the scan has all channels of a token, so that it can convolve and norm them as well."""
+    return arguments.groups * arguments.parts == 1
+
+
+def _address(arguments):
+    return None if arguments is None else addressof(arguments)
+
+
+def ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=False, y=None, conv=None, norm=None):
+    """Return y (B, L, H P), the final state (B, H, P, N) or None, and the states that the chunks read, (c, B, H, N, P), or None.
+
+    y: where it is written to, if not to new memory. conv, norm: the C arguments of the convolution that makes x, B and C, and of the norm
+    of y, to be run as well.
+    """
     batch, length, heads, width = x.shape
     arguments, alive = _common(SsdForward, x, delta, A, B, C, D, initial_state)
     reading = -(-length // arguments.chunk) - (initial_state is None)
-    y = empty(*alive[0].shape, dtype=alive[0].dtype)
+    y = empty(batch, length, heads * width, dtype=alive[0].dtype) if y is None else y
     final = empty(batch, heads, width, arguments.n) if want_final else None
     before = empty(reading, batch, heads, arguments.n, width, dtype=y.dtype) if want_before else None
     arguments.y = rows(y)
     _point(arguments, final=final, before=before)
-    call("ssd_forward", arguments, _workers(x, arguments.n))
-    return y.to(x.dtype).unflatten(2, (heads, width)), final, before
+    if conv is not None and not _together(arguments):
+        call("conv_forward", conv, conv_workers(conv))
+        call("ssd_forward", arguments, _workers(x, arguments.n))
+        call("norm_forward", norm, norm_workers(norm))
+    else:
+        arguments.conv, arguments.norm = _address(conv), _address(norm)
+        call("ssd_forward", arguments, _workers(x, arguments.n))
+    return y, final, before
 
 
 @without_autocast
-def _ssd_backward(x, delta, A, B, C, D, initial_state, before, dy, dfinal):
-    """Return the gradients of x, delta, A, B, C, D and the initial state."""
+def ssd_backward(x, delta, A, B, C, D, initial_state, before, dy, dfinal, dx=None, norm=None):
+    """Return the gradients of x, delta, A, B, C, D and the initial state. dy: (B, L, H P). dx: where the first one, (B, L, H P), is
+    written to, if not to new memory. norm: the C arguments of the norm that makes dy, to be run as well."""
     arguments, alive = _common(SsdBackward, x, delta, A, B, C, D, initial_state)
     batch, length, heads, width = x.shape
-    dy, dfinal = torch.zeros_like(alive[0]) if dy is None else _rows(dy.to(alive[0].dtype)), as_plain(dfinal)
-    dx, ddelta = empty(*alive[0].shape, dtype=alive[0].dtype), empty(batch, length, heads)
+    dy, dfinal = torch.zeros_like(alive[0]) if dy is None else as_rows(dy.to(alive[0].dtype)), as_plain(dfinal)
+    dx = empty(*alive[0].shape, dtype=alive[0].dtype) if dx is None else dx
+    ddelta = empty(batch, length, heads)
     dA, dD = empty(2, batch, heads)
     dB, dC = empty(2, arguments.parts, *B.shape)
     dinitial = None if initial_state is None else empty(*initial_state.shape)
     arguments.dy, arguments.dx = rows(dy), rows(dx)
     _point(arguments, A=alive[4], before=before, dfinal=dfinal, dinitial=dinitial, ddelta=ddelta, dA=dA, dD=dD, dB=dB, dC=dC)
+    if norm is not None and not _together(arguments):
+        call("norm_backward", norm, norm_workers(norm))
+    else:
+        arguments.norm = _address(norm)
     call("ssd_backward", arguments, _workers(x, arguments.n))
     return dx.unflatten(2, (heads, width)), ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dinitial
 

@@ -30,26 +30,40 @@ class _RMSNorm(torch.autograd.Function):
         return *_backward(*ctx.saved_tensors, ctx.epsilon, ctx.groups, dout), None, None, None
 
 
-def _arguments(y, weight, z, epsilon, groups):
+def norm_arguments(y, weight, z, epsilon, groups):
+    """Return the C arguments and the tensors they point to."""
     alive = as_rows(y), as_plain(weight), as_rows(z)
     return Norm(*y.shape, groups, epsilon, rows(alive[0]), rows(alive[2]), weight=pointer(alive[1])), alive
 
 
+def norm_workers(arguments):
+    backward = 2 if arguments.dout.data else 1
+    return workers(8 * backward * arguments.batch * arguments.length * arguments.inner)
+
+
 def _forward(y, weight, z, epsilon, groups, dtype):
-    arguments, alive = _arguments(y, weight, z, epsilon, groups)
+    arguments, alive = norm_arguments(y, weight, z, epsilon, groups)
     out = empty(*y.shape, dtype=dtype if dtype in PRECISIONS else alive[0].dtype)
     arguments.out = rows(out)
-    call("norm_forward", arguments, workers(8 * y.numel()))
+    call("norm_forward", arguments, norm_workers(arguments))
     return out.to(dtype)
 
 
 @without_autocast
 def _backward(y, weight, z, epsilon, groups, dout):
-    arguments, alive = _arguments(y, weight, z, epsilon, groups)
+    arguments, alive, (dy, dweight, dz) = norm_backward_arguments(y, weight, z, epsilon, groups, dout)
+    call("norm_backward", arguments, norm_workers(arguments))
+    return dy.to(y.dtype), dweight.sum(0).to(weight.dtype), None if z is None else dz.to(z.dtype)
+
+
+def norm_backward_arguments(y, weight, z, epsilon, groups, dout, dz=None):
+    """Return the C arguments, the tensors they point to, and those that they write: the gradients of y, of weight, to be summed, and of z,
+    new memory unless dz is given."""
+    arguments, alive = norm_arguments(y, weight, z, epsilon, groups)
     batch, length, inner = y.shape
-    dout = as_rows(dout)
-    dy, dz = (None if t is None else empty(*t.shape, dtype=t.dtype) for t in (alive[0], alive[2]))
+    dout, dy = as_rows(dout), empty(*y.shape, dtype=alive[0].dtype)
+    if z is not None and dz is None:
+        dz = empty(*z.shape, dtype=alive[2].dtype)
     dweight = empty(batch * -(-length // NORM_ROWS), inner)
     arguments.dout, arguments.dy, arguments.dz, arguments.dweight = rows(dout), rows(dy), rows(dz), pointer(dweight)
-    call("norm_backward", arguments, workers(16 * y.numel()))
-    return dy.to(y.dtype), dweight.sum(0).to(weight.dtype), None if z is None else dz.to(z.dtype)
+    return arguments, (*alive, dout), (dy, dweight, dz)

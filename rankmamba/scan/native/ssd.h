@@ -38,6 +38,11 @@ struct SsdPart : Buffers<M> {
     void choose_chunk(int64_t k) {
         t0 = k * s.chunk, tokens = smaller(s.chunk, s.length - t0), rows = padded(tokens, M::UNIT);
     }
+    // What a kernel with items of `size` tokens makes of the chunk, whose rows are in the cache; items do not cross chunks.
+    template <class Other>
+    void run_tiles(void (*run)(const Other &, int64_t, float *), const Other *other, int size, float *space) const {
+        for (int t = 0; other && t < tokens; t += size) run(*other, b * ceil_div(s.length, size) + (t0 + t) / size, space);
+    }
     // The item's head i; after the last one comes the first one of the chunk that lies `step` tokens on.
     int64_t choose_head(int64_t i, int64_t step) {
         const bool last = i + 1 == count;

@@ -1,6 +1,7 @@
 // The backward pass of Mamba-2's scan, from the last chunk to the first; letters as in ssd.h, and dh is the gradient of the state
 // after the chunk. Matrices over pairs of tokens are turned, (j, i) with j <= i, so that what belongs to x_j and B_j lies in a row.
 #pragma once
+#include "rms_norm.h"
 #include "ssd.h"
 
 namespace {
@@ -15,7 +16,7 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
     float *scores = floats(Q * Q), *dscores = floats(Q * Q), *dM = floats(Q * Q);  // (j, i)
     float *C_turned = floats(N * Q), *dB = floats(N * Q), *dC = floats(N * Q), *hdy = floats(M::ROW_UNIT * Q);
     float *dx = floats(Q * P), *Bdh = floats(Q * P), *dh = floats(this->own_heads() * N * P);
-    float *da = floats(Q), *ddelta = floats(Q);
+    float *da = floats(Q), *ddelta = floats(Q), *norm_space = floats(s.norm ? norm_workspace(*s.norm) : 0);
     Number *B = numbers(Q * N), *B_left = numbers(N * Q), *C_left = numbers(N * Q), *C_right = numbers(N * Q);
     Number *x = numbers(Q * P), *xw_right = numbers(Q * P), *dy = numbers(Q * P), *dy_right = numbers(Q * P), *ye = numbers(Q * P);
     Number *mixing = numbers(Q * Q), *pairs = numbers(Q * Q), *h_left = numbers(M::ROW_UNIT * P), *dh_left = numbers(N * P),
@@ -227,6 +228,7 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
         for (int64_t k = this->chunks(); k-- > 0;) {
             this->choose_chunk(k);
             const bool reads = k >= this->reads_from(), adds = s.dfinal || k + 1 < this->chunks();
+            this->run_tiles(norm_backward_run, s.norm, NORM_ROWS, norm_space);
             load_shared();
             for (int64_t i = 0; i < count; i++) {
                 const int64_t head = this->choose_head(i, -s.chunk);

@@ -1,5 +1,7 @@
 // The forward pass of Mamba-2's scan; letters as in ssd.h.
 #pragma once
+#include "causal_conv1d.h"
+#include "rms_norm.h"
 #include "ssd.h"
 
 namespace {
@@ -14,6 +16,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
     float *scores = floats(Q * Q), *y = floats(Q * P), *h = floats(this->own_heads() * N * P);  // C . B; y; (heads, N, P)
     Number *C = numbers(Q * N), *B = numbers(N * Q), *B_right = numbers(N * Q);   // left, left, right
     Number *mixing = numbers(Q * Q), *x = numbers(Q * P), *xw = numbers(Q * P), *h_right = numbers(N * P);
+    float *norm_space = floats(s.norm ? norm_workspace(*s.norm) : 0);
 
     using Base::Base;
 
@@ -54,6 +57,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
         const vi lanes = lane_numbers();
         for (int i = 0; i < tokens; i++) {
             prefetch_row(s.y, b, t0 + i, head * s.width, s.width);
+            if (s.norm) prefetch_row(s.norm->z, b, t0 + i, head * s.width, s.width);
             if (next_t0 + i < s.length) prefetch_row(s.x, b, next_t0 + i, next_head * s.width, s.width);
             Number *row = mixing + i * Q;
             int j = 0;
@@ -89,6 +93,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
         for (int64_t k = 0; k < this->chunks(); k++) {
             this->choose_chunk(k);
             const bool reads = k >= this->reads_from(), adds = s.final || k + 1 < this->chunks();
+            this->run_tiles(conv_forward_run, s.conv, CONV_ROWS, nullptr);
             load_shared(adds);
             for (int64_t i = 0; i < count; i++) {
                 const int64_t head = this->choose_head(i, s.chunk);
@@ -103,6 +108,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
                 M::template multiply<true>(rows, rows, P, mixing, Q, x, P, y, P, LOWER);
                 for (int t = 0; t < tokens; t++) store_row(s.y, b, t0 + t, head * s.width, (int)s.width, y + t * P);
             }
+            this->run_tiles(norm_forward_run, s.norm, NORM_ROWS, norm_space);
         }
         this->store_states(h, s.final);
     }
