@@ -140,14 +140,6 @@ def workers(work: int) -> int:
     return max(1, min(torch.get_num_threads(), work // _SMALL))
 
 
-def parts(sequences: int, pieces: int, threads: int) -> int:
-    """Return into how many parts the pieces of a sequence are divided: one part shares most, more keep all threads busy."""
-    if sequences % threads == 0:
-        return 1
-    size = -(-pieces // min(pieces, -(-4 * threads // sequences)))
-    return -(-pieces // size)  # none is empty
-
-
 def tracked(tensors) -> bool:
     """Return whether a gradient will be needed, or a forward-mode one, which an autograd.Function refuses."""
     forward = torch.autograd.forward_ad._current_level >= 0

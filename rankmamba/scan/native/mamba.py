@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import BLOCK, TAPS, TILE, Conv, Scan, as_plain, as_rows, call, empty, parts, pointer, rows, tracked, workers
+from .library import BLOCK, TAPS, TILE, Conv, Scan, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
 
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
@@ -43,10 +43,18 @@ def _workers(u, A):
     return workers(u.numel() * A.shape[1])
 
 
+def _parts(sequences: int, blocks: int, threads: int) -> int:
+    """Return into how many parts the blocks of channels are divided: one part reads B and C once, more keep all threads busy."""
+    if sequences % threads == 0:
+        return 1
+    size = -(-blocks // min(blocks, -(-2 * threads // sequences)))
+    return -(-blocks // size)  # none is empty
+
+
 def _scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
     """Return the C arguments and the tensors they point to."""
     alive = {"u": as_rows(u), "delta": as_rows(delta), "B": as_rows(B), "C": as_rows(C), "z": as_rows(z)}
-    arguments = Scan(*u.shape, A.shape[1], groups=parts(u.shape[0], -(-u.shape[2] // BLOCK), _workers(u, A)))
+    arguments = Scan(*u.shape, A.shape[1], groups=_parts(u.shape[0], -(-u.shape[2] // BLOCK), _workers(u, A)))
     for name, tensor in alive.items():
         setattr(arguments, name, rows(tensor))
     plain = {"A2": (A.detach().float() * math.log2(math.e)).t().contiguous()}

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import without_autocast
-from .library import SsdBackward, SsdForward, as_plain, as_rows, call, empty, in_memory, parts, pointer, rows, tracked, workers
+from .library import SsdBackward, SsdForward, as_plain, as_rows, call, empty, in_memory, pointer, rows, tracked, workers
 from .mamba import conv_workers
 from .norm import norm_workers
 
@@ -60,10 +60,16 @@ def _common(kernel, x, delta, A, B, C, D, initial_state):
     B, C = _rows(B.to(x.dtype)), _rows(C.to(x.dtype))
     delta, A, D, initial_state = map(as_plain, (delta, A, D, initial_state))
     A2 = A * math.log2(math.e)
-    dealt = parts(batch * groups, heads // groups, _workers(x, n))
+    dealt = _parts(batch * groups, heads // groups, _workers(x, n))
     arguments = kernel(batch, length, heads, width, groups, n, _chunk(length, n), dealt, rows(x), rows(B), rows(C))
     _point(arguments, delta=delta, A2=A2, D=D, initial=initial_state)
     return arguments, (x, B, C, delta, A, A2, D, initial_state)
+
+
+def _parts(sequences: int, heads: int, threads: int) -> int:
+    """Return into how many parts the heads that share B and C are divided, so that the busiest thread has least to do: each part
+    multiplies B and C anew, which takes as long as two heads. None is empty."""
+    return min(range(1, heads + 1), key=lambda n: -(-sequences * n // threads) * (-(-heads // n) + 2))
 
 
 def _point(arguments, **tensors):
