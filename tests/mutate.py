@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this tree, whichever one is installed
 TESTS = {
     "scan/dispatch": ["test_scan.py"],
+    "scan/native/mamba2_inner": ["test_scan.py"],
+    "network/mixers": ["test_mixers.py", "test_states.py"],
     "inputs": ["test_inputs.py", "test_reranker.py"],
     "candidates": ["test_candidates.py"],
     "network/fused": ["test_fused.py"],

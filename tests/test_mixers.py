@@ -23,17 +23,19 @@ from rankmamba.network.substitutes import use_kernels
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3}
 FAMILIES = {
-    "mamba": lambda: MambaModel(MambaConfig(**SIZES, state_size=8, use_bias=True)),
-    "falcon": lambda: FalconMambaModel(FalconMambaConfig(**SIZES, state_size=8)),
-    "mamba2": lambda: Mamba2Model(Mamba2Config(**SIZES, state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16)),
+    "mamba": lambda **more: MambaModel(MambaConfig(**SIZES, state_size=8, use_bias=True, **more)),
+    "falcon": lambda **more: FalconMambaModel(FalconMambaConfig(**SIZES, state_size=8, **more)),
+    "mamba2": lambda **more: Mamba2Model(
+        Mamba2Config(**SIZES, state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16, **more)
+    ),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def lively(family):
+def lively(family, **more):
     """A random model whose every weight matters: decays from fast to very slow, steps from small to large."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
+    model = FAMILIES[family](**more).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("A_log"):
@@ -64,8 +66,9 @@ def model(request):
 
 
 @every_family
-def test_values_and_gradients_equal_those_of_hugging_face(family):
-    theirs, ids = lively(family), tokens(2, 23)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_values_and_gradients_equal_those_of_hugging_face(family, activation):
+    theirs, ids = lively(family, hidden_act=activation), tokens(2, 23)
     ours = use_kernels(copy.deepcopy(theirs))
     assert list(ours.state_dict()) == list(theirs.state_dict())
     outputs = []

@@ -82,8 +82,6 @@ class _Mamba2Inner(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dnormed, dfinal):
         *tensors, step, convolved, before, y = ctx.saved_tensors
-        if dnormed is None and dfinal is None:
-            return (None,) * (2 + len(tensors))
         gradients = _backward(_Tensors(*tensors), ctx.settings, step, convolved, before, y, dnormed, dfinal)
         return None, None, *(None if t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True))
 
