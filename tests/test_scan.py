@@ -387,6 +387,10 @@ def test_wrong_shapes_are_named():
         scan.ssd_scan(**(heads | {"D": torch.ones(3)}))
     with pytest.raises(InputError, match=r"expected at \(2, 1\) beside x \(2, 5, 4, 3\), got \(2,\)"):
         scan.ssd_token(**heads, at=torch.tensor([4, 4]))
+    inner = between_projections(2, 5, 4, 3, 1, 4)
+    for wrong in ({"groups": 3}, {"groups": 0}, {"projected": inner["projected"][..., 1:]}, {"norm_weight": torch.ones(11)}):
+        with pytest.raises(InputError, match=r"W = E \+ 2 G N"):
+            scan.mamba2_inner(**(inner | wrong))
 
 
 def test_torch_compile_works_around_the_kernels():

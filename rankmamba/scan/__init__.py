@@ -213,22 +213,24 @@ def mamba2_inner(
     Source: arXiv 2405.21060, figure 6.
     """
     batch, length, width = _shape("projected", projected, 3)
-    inner, convolved, heads = len(norm_weight), len(conv_weight), len(A)
-    n = (convolved - inner) // (2 * groups)
-    if width != inner + convolved + heads or convolved != inner + 2 * groups * n or inner % heads or heads % groups:
+    convolved, taps = _shape("conv_weight", conv_weight, 2)
+    (inner,), (heads,) = _shape("norm_weight", norm_weight, 1), _shape("A", A, 1)
+    fits = min(heads, groups) >= 1 and inner % heads == heads % groups == 0 and inner <= convolved
+    if not fits or (convolved - inner) % (2 * groups) or width != inner + convolved + heads:
         parts = f"{inner} of norm_weight, {convolved} of conv_weight and {heads} of A in {groups} groups"
         raise InputError(f"expected projected and {parts} to be E + W + H channels, E, W = E + 2 G N and H, got {width} channels")
+    n = (convolved - inner) // (2 * groups)
     expected = {
         "conv_bias": (conv_bias, (convolved,)),
         "D": (D, (heads,)),
         "delta_bias": (delta_bias, (heads,)),
         "beyond": (beyond, (batch, length)),
-        "conv_state": (conv_state, (batch, conv_weight.shape[1] - 1, convolved)),
+        "conv_state": (conv_state, (batch, taps - 1, convolved)),
         "initial_state": (initial_state, (batch, heads, inner // heads, n)),
     }
     _check("projected", projected, expected)
     native = getattr(implementation(projected), "mamba2_inner", None)
-    if native and act is None and conv_weight.shape[1] == 4:
+    if native and act is None and taps == 4:
         tensors = projected, conv_weight, conv_bias, A, D, delta_bias, norm_weight, conv_state, initial_state
         with record_function("rankmamba::scan"):
             return native(*tensors, groups, epsilon, delta_limit, beyond, return_final_state)
