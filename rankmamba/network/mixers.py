@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
-from ..scan import causal_conv1d, mamba2_inner, mamba2_step, rms_norm, selective_scan, ssd_token
+from ..scan import causal_conv1d, mamba2_heads, mamba2_inner, mamba2_step, rms_norm, selective_scan, ssd_token
 from ..scan.precision import autocasts
 
 
@@ -283,15 +283,10 @@ class ScanMamba2(ScanMixer):
 
     def _mix_token(self, hidden_states, past_conv, past_ssm, A, D, at):
         """(B, L, D) -> what the tokens at `at` (B, 1) give, (B, 1, E)."""
-        inner, shared = self.intermediate_size, self.n_groups * self.ssm_state_size
+        inner = self.intermediate_size
         z, rest = self._split(hidden_states, at, slice(inner), slice(inner, None))
         xBC, delta = rest.split([self.conv_dim, self.num_heads], dim=-1)
-        x, B, C = self._convolve(xBC, past_conv).split([inner, shared, shared], dim=-1)
-        x, B, C = (
-            x.unflatten(-1, (self.num_heads, -1)),
-            B.unflatten(-1, (self.n_groups, -1)),
-            C.unflatten(-1, (self.n_groups, -1)),
-        )
+        x, B, C = mamba2_heads(self._convolve(xBC, past_conv), inner, self.num_heads, self.n_groups)
         y = ssd_token(x, mamba2_step(delta, self.dt_bias, self.time_step_limit), A, B, C, D, past_ssm, at)
         return rms_norm(y.flatten(2), self.norm.weight, z, self.norm.variance_epsilon, self.n_groups)
 

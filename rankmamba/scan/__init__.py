@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from ..errors import InputError
 from . import portable
 from .dispatch import Kernel, forced, implementation, kernel, traced
-from .portable import mamba2_step
+from .portable import mamba2_heads, mamba2_step
 from .precision import without_autocast
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "causal_conv1d",
     "forced",
     "kernel",
+    "mamba2_heads",
     "mamba2_inner",
     "mamba2_step",
     "rms_norm",
@@ -230,15 +231,13 @@ def mamba2_inner(
     }
     _check("projected", projected, expected)
     native = getattr(implementation(projected), "mamba2_inner", None)
-    if native and act is None and taps == 4:
+    if native and act is None and taps == 4:  # what its convolution has
         tensors = projected, conv_weight, conv_bias, A, D, delta_bias, norm_weight, conv_state, initial_state
         with record_function("rankmamba::scan"):
             return native(*tensors, groups, epsilon, delta_limit, beyond, return_final_state)
     z, xBC, delta = projected.split([inner, convolved, heads], dim=-1)
     xBC = causal_conv1d(xBC, conv_weight, conv_bias, conv_state, activation=None if act else "silu")
-    shared = (convolved - inner) // 2
-    x, B, C = (act(xBC) if act else xBC).split([inner, shared, shared], dim=-1)
-    x, B, C = x.unflatten(2, (heads, -1)), B.unflatten(2, (groups, -1)), C.unflatten(2, (groups, -1))
+    x, B, C = mamba2_heads(act(xBC) if act else xBC, inner, heads, groups)
     y = ssd_scan(x, mamba2_step(delta, delta_bias, delta_limit, beyond), A, B, C, D, initial_state, return_final_state)
     y, state = y if return_final_state else (y, None)
     y = rms_norm(y.flatten(2), norm_weight, z, epsilon, groups)

@@ -191,6 +191,13 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     return (y, state) if return_final_state else y
 
 
+def mamba2_heads(convolved, inner, heads, groups):
+    """(B, L, E + 2 G N) -> x (B, L, H, E / H), B and C (B, L, G, N)."""
+    shared = (convolved.shape[2] - inner) // 2
+    x, B, C = convolved.split([inner, shared, shared], dim=-1)
+    return x.unflatten(2, (heads, -1)), B.unflatten(2, (groups, -1)), C.unflatten(2, (groups, -1))
+
+
 def mamba2_step(delta, delta_bias, limit, beyond=None):
     """delta (B, L, H) -> the step: softplus(delta + delta_bias) within its limits, and 0 at the tokens `beyond` (B, L)."""
     step = F.softplus(_wide(delta) + _wide(delta_bias)).clamp(*limit)

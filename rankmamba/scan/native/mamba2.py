@@ -82,13 +82,9 @@ def _workers(x, n: int) -> int:
     return workers(x.numel() * (_chunk(x.shape[1], n) + 2 * n))
 
 
-def _together(arguments):
-    """Whether an item of the scan has all channels of a token, so that it can convolve and norm them as well."""
+def _has_all_heads(arguments):
+    """Whether an item of the scan has all channels of a token, so that it can make its inputs and norm its outputs as well."""
     return arguments.groups * arguments.parts == 1
-
-
-def _address(arguments):
-    return None if arguments is None else addressof(arguments)
 
 
 def ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=False, y=None, conv=None, norm=None):
@@ -105,13 +101,14 @@ def ssd_forward(x, delta, A, B, C, D, initial_state, want_final, want_before=Fal
     before = empty(reading, batch, heads, arguments.n, width, dtype=y.dtype) if want_before else None
     arguments.y = rows(y)
     _point(arguments, final=final, before=before)
-    if conv is not None and not _together(arguments):
+    apart = conv is not None and not _has_all_heads(arguments)
+    if apart:
         call("conv_forward", conv, conv_workers(conv))
-        call("ssd_forward", arguments, _workers(x, arguments.n))
+    elif conv is not None:
+        arguments.conv, arguments.norm = addressof(conv), addressof(norm)
+    call("ssd_forward", arguments, _workers(x, arguments.n))
+    if apart:
         call("norm_forward", norm, norm_workers(norm))
-    else:
-        arguments.conv, arguments.norm = _address(conv), _address(norm)
-        call("ssd_forward", arguments, _workers(x, arguments.n))
     return y, final, before
 
 
@@ -129,10 +126,10 @@ def ssd_backward(x, delta, A, B, C, D, initial_state, before, dy, dfinal, dx=Non
     dinitial = None if initial_state is None else empty(*initial_state.shape)
     arguments.dy, arguments.dx = rows(dy), rows(dx)
     _point(arguments, A=alive[4], before=before, dfinal=dfinal, dinitial=dinitial, ddelta=ddelta, dA=dA, dD=dD, dB=dB, dC=dC)
-    if norm is not None and not _together(arguments):
+    if norm is not None and _has_all_heads(arguments):
+        arguments.norm = addressof(norm)
+    elif norm is not None:
         call("norm_backward", norm, norm_workers(norm))
-    else:
-        arguments.norm = _address(norm)
     call("ssd_backward", arguments, _workers(x, arguments.n))
     return dx.unflatten(2, (heads, width)), ddelta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dinitial
 

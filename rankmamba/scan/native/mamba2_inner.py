@@ -35,11 +35,8 @@ class _Tensors(NamedTuple):
         return projected.split(widths, dim=-1)
 
     def heads(self, convolved, groups):
-        """(B, L, W) -> x (B, L, H, P), B and C (B, L, G, N)."""
-        inner = len(self.norm_weight)
-        shared = (convolved.shape[2] - inner) // 2
-        x, B, C = convolved.split([inner, shared, shared], dim=-1)
-        return x.unflatten(2, (len(self.A), -1)), B.unflatten(2, (groups, -1)), C.unflatten(2, (groups, -1))
+        """(B, L, W) -> x, B and C."""
+        return portable.mamba2_heads(convolved, len(self.norm_weight), len(self.A), groups)
 
 
 class _Settings(NamedTuple):
