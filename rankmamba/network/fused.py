@@ -1,8 +1,8 @@
-"""What Transformers compute between their matrix products, in one pass each: for scoring on a CPU.
+"""What Transformers compute between their matrix products, in one pass each on a CPU.
 
-These are bias with GELU, and bias with residual and LayerNorm. PyTorch copies the bias before the product and passes over all tokens
-once more for each of the others, which is a tenth of MiniLM's time (LOG.md). As with `native_attention`, architectures are to be
-compared here, not the care that each one's kernels got. Training stays with PyTorch.
+These are bias with GELU and, for scoring, bias with residual and LayerNorm. PyTorch copies the bias before the product and passes over
+all tokens once more for each of the others, which is a tenth of MiniLM's time (LOG.md). As with `native_attention`, architectures are to
+be compared here, not the care that each one's kernels got. Training's LayerNorm stays with PyTorch, which is as fast there.
 """
 
 import torch
@@ -31,7 +31,8 @@ class FusedOutput:
     def forward(self, hidden_states, input_tensor):
         """(..., D or 4 D) and (..., D) -> (..., D)."""
         norm = self.LayerNorm
-        if not _serves(self, hidden_states, self.dense) or type(norm) is not nn.LayerNorm:
+        learns = torch.is_grad_enabled() or self.training
+        if learns or not _serves(self, hidden_states, self.dense) or type(norm) is not nn.LayerNorm:
             return super().forward(hidden_states, input_tensor)
         rows = _product(self.dense, hidden_states)
         from ..scan import native
@@ -51,24 +52,23 @@ class FusedMLP:
 
 
 def runs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the kernels score parts of a model on a device, with products in `dtype`."""
+    """Return whether the kernels compute parts of a model on a device, with products in `dtype`."""
     parts = FusedIntermediate, FusedOutput, FusedMLP
     native = dtype in PRECISIONS and scan.kernel(device).name == "native"
     return native and any(isinstance(module, parts) for module in model.modules())
 
 
 def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
-    """Return whether the kernels may compute `module`: its weights are float32, used as they are or in autocast's bfloat16, and nothing
-    needs gradients or dropout, replaces its linear map or hooks into its parts."""
+    """Return whether the kernels may compute `module`: its weights are float32, used as they are or in autocast's bfloat16, nothing
+    replaces its linear map or hooks into its parts, and no forward-mode gradients are needed."""
     replaced = type(linear) is not nn.Linear or "forward" in vars(linear)
     watched = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
     if replaced or watched or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return False
     product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     precise = linear.weight.dtype == torch.float32 and product in PRECISIONS and hidden.dtype in (torch.float32, product)
-    forward_mode = torch.autograd.forward_ad._current_level >= 0  # needs derivatives even where gradients are off
-    learns = torch.is_grad_enabled() or forward_mode or module.training or scan.traced()
-    return hidden.device.type == "cpu" and precise and not learns and scan.kernel("cpu").name == "native"
+    reached = hidden.device.type == "cpu" and torch.autograd.forward_ad._current_level < 0 and not scan.traced()
+    return reached and precise and scan.kernel("cpu").name == "native"
 
 
 def _product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -80,5 +80,4 @@ def _gelu_of(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     rows = _product(linear, hidden)
     from ..scan import native
 
-    native.gelu_(rows, linear.bias)
-    return rows.view(*hidden.shape[:-1], linear.out_features)
+    return native.gelu(rows, linear.bias).view(*hidden.shape[:-1], linear.out_features)

@@ -111,7 +111,7 @@ extern "C" {
 const char *rankmamba_build() { return build.name; }
 int64_t rankmamba_block() { return build.kernels->block; }
 int64_t rankmamba_tile() { return build.kernels->tile; }
-int64_t rankmamba_norm_rows() { return build.kernels->norm_rows; }
+int64_t rankmamba_item_rows() { return build.kernels->item_rows; }
 int64_t rankmamba_taps() { return build.kernels->taps; }
 void rankmamba_use_gomp(void *entry) { gomp_parallel = (decltype(gomp_parallel))entry; }
 
@@ -129,6 +129,7 @@ ENTRY(norm_forward, Norm)
 ENTRY(norm_backward, Norm)
 ENTRY(attention, Attention)
 ENTRY(attention_backward, Attention)
-ENTRY(gelu, Gelu)
+ENTRY(gelu_forward, Gelu)
+ENTRY(gelu_backward, Gelu)
 ENTRY(add_norm, AddNorm)
 }

@@ -98,11 +98,14 @@ struct Attention {
     int64_t dout_head;
 };
 
-// x = gelu(x + bias). x: `rows` rows, as a batch of one. bias (E) or null.
+// y = gelu(x + bias), `rows` rows as a batch of one. y may be x. bias (E) or null.
 struct Gelu {
     int64_t rows, inner;  // inner: E
-    Rows x;
+    Rows x, y;
     const float *bias;
+    // backward only
+    Rows dy, dx;   // dx may be dy
+    float *dbias;  // (items, E), to be summed
 };
 
 // out = (x + bias + residual - mean) / standard deviation * weight + shift, all of these over a row. out may be x. bias (E) or null.
@@ -124,7 +127,7 @@ struct Kernel {
 
 struct Kernels {
     int width, block, tile;  // lanes, channels of a block, tokens of a tile
-    int norm_rows;           // the norm's tokens of an item
+    int item_rows;           // of the kernels that go row by row: norms and GELU
     int taps;                // of the convolution's filters
     Kernel<Scan> scan_forward, scan_backward;
     Kernel<Conv> conv_forward, conv_backward;
@@ -132,6 +135,6 @@ struct Kernels {
     Kernel<SsdBackward> ssd_backward;
     Kernel<Norm> norm_forward, norm_backward;
     Kernel<Attention> attention, attention_backward;
-    Kernel<Gelu> gelu;
+    Kernel<Gelu> gelu_forward, gelu_backward;
     Kernel<AddNorm> add_norm;
 };

@@ -78,7 +78,7 @@ Attention = _structure(
     ("dout dq dk dv", Rows),
     ("dout_head", c_int64),
 )
-Gelu = _structure("Gelu", ("rows inner", c_int64), ("x", Rows), ("bias", c_void_p))
+Gelu = _structure("Gelu", ("rows inner", c_int64), ("x y", Rows), ("bias", c_void_p), ("dy dx", Rows), ("dbias", c_void_p))
 AddNorm = _structure(
     "AddNorm", ("rows inner", c_int64), ("epsilon", c_float), ("x residual out", Rows), ("bias weight shift", c_void_p)
 )
@@ -93,7 +93,8 @@ _KERNELS = {
     "norm_backward": Norm,
     "attention": Attention,
     "attention_backward": Attention,
-    "gelu": Gelu,
+    "gelu_forward": Gelu,
+    "gelu_backward": Gelu,
     "add_norm": AddNorm,
 }
 
@@ -121,7 +122,7 @@ _HUGE_PAGE = 2 << 20  # bytes
 _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 if _madvise:
     _madvise.argtypes = (c_void_p, ctypes.c_size_t, ctypes.c_int)
-BLOCK, TILE, NORM_ROWS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_norm_rows()
+BLOCK, TILE, ITEM_ROWS = _library.rankmamba_block(), _library.rankmamba_tile(), _library.rankmamba_item_rows()
 TAPS = _library.rankmamba_taps()
 
 

@@ -5,7 +5,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import portable
 from ..precision import PRECISIONS, without_autocast
-from .library import NORM_ROWS, Norm, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
+from .library import ITEM_ROWS, Norm, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
 
 def rms_norm(y, weight, z, epsilon, groups, dtype):
@@ -64,6 +64,6 @@ def norm_backward_arguments(y, weight, z, epsilon, groups, dout, dz=None):
     dout, dy = as_rows(dout), empty(*y.shape, dtype=alive[0].dtype)
     if z is not None and dz is None:
         dz = empty(*z.shape, dtype=alive[2].dtype)
-    dweight = empty(batch * -(-length // NORM_ROWS), inner)
+    dweight = empty(batch * -(-length // ITEM_ROWS), inner)
     arguments.dout, arguments.dy, arguments.dz, arguments.dweight = rows(dout), rows(dy), rows(dz), pointer(dweight)
     return arguments, (*alive, dout), (dy, dweight, dz)

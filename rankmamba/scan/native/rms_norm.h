@@ -5,9 +5,7 @@
 
 namespace {
 
-constexpr int NORM_ROWS = 32;  // tokens of one item
-
-int64_t norm_items(const Norm &s) { return s.batch * ceil_div(s.length, NORM_ROWS); }
+int64_t norm_items(const Norm &s) { return s.batch * ceil_div(s.length, ITEM_ROWS); }
 inline int norm_padded(const Norm &s) { return (int)(ceil_div(s.inner, BLOCK) + 1) * BLOCK; }  // a group may begin inside a block
 int64_t norm_workspace(const Norm &s) { return 3 * norm_padded(s); }
 
@@ -32,11 +30,11 @@ struct Group {
 
 void norm_forward_run(const Norm &s, int64_t item, float *space) {
     const FlushDenormals flush;
-    const int64_t tiles = ceil_div(s.length, NORM_ROWS), b = item / tiles, t0 = item % tiles * NORM_ROWS;
+    const int64_t tiles = ceil_div(s.length, ITEM_ROWS), b = item / tiles, t0 = item % tiles * ITEM_ROWS;
     const int size = norm_padded(s);
     float *gated = space, *weight = gated + size;
     load_span(s.weight, (int)s.inner, size, weight);
-    for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
+    for (int64_t t = t0; t < s.length && t < t0 + ITEM_ROWS; t++) {
         for (int64_t first = 0; first < s.inner; first += s.inner / s.groups) {
             const Group group{s, b, t, first};
             vf squares[VECTORS] = {};
@@ -63,12 +61,12 @@ void norm_forward_run(const Norm &s, int64_t item, float *space) {
 
 void norm_backward_run(const Norm &s, int64_t item, float *space) {
     const FlushDenormals flush;
-    const int64_t tiles = ceil_div(s.length, NORM_ROWS), b = item / tiles, t0 = item % tiles * NORM_ROWS;
+    const int64_t tiles = ceil_div(s.length, ITEM_ROWS), b = item / tiles, t0 = item % tiles * ITEM_ROWS;
     const int size = norm_padded(s);
     float *gates = space, *weight = gates + size, *dweight = weight + size;
     load_span(s.weight, (int)s.inner, size, weight);
     memset(dweight, 0, size * sizeof(float));
-    for (int64_t t = t0; t < s.length && t < t0 + NORM_ROWS; t++) {
+    for (int64_t t = t0; t < s.length && t < t0 + ITEM_ROWS; t++) {
         for (int64_t first = 0; first < s.inner; first += s.inner / s.groups) {
             const Group group{s, b, t, first};
             vf squares[VECTORS] = {}, products[VECTORS] = {};

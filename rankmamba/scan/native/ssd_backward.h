@@ -228,7 +228,7 @@ struct SsdBackwardPart : SsdPart<SsdBackward, M> {
         for (int64_t k = this->chunks(); k-- > 0;) {
             this->choose_chunk(k);
             const bool reads = k >= this->reads_from(), adds = s.dfinal || k + 1 < this->chunks();
-            this->run_tiles(norm_backward_run, s.norm, NORM_ROWS, norm_space);
+            this->run_tiles(norm_backward_run, s.norm, ITEM_ROWS, norm_space);
             load_shared();
             for (int64_t i = 0; i < count; i++) {
                 const int64_t head = this->choose_head(i, -s.chunk);

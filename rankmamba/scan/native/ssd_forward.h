@@ -108,7 +108,7 @@ struct SsdForwardPart : SsdPart<SsdForward, M> {
                 M::template multiply<true>(rows, rows, P, mixing, Q, x, P, y, P, LOWER);
                 for (int t = 0; t < tokens; t++) store_row(s.y, b, t0 + t, head * s.width, (int)s.width, y + t * P);
             }
-            this->run_tiles(norm_forward_run, s.norm, NORM_ROWS, norm_space);
+            this->run_tiles(norm_forward_run, s.norm, ITEM_ROWS, norm_space);
         }
         this->store_states(h, s.final);
     }

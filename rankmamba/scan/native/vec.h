@@ -24,6 +24,7 @@ namespace {
 constexpr int W = WIDTH;
 constexpr int VECTORS = 4;          // M almost everywhere: enough to fill the wait, few enough for 16 registers
 constexpr int BLOCK = VECTORS * W;  // channels worked on together
+constexpr int ITEM_ROWS = 32;       // rows of an item, where each is worked on by itself
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
@@ -148,6 +149,14 @@ inline vf reciprocal(vf x) {
     return 1.f / x;
 #endif
 }
+// The same as exact as bfloat16 deserves: to 6e-5 of it.
+inline vf reciprocal_bf16(vf x) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (vf)_mm512_rcp14_ps((__m512)x);
+#else
+    return reciprocal(x);
+#endif
+}
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float EXP_LIMIT = 86.6f;  // exp(-EXP_LIMIT) is 2^-125
@@ -265,7 +274,7 @@ ALWAYS_INLINE void sigmoid_bf16(const vf *x, vf *y) {
 #if defined(__AVX512DQ__) && WIDTH == 16
     for (int i = 0; i < M; i++) y[i] = broadcast(-LOG2E);
     exp2_product_bf16<M>(y, x);
-    for (int i = 0; i < M; i++) y[i] = (vf)_mm512_rcp14_ps((__m512)(1.f + y[i]));
+    for (int i = 0; i < M; i++) y[i] = reciprocal_bf16(1.f + y[i]);
 #else
     sigmoid<M>(x, y);
 #endif

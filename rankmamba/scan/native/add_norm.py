@@ -1,15 +1,8 @@
-"""What a Transformer computes between two matrix products, for scoring, on the native kernels."""
+"""Bias, residual and LayerNorm, for scoring, on the native kernels."""
 
 import torch
 
-from .library import AddNorm, Gelu, as_plain, as_rows, call, empty, pointer, rows, workers
-
-
-def gelu_(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """gelu(x + bias), without gradients, in place of x. x: float32 or bfloat16 (T, E), channels contiguous. bias: (E,)."""
-    bias = as_plain(bias)
-    call("gelu", Gelu(*x.shape, rows(x[None]), pointer(bias)), workers(8 * x.numel()))
-    return x
+from .library import AddNorm, as_plain, as_rows, call, empty, pointer, rows, workers
 
 
 def add_norm(
