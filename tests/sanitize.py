@@ -128,7 +128,9 @@ def run_all_shapes() -> None:
             for seen, causal in itertools.product((None, torch.ones(batch, keys)), (True, False)):
                 with torch.no_grad():
                     scan.native.attention(*tensors, seen, causal, 0.5, normal(1, heads, queries, keys))
-                backward([scan.native.attention(*tensors, seen, causal, 0.5)])
+                angles = torch.randn(batch, queries, width // 2).tile(2)
+                rotary = (angles.cos(), angles.sin()) * 2 if queries == keys and width > 1 else None
+                backward([scan.native.attention(*tensors, seen, causal, 0.5, None, rotary)])
                 count += 2
         for number, width in [(1, 1), (33, 65), (7, 31), (64, 130)]:
             x = make(number, width, dtype=dtype)

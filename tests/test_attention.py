@@ -1,16 +1,19 @@
 """Our attention and its gradients against their definition, in every layout, and SDPA wherever it steps back."""
 
+import copy
 import types
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from rankmamba import scan
 from rankmamba.network.native_attention import NATIVE
 from rankmamba.network.native_attention import native_attention as attend
+from rankmamba.network.substitutes import use_kernels
 
 compiled = pytest.mark.skipif(scan.kernel("cpu").name != "native", reason="no compiler was there")
 
@@ -57,26 +60,30 @@ def laid_out(tensor, layout):
     biased=st.booleans(),
     large=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    rotated=st.booleans(),  # in autocast rotary positions make queries and keys float32 again
+    wide=st.booleans(),  # where PyTorch rotates them in autocast, queries and keys are float32 again
+    rotated=st.sampled_from([0, 0.25, 1]),  # of a head
     threads=st.integers(1, 2),
     seed=st.integers(0, 2**31),
 )
 def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
-    shape, layout, causal, hidden, biased, large, dtype, rotated, threads, seed
+    shape, layout, causal, hidden, biased, large, dtype, wide, rotated, threads, seed
 ):
     batch, heads, shared, queries, past, width = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = (heads * shared, queries), (heads, queries + past), (heads, queries + past)
     scale = 30 if large and dtype == torch.float32 else 1
     query, key, value = ((torch.randn(batch, *size, width, generator=generator) * scale).to(dtype) for size in sizes)
-    if rotated:
+    if wide:
         query, key = query.float(), key.float()
+    pairs = 0 if past else int(width * rotated) // 2
+    angles = torch.randn(batch if layout == "heads first" else 1, queries, pairs, generator=generator).tile(2)
+    rotary = (angles.cos(), angles.sin()) * 2 if pairs else None
     seen = None
     if hidden:
         seen = torch.rand(batch, queries + past, generator=generator) < 0.7
     bias = torch.randn(1, heads * shared, queries, queries + past, generator=generator) * 3 if biased else None
     tensors = [laid_out(tensor, layout) for tensor in (query, key, value)]
-    module, options = types.SimpleNamespace(is_causal=causal), {"scaling": width**-0.5, "position_bias": bias}
+    module, options = types.SimpleNamespace(is_causal=causal), {"scaling": width**-0.5, "position_bias": bias, "rotary": rotary}
     upstream = laid_out(torch.randn(batch, queries, heads * shared, width, generator=generator), layout).to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -90,7 +97,8 @@ def test_attention_equals_its_definition_in_float64_in_every_shape_and_layout(
     finally:
         torch.set_num_threads(before)
     doubles = [tensor.double().requires_grad_() for tensor in (query, key, value)]
-    expected = exact(*doubles, seen, causal, width**-0.5, bias)
+    turned = doubles if rotary is None else (*apply_rotary_pos_emb(*doubles[:2], *rotary[:2]), doubles[2])
+    expected = exact(*turned, seen, causal, width**-0.5, bias)
     # a score of some thousands is rounded to 1e-4 before its exponential is taken; bfloat16 rounds weights and results to 1/512 each
     assert got.dtype == dtype
     error = 1 / 250 if dtype == torch.bfloat16 else 1e-3 if scale > 1 else 2e-6
@@ -160,6 +168,48 @@ def test_generation_on_a_cache_with_places_to_come_is_that_of_sdpa(left):
         model, lambda m: m.generate(ids, attention_mask=seen, cache_implementation="static", **options).logits
     )
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("rotary", [0.25, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpt_neox_rotates_in_the_kernel_and_is_that_of_transformers_in_scoring_training_and_on_a_cache(
+    rotary, dtype, monkeypatch
+):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotary}
+    theirs = GPTNeoXModel(GPTNeoXConfig(**SIZES | {"hidden_size": 64}, rope_parameters=rope, attention_dropout=0.5)).eval()
+    ids, seen = torch.randint(3, 50, (2, 40)), torch.ones(2, 40, dtype=torch.long)
+    seen[0, 30:] = 0
+    ours, rotations = use_kernels(copy.deepcopy(theirs)), []
+    ours.set_attn_implementation(NATIVE)
+    kernel = scan.native.attention
+    monkeypatch.setattr(scan.native, "attention", lambda *given: rotations.append(given[-1] is not None) or kernel(*given))
+
+    def states(model, **options):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(ids, attention_mask=seen, **options).last_hidden_state.float()[seen.bool()]
+
+    def learnt(model):
+        gradients = torch.autograd.grad(states(model, use_cache=False).square().sum(), list(model.parameters()))
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def close(got, expected, error):
+        assert (got - expected).norm() <= error * expected.norm()
+
+    error = 1e-5 if dtype == torch.float32 else 2e-2
+    with torch.no_grad():
+        close(states(ours, use_cache=False), states(theirs), error)
+    close(learnt(ours), learnt(theirs), error)
+    assert rotations == [True] * 4
+    with torch.no_grad():
+        close(states(ours, use_cache=True), states(theirs), error)
+        past = ours(ids[:, :25], use_cache=True).cache
+        continued = ours(ids[:, 25:30], cache=past).last_hidden_state
+        close(continued, theirs(ids[:, :30]).last_hidden_state[:, 25:], 1e-5)
+        assert not any(rotations[4:])
+        dropped = states(ours.train(), use_cache=False)
+        assert not torch.allclose(dropped, states(ours, use_cache=False))  # SDPA's, which draws anew
 
 
 @compiled

@@ -6,8 +6,9 @@ therefore skipped; the scores stay the same, and a sixth of a six-layer encoder'
 """
 
 import copy
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .native_attention import NATIVE, sdpa_mask
+from .native_attention import NATIVE, POOLED_NATIVE, native_attention
 
 # For each type of backbone: its list of layers, its attention, and the parts of a layer that work token by token and whose output at
 # other tokens nobody reads: a module, or a span from one (its inputs are cut) to another (its output is filled up), "" being the layer
@@ -34,12 +35,13 @@ TOKENWISE = {
     "falcon_mamba": MAMBA,
     "nemotron_h": MAMBA,
 }
-POOLED = "rankmamba_pooled_sdpa"  # the name by which Hugging Face finds this implementation of attention
+# implementation of attention -> the name by which Hugging Face finds the same for the pooled token
+POOLED = {"sdpa": "rankmamba_pooled_sdpa", NATIVE: POOLED_NATIVE}
 
 
 class LastLayer:
-    """Makes the token-wise parts and the attention (SDPA, also where our kernel serves the other layers) of a backbone's last layer skip
-    every token but the pooled one, inside `only(positions)`.
+    """Makes the token-wise parts and the attention (SDPA or ours) of a backbone's last layer skip every token but the pooled one, inside
+    `only(positions)`.
 
     Outside of it, with a backbone that is not in `TOKENWISE`, or while layers are recomputed for gradient checkpointing (when the
     positions of an earlier batch would be wrong), the backbone computes everything. Threads may share the backbone: each has its
@@ -63,19 +65,21 @@ class LastLayer:
         self._attention = modules.get(attention)
         if self._attention is not None:
             self._config, self._pooled_config = self._attention.config, copy.copy(self._attention.config)
-            self._pooled_config._attn_implementation = POOLED
             self._attention.pooled_batch = self._batch
 
     @property
     def pools_attention(self) -> bool:
         """Whether the attention, too, computes only the pooled token: it must be SDPA or ours."""
-        return self._attention is not None and self._config._attn_implementation in ("sdpa", NATIVE)
+        return self._attention is not None and self._config._attn_implementation in POOLED
 
     @contextmanager
     def only(self, positions: torch.Tensor) -> Iterator[None]:
         """positions: int64 (B,), the token of each sequence whose output is needed."""
-        if self._attention is not None:
-            self._attention.config = self._pooled_config if self.pools_attention else self._config
+        if self.pools_attention:
+            self._pooled_config._attn_implementation = POOLED[self._config._attn_implementation]
+            self._attention.config = self._pooled_config
+        elif self._attention is not None:
+            self._attention.config = self._config
         if not getattr(self._layer, "gradient_checkpointing", False):
             self._batch.positions = positions
         try:
@@ -114,28 +118,44 @@ class _Batch(threading.local):
 
 
 def pooled_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    attend: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA for the token `module.pooled_batch.positions` (B,) of each sequence; at all others the output is 0.
+    """`attend` for the token `module.pooled_batch.positions` (B,) of each sequence; at all others the output is 0.
 
     query: (B, heads, L, head size). key, value: the same with K >= L tokens, where the last L are those of the query.
-    attention_mask: None, (B or 1, 1, L, K), or (B, K). Returns (B, L, heads, head size).
+    attention_mask: None, (B or 1, 1, L, K) or, where `attend` takes it, (B, K). Returns (B, L, heads, head size).
     """
-    if attention_mask is None or attention_mask.dim() == 2:
-        attention_mask = sdpa_mask(attention_mask, module.is_causal, query, key)
-    if module.pooled_batch.positions is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    positions = module.pooled_batch.positions
+    if positions is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
     batch, heads, length, size = query.shape
     keys = key.shape[2]
-    positions = module.pooled_batch.positions.view(-1, 1, 1, 1)
-    if attention_mask is not None:
-        attention_mask = attention_mask.expand(batch, -1, length, -1)
-        attention_mask = attention_mask.gather(2, positions.expand(-1, attention_mask.shape[1], 1, keys))
+    if attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask = _rows_at(attention_mask.expand(batch, -1, length, -1), positions)
     elif module.is_causal:
-        attention_mask = torch.arange(keys, device=query.device) <= positions + keys - length
-    pooled = query.gather(2, positions.expand(-1, heads, 1, size))
-    output, _ = sdpa_attention_forward(module, pooled, key, value, attention_mask, **kwargs)
-    return output.new_zeros(batch, length, heads, size).scatter(1, positions.expand(-1, 1, heads, size), output), None
+        before = torch.arange(keys, device=query.device) <= positions[:, None] + keys - length
+        attention_mask = before if attention_mask is None else before & attention_mask.bool()
+        if attend is sdpa_attention_forward:
+            attention_mask = attention_mask[:, None, None]
+    kwargs["is_causal"] = False
+    if "rotary" in kwargs:  # of the queries, then of the keys
+        turns = [_rows_at(part.expand(batch, -1, -1)[:, None], positions)[:, 0] for part in kwargs["rotary"][:2]]
+        kwargs["rotary"] = *turns, *kwargs["rotary"][2:]
+    output, _ = attend(module, _rows_at(query, positions), key, value, attention_mask, **kwargs)
+    places = positions.view(-1, 1, 1, 1).expand(-1, 1, heads, size)
+    return output.new_zeros(batch, length, heads, size).scatter(1, places, output), None
 
 
-AttentionInterface.register(POOLED, pooled_attention)
+def _rows_at(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(B, heads, L, W) and (B,) -> (B, heads, 1, W)."""
+    return tensor.gather(2, positions.view(-1, 1, 1, 1).expand(-1, tensor.shape[1], 1, tensor.shape[3]))
+
+
+for _name, _attend in (("sdpa", sdpa_attention_forward), (NATIVE, native_attention)):
+    AttentionInterface.register(POOLED[_name], functools.partial(pooled_attention, _attend))

@@ -10,11 +10,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
 from transformers.masking_utils import sdpa_mask as masked_pairs
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import scan
 from ..scan.precision import PRECISIONS
 
 NATIVE = "rankmamba_native"
+POOLED_NATIVE = "rankmamba_pooled_native"  # the same for one query of each text, see `last_layer`
+ROTARY = NATIVE, POOLED_NATIVE  # the implementations that rotate queries and keys themselves
 # Families (transformers' `model_type`) without a window, whose only bias between positions, if any, is handed over (T5's).
 PLAIN = {"bert", "roberta", "electra", "opt", "gpt_neox", "gpt2", "llama", "nemotron_h", "t5"}
 
@@ -28,12 +31,14 @@ def native_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, ...] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention; with SDPA where dropout, the gradient of a bias, another precision or another mask is needed.
 
     query: (B, heads, L, head size). key, value: (B, heads or a divisor of it, K, head size). attention_mask: None, or
-    (B, K), false where a key is hidden, or as SDPA takes it. position_bias: (1, heads, L, K). Returns (B, L, heads, head size).
+    (B, K), false where a key is hidden, or as SDPA takes it. position_bias: (1, heads, L, K). rotary: as `scan.native.attention` takes it.
+    Returns (B, L, heads, head size).
     """
     causal = module.is_causal if is_causal is None else is_causal
     of_pairs = attention_mask is not None and attention_mask.dim() != 2
@@ -44,6 +49,10 @@ def native_attention(
     served = served and not scan.traced() and not kwargs.get("dropout")
     served = served and not (torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad)
     if not served:
+        if rotary is not None:
+            from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb  # see `substitutes._class`
+
+            query, key = apply_rotary_pos_emb(query, query, *rotary[:2])[0], apply_rotary_pos_emb(key, key, *rotary[2:])[0]
         mask = attention_mask if of_pairs else sdpa_mask(attention_mask, causal, query, key)
         return sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, is_causal=causal, position_bias=position_bias, **kwargs
@@ -52,7 +61,22 @@ def native_attention(
 
     with record_function("rankmamba::attention"):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return native.attention(query, key, value, attention_mask, causal, scale, position_bias), None
+        return native.attention(query, key, value, attention_mask, causal, scale, position_bias, rotary), None
+
+
+class RotaryAttention:
+    """GPT-NeoX's attention, whose queries and keys our kernel rotates as it reads them; PyTorch passes over them several times for that."""
+
+    def forward(self, hidden_states, attention_mask, layer_past=None, position_embeddings=None, **kwargs):
+        """(B, L, D) -> (B, L, D), None. attention_mask: as `native_attention` takes it. position_embeddings: cos, sin (B or 1, L, R)."""
+        name = self.config._attn_implementation
+        if name not in ROTARY or layer_past is not None:
+            return super().forward(hidden_states, attention_mask, layer_past, position_embeddings, **kwargs)
+        heads = self.query_key_value(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+        kwargs |= {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+        attend = ALL_ATTENTION_FUNCTIONS[name]
+        output, _ = attend(self, *heads.chunk(3, dim=-1), attention_mask, rotary=position_embeddings * 2, **kwargs)
+        return self.dense(output.flatten(2)), None
 
 
 def sdpa_mask(seen: torch.Tensor | None, causal: bool, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:

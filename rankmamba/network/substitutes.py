@@ -14,6 +14,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 
 from .fused import FusedIntermediate, FusedMLP, FusedOutput
 from .mixers import ScanFalconMamba, ScanMamba, ScanMamba2, ScanMixer, ScanRMSNorm
+from .native_attention import RotaryAttention
 
 
 def use_kernels(backbone: nn.Module) -> nn.Module:
@@ -46,7 +47,7 @@ _FAMILIES = {
     },
     "mamba2": {"Mamba2Mixer": (ScanMamba2, ["in_proj", "conv1d"]), "Mamba2RMSNorm": (ScanRMSNorm, [])},
     "nemotron_h": {"NemotronHMamba2Mixer": (ScanMamba2, ["in_proj", "conv1d"]), "NemotronHRMSNorm": (ScanRMSNorm, [])},
-    "gpt_neox": {"GPTNeoXMLP": (FusedMLP, ["dense_h_to_4h"])},
+    "gpt_neox": {"GPTNeoXMLP": (FusedMLP, ["dense_h_to_4h"]), "GPTNeoXAttention": (RotaryAttention, [])},
 } | {name.lower(): {name + part: ours for part, ours in _BERT.items()} for name in ("Bert", "Roberta", "Electra")}
 _SUBSTITUTES = {
     f"Our{name}": (f"transformers.models.{folder}.modeling_{folder}", name, mixin, read_directly)

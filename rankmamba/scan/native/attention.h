@@ -80,6 +80,34 @@ struct AttentionHead : Buffers<M> {
         for (int i = 0; i < count; i++) load_row(r, b, t + i, first, t + i < last ? width : 0, P, block + i * P);
         return {block, P};
     }
+    // The same, rotated.
+    Floats load_rotated(const Rows &r, const Rotation &rotation, int64_t b, int64_t first, int64_t t, int count, int64_t last) {
+        if (!rotation.cos) return load_rows(r, b, first, t, count, last);
+        for (int i = 0; i < count; i++) {
+            load_row(r, b, t + i, first, t + i < last ? width : 0, P, block + i * P);
+            if (t + i < last) rotate(rotation, b, t + i, 1, block + i * P);
+        }
+        return {block, P};
+    }
+    // A row of a head (arXiv 2104.09864); direction -1: back, as gradients go.
+    static void rotate(const Rotation &rotation, int64_t b, int64_t t, float direction, float *row) {
+        const int pairs = (int)rotation.pairs;
+        const float *cos = rotation.cos + b * rotation.batch_stride + t * pairs, *sin = rotation.sin + b * rotation.batch_stride + t * pairs;
+        // four at a time: published models have 8 to 64 pairs
+        typedef float four __attribute__((vector_size(16), aligned(4)));
+        int i = 0;
+        for (; i + 4 <= pairs; i += 4) {
+            four *first = (four *)(row + i), *second = (four *)(row + pairs + i);
+            const four x = *first, y = *second, along = *(const four *)(cos + i), across = *(const four *)(sin + i) * direction;
+            *first = x * along - y * across;
+            *second = y * along + x * across;
+        }
+        for (; i < pairs; i++) {
+            const float x = row[i], y = row[pairs + i], across = direction * sin[i];
+            row[i] = x * cos[i] - y * across;
+            row[pairs + i] = y * cos[i] + x * across;
+        }
+    }
     // As a right operand, as they are, and turned; as a left one.
     void store_right(const Floats &rows, int t, int count, Number *to) const {
         for (int i = 0; i < count; i += 2)
@@ -133,7 +161,7 @@ struct AttentionForward : AttentionHead<M> {
 
     void load_keys_and_values(int64_t b, int64_t head) {
         for (int t = 0; t < K; t += W) {
-            this->store_turned(this->load_rows(s.k, b, head * s.k_head, t, W, s.keys), t, k_turned);
+            this->store_turned(this->load_rotated(s.k, s.k_rotation, b, head * s.k_head, t, W, s.keys), t, k_turned);
             this->store_right(this->load_rows(s.v, b, head * s.v_head, t, W, s.keys), t, W, v);
         }
         if (s.hidden) load_span(s.hidden + b * s.keys, (int)s.keys, K, hidden);
@@ -149,7 +177,7 @@ struct AttentionForward : AttentionHead<M> {
             const int seen = (int)(s.causal ? first + count + ahead : s.keys);
             const int columns = padded(seen, M::UNIT), depth = padded(seen, M::DEPTH_UNIT);
             for (int t = 0; t < rows; t++)
-                this->store_left(this->load_rows(s.q, b, head * s.q_head, first + t, 1, s.queries), t, 1, q);
+                this->store_left(this->load_rotated(s.q, s.q_rotation, b, head * s.q_head, first + t, 1, s.queries), t, 1, q);
             this->multiply(rows, P, columns, q, P, k_turned, K, scores, K);
             float shares[QUERIES];
             for (int i = 0; i < count; i++) {

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..precision import without_autocast
-from .library import Attention, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
+from .library import Attention, Rotation, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
 
 def attention(
@@ -15,43 +15,53 @@ def attention(
     causal: bool,
     scale: float,
     bias: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """softmax(query key^T scale + bias) value: (B, L, H, P), in the precision of the values.
 
     query: float32 or bfloat16 (B, H, L, P). key, value: likewise, (B, H or a divisor of it, K, P). seen: (B, K), false or 0 where a
     key is hidden. causal: the last query sees all keys, each before it one less. A query that sees no key gets zeros. bias: (1, H, L, K);
-    gets no gradient.
+    gets no gradient. rotary: cosines and sines for the queries, (B or 1, L, R), and for the keys, (B or 1, K, R), of R / 2 angles, twice;
+    the first R numbers of each query and key are rotated by them first, in pairs R / 2 apart (arXiv 2104.09864). No gradient either.
     """
     hidden = None if seen is None else as_plain(torch.where(seen.bool(), 0.0, -torch.inf))
     if bias is not None:
         bias = as_plain(bias.expand(1, *query.shape[1:3], key.shape[2]))
+    angles = (as_plain(part[..., : part.shape[-1] // 2]) for part in rotary or ())
     run = _Attention.apply if tracked((query, key, value)) else _forward
-    return run(query, key, value, hidden, bias, causal, scale)
+    return run(query, key, value, causal, scale, hidden, bias, *angles)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, hidden, bias, causal, scale):
-        ctx.save_for_backward(query, key, value, hidden, bias)
+    def forward(ctx, query, key, value, causal, scale, hidden, bias, *angles):
+        ctx.save_for_backward(query, key, value, hidden, bias, *angles)
         ctx.options = causal, scale
-        return _forward(query, key, value, hidden, bias, causal, scale)
+        return _forward(query, key, value, causal, scale, hidden, bias, *angles)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        return *_backward(*ctx.saved_tensors, *ctx.options, dout), None, None, None, None
+        query, key, value, *rest = ctx.saved_tensors
+        return *_backward(dout, query, key, value, *ctx.options, *rest), *[None] * (2 + len(rest))
 
 
-def _arguments(query, key, value, hidden, bias, causal, scale):
+def _arguments(query, key, value, causal, scale, hidden, bias, *angles):
     """Return the C arguments and the tensors they point to."""
     (batch, heads, length, width), (_, shared, keys, _) = query.shape, key.shape
-    alive = *(as_rows(t) for t in (query, key, value)), hidden, bias
+    alive = *(as_rows(t) for t in (query, key, value)), hidden, bias, *angles
     arguments = Attention(batch, heads, width, length, keys, heads // shared, causal, scale)
     for name, tensor in zip("qkv", alive, strict=False):
         setattr(arguments, name, rows(tensor.transpose(1, 2)))
         setattr(arguments, f"{name}_head", tensor.stride(1))
     arguments.hidden, arguments.bias = pointer(hidden), pointer(bias)
+    if angles:
+        arguments.q_rotation, arguments.k_rotation = _rotation(*angles[:2]), _rotation(*angles[2:])
     return arguments, alive
+
+
+def _rotation(cos, sin):
+    return Rotation(pointer(cos), pointer(sin), cos.shape[2], cos.stride(0) if len(cos) > 1 else 0)
 
 
 def _products(query, key):
@@ -59,9 +69,9 @@ def _products(query, key):
     return query.numel() * key.shape[2]
 
 
-def _forward(query, key, value, hidden, bias, causal, scale):
+def _forward(query, key, value, *options):
     batch, heads, length, width = query.shape
-    arguments, alive = _arguments(query, key, value, hidden, bias, causal, scale)
+    arguments, alive = _arguments(query, key, value, *options)
     out = empty(batch, length, heads * width, dtype=alive[2].dtype)
     arguments.out = rows(out)
     call("attention", arguments, workers(2 * _products(query, key)))
@@ -69,8 +79,8 @@ def _forward(query, key, value, hidden, bias, causal, scale):
 
 
 @without_autocast
-def _backward(query, key, value, hidden, bias, causal, scale, dout):
-    arguments, alive = _arguments(query, key, value, hidden, bias, causal, scale)
+def _backward(dout, query, key, value, *options):
+    arguments, alive = _arguments(query, key, value, *options)
     dout = as_rows(dout)
     gradients = [empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3], dtype=t.dtype) for t in alive[:3]]
     arguments.dout, arguments.dout_head = rows(dout), dout.stride(2)

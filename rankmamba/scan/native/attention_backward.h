@@ -20,7 +20,7 @@ struct AttentionBackward : AttentionHead<M> {
 
     void load_keys_and_values(int64_t b, int64_t head) {
         for (int t = 0; t < K; t += W) {
-            const auto keys = this->load_rows(s.k, b, head * s.k_head, t, W, s.keys);
+            const auto keys = this->load_rotated(s.k, s.k_rotation, b, head * s.k_head, t, W, s.keys);
             this->store_turned(keys, t, k_turned);
             this->store_right(keys, t, W, k);
             this->store_turned(this->load_rows(s.v, b, head * s.v_head, t, W, s.keys), t, v_turned);
@@ -32,7 +32,7 @@ struct AttentionBackward : AttentionHead<M> {
 
     void load_queries(int64_t b, int64_t head, int64_t first) {
         for (int t = 0; t < QUERIES; t += 2) {
-            const auto queries = this->load_rows(s.q, b, head * s.q_head, first + t, 2, s.queries);
+            const auto queries = this->load_rotated(s.q, s.q_rotation, b, head * s.q_head, first + t, 2, s.queries);
             this->store_left(queries, t, 2, q);
             this->store_right(queries, t, 2, q_right);
             const auto gradients = this->load_rows(s.dout, b, head * s.dout_head, first + t, 2, s.queries);
@@ -102,9 +102,13 @@ struct AttentionBackward : AttentionHead<M> {
                 for (int i = 0; i < rows; i++)
                     for (int j = 0; j < columns; j += W) M::store_left(left + i * K + j, load(dscores + i * K + j));
                 this->multiply(rows, depth, P, left, K, k, P, dq, P);
-                for (int i = 0; i < count; i++) store_row(s.dq, b, first + i, head * s.width, width, dq + i * P);
+                for (int i = 0; i < count; i++) {
+                    if (s.q_rotation.cos) Base::rotate(s.q_rotation, b, first + i, -1, dq + i * P);
+                    store_row(s.dq, b, first + i, head * s.width, width, dq + i * P);
+                }
             }
         for (int64_t t = 0; t < s.keys; t++) {
+            if (s.k_rotation.cos) Base::rotate(s.k_rotation, b, t, -1, dk + t * P);
             store_row(s.dk, b, t, shared * s.width, width, dk + t * P);
             store_row(s.dv, b, t, shared * s.width, width, dv + t * P);
         }

@@ -83,6 +83,12 @@ struct SsdBackward {
     const Norm *norm;                 // what makes dy of each chunk, as in the forward
 };
 
+// Rotary embedding: numbers i and i + pairs of a head's row at t turn by an angle of cos and sin (., L, pairs), null for none.
+struct Rotation {
+    const float *cos, *sin;
+    int64_t pairs, batch_stride;
+};
+
 // Attention. q, out (B, L, .), k, v (B, K, .): their heads of P numbers lie *_head apart; in out and gradients P.
 struct Attention {
     int64_t batch, heads, width, queries, keys;  // B, H, P, L, K
@@ -93,6 +99,7 @@ struct Attention {
     int64_t q_head, k_head, v_head;
     const float *hidden;  // (B, K): 0, or minus infinity where nobody looks; or null
     const float *bias;    // (H, L, K): added to the scaled products; or null
+    Rotation q_rotation, k_rotation;
     // backward only
     Rows dout, dq, dk, dv;
     int64_t dout_head;

@@ -68,6 +68,7 @@ Norm = _structure(
     ("dout dy dz", Rows),
     ("dweight", c_void_p),
 )
+Rotation = _structure("Rotation", ("cos sin", c_void_p), ("pairs batch_stride", c_int64))
 Attention = _structure(
     "Attention",
     ("batch heads width queries keys shared causal", c_int64),
@@ -75,6 +76,7 @@ Attention = _structure(
     ("q k v out", Rows),
     ("q_head k_head v_head", c_int64),
     ("hidden bias", c_void_p),
+    ("q_rotation k_rotation", Rotation),
     ("dout dq dk dv", Rows),
     ("dout_head", c_int64),
 )
