@@ -9,8 +9,8 @@ inline int gelu_padded(const Gelu &s) { return (int)ceil_div(s.inner, BLOCK) * B
 int64_t gelu_workspace(const Gelu &s) { return gelu_padded(s); }
 int64_t gelu_backward_workspace(const Gelu &s) { return 2 * gelu_padded(s); }
 
-// Phi(-a) = p exp(-a^2 / 2) for a >= 0, where p is close to a polynomial in 1 / (1 + NEARNESS a) (as in Abramowitz and Stegun 7.1.26, fitted for
-// the least error of p / p on [0, 6]): here to 2e-4 and 3e-7, highest power first.
+// Phi(-a) = p exp(-a^2 / 2) for a >= 0, where p is next to a polynomial in 1 / (1 + NEARNESS a), highest power first (the form of Abramowitz and
+// Stegun 7.1.26; fitted for the least relative error on [0, 6]): to 2e-4 of it, and to 3e-7.
 template <bool BF16>
 struct Tail;
 template <>
