@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import ir_datasets
@@ -331,6 +332,29 @@ def test_the_last_layer_skips_in_every_family_that_it_knows(reranker):
                 alone = kept.mixer(hidden)
         assert alone.any(-1).nonzero().tolist() == [[0, 5], [1, 2]]
         torch.testing.assert_close(alone[[0, 1], positions], whole[[0, 1], positions], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", native_attention.NATIVE])
+@pytest.mark.parametrize("family", ["bert", "opt", "gpt_neox"])
+def test_the_pooled_token_and_its_gradients_are_those_of_a_whole_last_layer_whichever_keys_are_hidden(
+    family, implementation, tmp_path
+):
+    write_checkpoint(family, tmp_path)
+    model = Reranker.from_pretrained(tmp_path, dtype=torch.float32).model
+    model.backbone.set_attn_implementation(implementation)
+    assert model.last_layer.pools_attention
+    ids, rows = torch.randint(10, 40, (3, 12)), torch.arange(3)
+    for hidden, positions in [((), [11, 3, 0]), ([9, 10, 11], [8, 8, 8]), ([0, 1], [11, 5, 2]), ([4, 5], [11, 8, 3])]:
+        mask = torch.ones_like(ids).index_fill(1, torch.tensor(hidden, dtype=torch.long), 0)
+        positions, found = torch.tensor(positions), []
+        for context in (nullcontext(), model.last_layer.only(positions)):
+            with context:
+                states = model.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            pooled = states[rows, positions]
+            gradients = torch.autograd.grad(pooled.square().sum(), list(model.backbone.parameters()), materialize_grads=True)
+            found.append((pooled, torch.cat([gradient.flatten() for gradient in gradients])))
+        for whole, alone in zip(*found, strict=True):
+            torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
 
 
 def test_the_table_has_a_line_for_each_checkpoint_and_every_family_is_proven():

@@ -92,8 +92,7 @@ class LastLayer:
             return None
         self._batch.shape = inputs[0].shape[:-1]  # (B, L), or (B L,) where a family flattens its tokens
         rows = self._rows(inputs[0])
-        pooled = (hidden.flatten(0, -2)[rows] for hidden in inputs)
-        return tuple(pooled if inputs[0].dim() == 2 else (hidden[:, None] for hidden in pooled))
+        return tuple(hidden.flatten(0, -2)[rows] for hidden in inputs)
 
     def _put_back(self, module: nn.Module, inputs, output: torch.Tensor):
         if self._batch.positions is None:
