@@ -4,9 +4,8 @@
 
 namespace {
 
-inline int add_norm_padded(const AddNorm &s) { return (int)ceil_div(s.inner, BLOCK) * BLOCK; }
 int64_t add_norm_items(const AddNorm &s) { return ceil_div(s.rows, ITEM_ROWS); }
-int64_t add_norm_workspace(const AddNorm &s) { return 2 * add_norm_padded(s); }
+int64_t add_norm_workspace(const AddNorm &s) { return 2 * padded(s.inner, BLOCK); }
 
 // 1 / the standard deviation of x.
 inline float normalizer(const float *x, int count, float mean, float epsilon) {
@@ -24,7 +23,7 @@ inline float normalizer(const float *x, int count, float mean, float epsilon) {
 
 void add_norm_run(const AddNorm &s, int64_t item, float *space) {
     const FlushDenormals flush;
-    const int inner = (int)s.inner, size = add_norm_padded(s);
+    const int inner = (int)s.inner, size = padded(s.inner, BLOCK);
     float *bias = space, *added = bias + size;
     load_span(s.bias, inner, size, bias);
     const Rows weight{(void *)s.weight, 0, 0, 0}, shift{(void *)s.shift, 0, 0, 0};  // their ends are loaded as those of rows

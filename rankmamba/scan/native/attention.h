@@ -74,18 +74,12 @@ struct AttentionHead : Buffers<M> {
         const float *data;
         int64_t stride;
     };
-    Floats load_rows(const Rows &r, int64_t b, int64_t first, int64_t t, int count, int64_t last) {
-        if (!r.bfloat16 && width == P && t + count <= last)
+    Floats load_rows(const Rows &r, int64_t b, int64_t first, int64_t t, int count, int64_t last, const Rotation &rotation = {}) {
+        if (!r.bfloat16 && width == P && t + count <= last && !rotation.cos)
             return {(const float *)r.data + b * r.batch_stride + t * r.row_stride + first, r.row_stride};
-        for (int i = 0; i < count; i++) load_row(r, b, t + i, first, t + i < last ? width : 0, P, block + i * P);
-        return {block, P};
-    }
-    // The same, rotated.
-    Floats load_rotated(const Rows &r, const Rotation &rotation, int64_t b, int64_t first, int64_t t, int count, int64_t last) {
-        if (!rotation.cos) return load_rows(r, b, first, t, count, last);
         for (int i = 0; i < count; i++) {
             load_row(r, b, t + i, first, t + i < last ? width : 0, P, block + i * P);
-            if (t + i < last) rotate(rotation, b, t + i, 1, block + i * P);
+            if (rotation.cos && t + i < last) rotate(rotation, b, t + i, 1, block + i * P);
         }
         return {block, P};
     }
@@ -161,7 +155,7 @@ struct AttentionForward : AttentionHead<M> {
 
     void load_keys_and_values(int64_t b, int64_t head) {
         for (int t = 0; t < K; t += W) {
-            this->store_turned(this->load_rotated(s.k, s.k_rotation, b, head * s.k_head, t, W, s.keys), t, k_turned);
+            this->store_turned(this->load_rows(s.k, b, head * s.k_head, t, W, s.keys, s.k_rotation), t, k_turned);
             this->store_right(this->load_rows(s.v, b, head * s.v_head, t, W, s.keys), t, W, v);
         }
         if (s.hidden) load_span(s.hidden + b * s.keys, (int)s.keys, K, hidden);
@@ -177,7 +171,7 @@ struct AttentionForward : AttentionHead<M> {
             const int seen = (int)(s.causal ? first + count + ahead : s.keys);
             const int columns = padded(seen, M::UNIT), depth = padded(seen, M::DEPTH_UNIT);
             for (int t = 0; t < rows; t++)
-                this->store_left(this->load_rotated(s.q, s.q_rotation, b, head * s.q_head, first + t, 1, s.queries), t, 1, q);
+                this->store_left(this->load_rows(s.q, b, head * s.q_head, first + t, 1, s.queries, s.q_rotation), t, 1, q);
             this->multiply(rows, P, columns, q, P, k_turned, K, scores, K);
             float shares[QUERIES];
             for (int i = 0; i < count; i++) {

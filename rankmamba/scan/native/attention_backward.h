@@ -20,7 +20,7 @@ struct AttentionBackward : AttentionHead<M> {
 
     void load_keys_and_values(int64_t b, int64_t head) {
         for (int t = 0; t < K; t += W) {
-            const auto keys = this->load_rotated(s.k, s.k_rotation, b, head * s.k_head, t, W, s.keys);
+            const auto keys = this->load_rows(s.k, b, head * s.k_head, t, W, s.keys, s.k_rotation);
             this->store_turned(keys, t, k_turned);
             this->store_right(keys, t, W, k);
             this->store_turned(this->load_rows(s.v, b, head * s.v_head, t, W, s.keys), t, v_turned);
@@ -32,7 +32,7 @@ struct AttentionBackward : AttentionHead<M> {
 
     void load_queries(int64_t b, int64_t head, int64_t first) {
         for (int t = 0; t < QUERIES; t += 2) {
-            const auto queries = this->load_rotated(s.q, s.q_rotation, b, head * s.q_head, first + t, 2, s.queries);
+            const auto queries = this->load_rows(s.q, b, head * s.q_head, first + t, 2, s.queries, s.q_rotation);
             this->store_left(queries, t, 2, q);
             this->store_right(queries, t, 2, q_right);
             const auto gradients = this->load_rows(s.dout, b, head * s.dout_head, first + t, 2, s.queries);

@@ -5,9 +5,8 @@
 namespace {
 
 int64_t gelu_items(const Gelu &s) { return ceil_div(s.rows, ITEM_ROWS); }
-inline int gelu_padded(const Gelu &s) { return (int)ceil_div(s.inner, BLOCK) * BLOCK; }
-int64_t gelu_workspace(const Gelu &s) { return gelu_padded(s); }
-int64_t gelu_backward_workspace(const Gelu &s) { return 2 * gelu_padded(s); }
+int64_t gelu_workspace(const Gelu &s) { return padded(s.inner, BLOCK); }
+int64_t gelu_backward_workspace(const Gelu &s) { return 2 * padded(s.inner, BLOCK); }
 
 // Phi(-a) = p exp(-a^2 / 2) for a >= 0, where p is next to a polynomial in 1 / (1 + NEARNESS a), highest power first (the form of Abramowitz and
 // Stegun 7.1.26; fitted for the least relative error on [0, 6]): to 2e-4 of it, and to 3e-7.
@@ -58,7 +57,7 @@ ALWAYS_INLINE void gelu_slope(const vf *x, vf *slope) {
 void gelu_forward_run(const Gelu &s, int64_t item, float *bias) {
     const FlushDenormals flush;
     const int inner = (int)s.inner;
-    load_span(s.bias, inner, gelu_padded(s), bias);
+    load_span(s.bias, inner, padded(s.inner, BLOCK), bias);
     for (int64_t t = item * ITEM_ROWS; t < s.rows && t < (item + 1) * ITEM_ROWS; t++)
         for (int e = 0; e < inner; e += BLOCK) {
             const int count = smaller(BLOCK, inner - e);
@@ -73,7 +72,7 @@ void gelu_forward_run(const Gelu &s, int64_t item, float *bias) {
 
 void gelu_backward_run(const Gelu &s, int64_t item, float *space) {
     const FlushDenormals flush;
-    const int inner = (int)s.inner, size = gelu_padded(s);
+    const int inner = (int)s.inner, size = padded(s.inner, BLOCK);
     float *bias = space, *dbias = space + size;
     load_span(s.bias, inner, size, bias);
     memset(dbias, 0, size * sizeof(float));

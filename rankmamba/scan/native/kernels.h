@@ -111,7 +111,7 @@ struct Gelu {
     Rows x, y;
     const float *bias;
     // backward only
-    Rows dy, dx;   // dx may be dy
+    Rows dy, dx;
     float *dbias;  // (items, E), to be summed
 };
 

@@ -9,8 +9,6 @@
 
 namespace {
 
-inline int padded(int64_t n, int unit) { return (int)(ceil_div(n, unit) * unit); }
-
 // Rows of a product computed together: each loaded vector serves all of them. Wide vectors come with registers for more, and where there are
 // COLUMNS vectors, half of the rows take the fewest loads.
 constexpr int ROWS = W == 16 ? 8 : 4, COLUMNS = W == 16 ? 4 : 2;

@@ -385,6 +385,7 @@ inline void load_span(const float *from, int count, int size, float *to) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int padded(int64_t n, int unit) { return (int)(ceil_div(n, unit) * unit); }
 inline int smaller(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
 
 // A matrix, turned: to[c * to_stride + r] = from[r * from_stride + c].
