@@ -201,8 +201,8 @@ class Experiment:
     def evaluate(self, system: str, mixed_with: str | None = None, measure: str = PRIMARY) -> dict:
         """Measure a system's test run, alone (below its reranked documents the first stage's order) or mixed with a first stage.
 
-        The mixture's weights are chosen on dev and on the other folds of test, by `measure`. Returns the record; its system is "X" or
-        "X + bm25".
+        The mixture's weights are chosen on dev and on the other folds of test, by `measure`. What was measured is kept as a run, too
+        ("X-evaluated"). Returns the record; its system is "X" or "X + bm25".
         """
         test, run = self.split("test"), self.run(system, "test")
         reranked = self._last("rerank", system, "test")
@@ -220,6 +220,7 @@ class Experiment:
             result["dev"] = {"weight": list(values), "value": values.mean().tolist(), "alone": alone}
         elif reranked is not None:
             run = interpolate(run, self.run(config["first_stage"], "test"), 1.0)
+        write_run(self.run_path(name, "evaluated"), run, slug(name))
         first_stage = self._last("first_stage", system, "test")
         note = first_stage["note"] if first_stage is not None else ""
         result = measured(per_query(run, test.qrels), clusters(test.qrels)) | result
@@ -305,7 +306,7 @@ class Experiment:
         return run
 
     def run_path(self, system: str, part: str) -> Path:
-        """Where the run of a system on "dev" or "test" is kept."""
+        """Where the run of a system on "dev" or "test" is kept; "evaluated": the one that was measured."""
         return self.folder / "runs" / f"{slug(system)}-{part}-seed{self.seed}.run"
 
     def _keep_runs(self, system: str, runs: dict[str, pd.DataFrame]) -> dict[str, int]:

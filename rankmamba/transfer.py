@@ -180,33 +180,36 @@ def gains(records: Sequence[dict], measure: str = PRIMARY) -> pd.DataFrame:
 def verdict(transfers: Sequence[dict], pairs: Sequence[tuple[str, str]], trainings: Sequence[dict], measure: str = PRIMARY) -> str:
     """Say in Markdown, for each collection, how the pairs of a state-space model and a Transformer (`pairwise.across`) stand there.
 
-    Documents are read as short as any record has it, which is what the systems were trained to read. trainings: the records of them.
+    Documents are read as short as any record has it, which is what the systems were trained to read, and as long. trainings: the
+    records of them.
     """
     kinds, lines = mixers(trainings), []
     for collection in sorted({record["collection"] for record in transfers}, key=lambda name: (len(name), name)):
         here = [r for r in transfers if r["collection"] == collection and r["config"]["max_passages"] == 1]
-        length = min(record["config"]["max_length"] for record in here)
-        found: dict[str, list[pd.DataFrame]] = {}
-        for record in here:
-            if record["config"]["max_length"] == length:
-                found.setdefault(record["system"].partition(", ")[0], []).append(per_query_table(record))
-        table = pairwise(found, pairs, measure)
-        if table.empty:
-            continue
-        shown = table[are_shown(table)]
-        said = ", ".join(
-            f"{row.system} over {row.other} {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in shown.itertuples()
-        )
-        ahead, tables = int((shown["system"].map(kinds) == SCAN).sum()), next(iter(found.values()))
-        lines.append(
-            f"- {collection.removeprefix('rankmamba/')}, {length} tokens, {len(tables[0])} queries, seeds: {len(tables)}; the Transformer "
-            f"is better in {len(shown) - ahead}, the state-space model in {ahead} of {len(table)}" + (f": {said}." if said else ".")
-        )
+        lengths = [record["config"]["max_length"] for record in here]
+        for length in sorted({min(lengths), max(lengths)}):
+            found: dict[str, list[pd.DataFrame]] = {}
+            for record in here:
+                if record["config"]["max_length"] == length:
+                    found.setdefault(record["system"].partition(", ")[0], []).append(per_query_table(record))
+            table = pairwise(found, pairs, measure)
+            if table.empty:
+                continue
+            shown = table[are_shown(table)]
+            said = ", ".join(
+                f"{row.system} over {row.other} {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in shown.itertuples()
+            )
+            ahead, tables = int((shown["system"].map(kinds) == SCAN).sum()), next(iter(found.values()))
+            lines.append(
+                f"- {collection.removeprefix('rankmamba/')}, {length:,} tokens, {len(tables[0])} queries, seeds: {len(tables)}; the "
+                f"Transformer is better in {len(shown) - ahead}, the state-space model in {ahead} of {len(table)}"
+                + (f": {said}." if said else ".")
+            )
     if not lines:
         return ""
     head = (
         f"**Do they stand alike there?** Pairs of a state-space model and a Transformer that were trained alike, on {measure}, "
-        "p corrected for the pairs of a collection; each query counts as independent:\n\n"
+        "p corrected for the pairs of a line; each query counts as independent:\n\n"
     )
     return head + "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import shutil
 import threading
 
+import ir_measures
 import pandas as pd
 import pytest
 
@@ -108,6 +109,15 @@ def test_a_system_is_measured_with_the_first_stages_order_behind_what_it_reranke
     table = trained.weight_tables(["tiny-mamba", "tiny-bert"])["tiny-mamba"]
     assert table["value"].tolist() == values.mean().tolist() and table["weight"].tolist() == list(values)
     assert record["result"]["dev"]["alone"]["nDCG@10"] == table["value"].iloc[-1]
+
+
+def test_the_run_behind_a_row_of_the_table_gives_other_tools_the_values_of_the_row(trained):
+    qrels = trained.split("test").qrels
+    for record in (trained.evaluate("bm25"), trained.evaluate("tiny-mamba"), trained.evaluate("tiny-mamba", "bm25")):
+        ours = {name: measure["mean"] for name, measure in record["result"]["measures"].items()}
+        run = list(ir_measures.read_trec_run(str(trained.run_path(record["system"], "evaluated"))))
+        theirs = ir_measures.calc_aggregate([ir_measures.parse_measure(name) for name in ours], qrels, run)
+        assert {str(measure): value for measure, value in theirs.items()} == pytest.approx(ours)
 
 
 def test_side_by_side_are_the_documents_of_the_query_that_is_ranked_most_differently_and_the_relevant_ones_have_a_tick(trained):

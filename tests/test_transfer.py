@@ -165,7 +165,7 @@ def test_gains_are_of_the_same_queries_read_at_both_lengths():
     assert transfer.gains(others).empty
 
 
-def test_the_verdict_elsewhere_reads_documents_as_in_training_and_says_who_is_better():
+def test_the_verdict_elsewhere_reads_documents_as_in_training_and_as_far_as_was_tried_and_says_who_is_better():
     rng = np.random.default_rng(0)
     systems = {"a-bert": ("none", "sdpa", 0.6), "a-mamba": ("native", "none", 0.4), "b-mamba": ("native", "none", 0.6)}
     trainings = [
@@ -181,9 +181,13 @@ def test_the_verdict_elsewhere_reads_documents_as_in_training_and_says_who_is_be
         return {"system": name, "collection": "rankmamba/x", "config": config, "result": result}
 
     records = [record(system, mean, 64) for system, (_, _, mean) in systems.items()]
-    longer = [record(system, 1 - mean, 128) for system, (_, _, mean) in systems.items()] + [record("a-mamba", 0.9, 32, 4)]
+    between = [record(system, mean, 128) for system, (_, _, mean) in systems.items()] + [record("a-mamba", 0.9, 32, 4)]
+    longer = [record(system, 1 - mean, 1280) for system, (_, _, mean) in systems.items()]
     pairs = [("a-bert", "a-mamba"), ("a-bert", "b-mamba")]
-    said = transfer.verdict(records + longer, pairs, trainings)
-    expected = "x, 64 tokens, 200 queries, seeds: 1; the Transformer is better in 1, the state-space model in 0 of 2: a-bert over a-mamba"
-    assert expected in said
+    _, *said = transfer.verdict(records + between + longer, pairs, trainings).splitlines()[1:]
+    expected = [
+        "- x, 64 tokens, 200 queries, seeds: 1; the Transformer is better in 1, the state-space model in 0 of 2: a-bert over a-mamba",
+        "- x, 1,280 tokens, 200 queries, seeds: 1; the Transformer is better in 0, the state-space model in 1 of 2: a-mamba over a-bert",
+    ]
+    assert [line.partition(" +0.")[0] for line in said] == expected
     assert transfer.verdict(records, [], trainings) == transfer.verdict([], pairs, trainings) == ""
