@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_MAPPING,
 )
 
 from .data.packages import package_folder, unpacked
@@ -60,24 +59,12 @@ def find(name: str) -> ModelSpec:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a backbone's configuration: a row of the table, or inferred.
+    """The family of a backbone's configuration: a row of the table, or inferred; LoRA then adapts all its linear maps.
 
     Raises:
         InputError: it is not a masked, causal or encoder-decoder language model.
     """
-    return FAMILIES.get(config.model_type) or infer_family(config)
-
-
-def infer_family(config: PreTrainedConfig) -> Family:
-    """Infer from a configuration how a backbone reads and which attention it has; LoRA adapts all its linear maps.
-
-    Raises:
-        InputError: it is not a masked, causal or encoder-decoder language model.
-    """
-    network = MODEL_MAPPING.get(type(config), None)
-    flash, sdpa = (getattr(network, name, False) for name in ("_supports_flash_attn", "_supports_sdpa"))
-    attention = ("eager", *(["sdpa"] if sdpa else []), *(["flash_attention_2"] if flash else []))
-    return Family(config.model_type, infer_kind(config), attention, "all-linear")
+    return FAMILIES.get(config.model_type) or Family(config.model_type, infer_kind(config), "all-linear")
 
 
 def infer_kind(config: PreTrainedConfig) -> str:

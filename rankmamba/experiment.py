@@ -66,8 +66,9 @@ class Experiment:
         return self._splits[name]
 
     def document_lengths(self, system: str) -> np.ndarray:
-        """Count the tokens of the first 20,000 documents, uncut, as `system`'s tokenizer makes them: int array (documents,)."""
-        inputs = PairTokenizer(load_tokenizer(find(system)), "encoder", max_length=1 << 20)
+        """Count the tokens of the first 20,000 documents, uncut, as `system` reads them: int array (documents,)."""
+        spec = find(system)
+        inputs = PairTokenizer(load_tokenizer(spec), spec.kind, max_length=1 << 20)
         texts = [text for _, text in itertools.islice(self.split("test").documents.pairs(), 20_000)]
         return np.array([len(ids) for ids in inputs.documents(texts)])
 
@@ -116,7 +117,11 @@ class Experiment:
     def train(
         self, config: TrainConfig, on_step: Callable[[dict], None] | None = None, stop: threading.Event | None = None
     ) -> dict:
-        """Train a system on the train split and keep the model; returns the record. A stopped run is marked partial in it."""
+        """Train a system on the train split and keep the model; returns the record. A stopped run is marked partial in it.
+
+        Raises:
+            Stopped: it was stopped before the first step was done.
+        """
         settings = config.settings()
         record = self._found("train", config.system, "train", settings)
         folder = self.model_path(config.system)

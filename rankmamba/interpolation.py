@@ -1,7 +1,5 @@
 """A reranked run mixed with its first stage: per query, standardised scores in a weighted sum, the weight chosen on other queries."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 
@@ -27,15 +25,10 @@ def interpolate(run: pd.DataFrame, candidates: pd.DataFrame, weight: float) -> p
     return _mix(_align(run, candidates), weight)
 
 
-def weight_values(
-    run: pd.DataFrame, candidates: pd.DataFrame, qrels: pd.DataFrame, measure: str = PRIMARY, weights: Sequence[float] = WEIGHTS
-) -> pd.DataFrame:
+def weight_values(run: pd.DataFrame, candidates: pd.DataFrame, qrels: pd.DataFrame, measure: str = PRIMARY) -> pd.DataFrame:
     """A measure of `interpolate` for every weight: one row per judged query, one column per weight."""
-    return _weight_values(_align(run, candidates), qrels, measure, weights)
-
-
-def _weight_values(aligned, qrels, measure, weights):
-    return pd.DataFrame({weight: per_query(_mix(aligned, weight), qrels, [measure])[measure] for weight in weights})
+    aligned = _align(run, candidates)
+    return pd.DataFrame({weight: per_query(_mix(aligned, weight), qrels, [measure])[measure] for weight in WEIGHTS})
 
 
 def best_weight(values: pd.DataFrame) -> float:
@@ -45,22 +38,16 @@ def best_weight(values: pd.DataFrame) -> float:
 
 
 def interpolate_tuned(
-    run: pd.DataFrame,
-    candidates: pd.DataFrame,
-    qrels: pd.DataFrame,
-    dev: pd.DataFrame,
-    measure: str = PRIMARY,
-    folds: int = FOLDS,
+    run: pd.DataFrame, candidates: pd.DataFrame, qrels: pd.DataFrame, dev: pd.DataFrame, measure: str = PRIMARY
 ) -> tuple[pd.DataFrame, list[float]]:
     """Mix each fold of the queries with the weight that is best on the others and on the dev queries: (run, one weight per fold).
 
     dev: `weight_values` of the dev queries. Folds are contiguous in the order of the query ids; no query's judgements influence its
     own weight.
     """
-    aligned = _align(run, candidates)
-    values = _weight_values(aligned, qrels, measure, dev.columns)
+    aligned, values = _align(run, candidates), weight_values(run, candidates, qrels, measure)
     query_ids, mixed, weights = np.sort(aligned["query_id"].unique()), [], []
-    for fold in np.array_split(query_ids, min(folds, len(query_ids))):
+    for fold in np.array_split(query_ids, min(FOLDS, len(query_ids))):
         weights.append(best_weight(pd.concat([dev, values[~values.index.isin(fold)]])))
         mixed.append(_mix(aligned[aligned["query_id"].isin(fold)], weights[-1]))
     return pd.concat(mixed, ignore_index=True), weights

@@ -11,7 +11,7 @@ ONEDNN = ("could not create a primitive", "could not create a memory")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Say whether an error is a failed allocation, on a GPU or in main memory; no other RuntimeError counts."""
+    """Say whether an error is a failed allocation, on a GPU or in main memory: what accelerate takes for one, and oneDNN's."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
     return known or (isinstance(error, RuntimeError) and str(error) in ONEDNN)
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from .evaluate import PRIMARY, Tables, by_seed, clustered, compare, detectable_difference, holm, seeds_of
 
-RECIPE = ("batch_size", "group_size", "epochs", "max_length", "max_query_length", "loss", "teacher")
+RECIPE = ("batch_size", "group_size", "epochs", "warmup", "weight_decay", "max_length", "max_query_length", "loss", "teacher")
 LARGER = 2.0  # at most this many times the other's parameters
 MARGIN = 0.01  # a difference within it counts as ranking equally well
 SCAN, ATTENTION, HYBRID = "scan", "attention", "both"  # what mixes the tokens of a state-space model, a Transformer, a hybrid

@@ -122,7 +122,7 @@ def cost(table: pd.DataFrame, measure: str = PRIMARY) -> Figure:
 
 @styled
 def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]], group_size: int | None = None) -> Figure:
-    """Training loss of every system, smoothed over a twentieth of the run, 5 steps at least.
+    """Training loss of every system, smoothed over a tenth of the run, 15 steps at least.
 
     Faint behind: the raw values, or the range of the seeds.
 
@@ -134,7 +134,7 @@ def training_curves(curves: Mapping[str, pd.DataFrame | Sequence[pd.DataFrame]],
         style = look(system)
         tables = [table.reset_index(drop=True) for table in seeds_of(given)]
         every = max(1, len(tables[0]) // 8)  # markers, those of each system at other steps
-        smooth = pd.concat([table["loss"].ewm(span=max(5, len(table) / 20)).mean() for table in tables], axis=1)
+        smooth = pd.concat([table["loss"].ewm(span=max(15, len(table) / 10)).mean() for table in tables], axis=1)
         places = pd.concat([table["step"] for table in tables], axis=1).mean(axis=1)
         if len(tables) == 1:
             axes.plot(places, tables[0]["loss"], color=style.color, linewidth=0.6, alpha=0.15)

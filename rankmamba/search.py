@@ -17,13 +17,15 @@ import pandas as pd
 
 from .backbones import find
 from .candidates import BM25, words
-from .collection import Collection
+from .collection import Collection, digest_of
 from .errors import InputError
-from .files import sha256, slug
+from .files import json_sha256, sha256, slug
 from .inputs import TOKENISING
 from .reranker import Reranker
 from .reranking.saved import WEIGHTS
 from .states import DocumentStates
+from .states.encoding import record_bytes
+from .states.kinds import kind_of
 from .states.reader import MANIFEST
 
 FIRST_STAGE = "bm25"
@@ -129,6 +131,13 @@ class Search:
         with suppress(Stopped):
             self._states[system] = DocumentStates.build(self.reranker(system), self.collection, folder, STORED, on_stored=look_up)
 
+    def states_gb(self, system: str, doc_ids: Sequence[str]) -> float:
+        """The GB that the states of all documents would take, judged by these."""
+        with self._lock:
+            reranker = self.reranker(system)
+            kind, tokens = kind_of(reranker), map(len, reranker.inputs.documents(list(self.texts(doc_ids).values())))
+            return np.mean([record_bytes(STORED, kind.numbers(count)) for count in tokens]) * len(self.collection.documents) / 1e9
+
     def states(self, system: str) -> DocumentStates | None:
         """A system's stored states; None unless all documents have one."""
         with self._lock:
@@ -144,10 +153,10 @@ class Search:
         return (self._store(system) / MANIFEST).is_file()
 
     def _store(self, system: str) -> Path:
-        """The folder of a system's states; other weights get another folder."""
+        """The folder of a system's states; other weights, or texts that were edited, get another folder."""
         if system not in self._stores:
-            weights = sha256(self._model(system) / WEIGHTS)
-            self._stores[system] = self.stores / f"{slug(system)}-{weights[:12]}"
+            made_of = [sha256(self._model(system) / WEIGHTS), digest_of([self.collection.name])]
+            self._stores[system] = self.stores / f"{slug(system)}-{json_sha256(made_of)[:12]}"
         return self._stores[system]
 
     def _model(self, system: str) -> Path:

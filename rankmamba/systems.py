@@ -12,22 +12,18 @@ from .network.nano import NANO
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "data" / "checkpoints"  # written by `pretrained.publish`
 SCRATCH = "-scratch"  # ends the name of a nano system that starts from random weights
-SDPA = ("eager", "sdpa")
-FLASH = (*SDPA, "flash_attention_2")
 
 
 @dataclass(frozen=True)
 class Family:
     """What all checkpoints of one `model_type` (transformers' name) share.
 
-    kind: one of `inputs.KINDS`, which decides template, special tokens and pooling. attention: the implementations it runs; empty
-    where it has no attention. lora_targets: the linear maps that LoRA adapts, by the last part of their names, or "all-linear".
-    hybrid: of state-space and attention layers.
+    kind: one of `inputs.KINDS`, which decides template, special tokens and pooling. lora_targets: the linear maps that LoRA adapts, by
+    the last part of their names, or "all-linear". hybrid: of state-space and attention layers.
     """
 
     model_type: str
     kind: str
-    attention: tuple[str, ...]
     lora_targets: tuple[str, ...] | str
     hybrid: bool = False
 
@@ -40,21 +36,21 @@ _MAMBA = ("in_proj", "x_proj", "dt_proj", "out_proj")
 FAMILIES = {
     family.model_type: family
     for family in [
-        Family("bert", "encoder", FLASH, _BERT),
-        Family("roberta", "encoder", FLASH, _BERT),
-        Family("electra", "encoder", FLASH, _BERT),
-        Family("deberta-v2", "encoder", ("eager",), ("query_proj", "key_proj", "value_proj", "dense")),
-        Family("modernbert", "encoder", FLASH, ("Wqkv", "Wi", "Wo")),
-        Family("opt", "causal", FLASH, _FAIRSEQ),
-        Family("gpt_neox", "causal", FLASH, ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
-        Family("gpt2", "causal", FLASH, ("c_attn", "c_proj", "c_fc")),
-        Family("llama", "causal", FLASH, _LLAMA),
-        Family("t5", "encoder-decoder", SDPA, ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")),
-        Family("bart", "encoder-decoder", FLASH, _FAIRSEQ),
-        Family("mamba", "causal", (), _MAMBA),
-        Family("falcon_mamba", "causal", (), _MAMBA),
-        Family("mamba2", "causal", (), ("in_proj", "out_proj")),
-        Family("nemotron_h", "causal", FLASH, ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"), hybrid=True),
+        Family("bert", "encoder", _BERT),
+        Family("roberta", "encoder", _BERT),
+        Family("electra", "encoder", _BERT),
+        Family("deberta-v2", "encoder", ("query_proj", "key_proj", "value_proj", "dense")),
+        Family("modernbert", "encoder", ("Wqkv", "Wi", "Wo")),
+        Family("opt", "causal", _FAIRSEQ),
+        Family("gpt_neox", "causal", ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+        Family("gpt2", "causal", ("c_attn", "c_proj", "c_fc")),
+        Family("llama", "causal", _LLAMA),
+        Family("t5", "encoder-decoder", ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")),
+        Family("bart", "encoder-decoder", _FAIRSEQ),
+        Family("mamba", "causal", _MAMBA),
+        Family("falcon_mamba", "causal", _MAMBA),
+        Family("mamba2", "causal", ("in_proj", "out_proj")),
+        Family("nemotron_h", "causal", ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"), hybrid=True),
     ]
 }
 

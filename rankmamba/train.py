@@ -129,6 +129,7 @@ def train(
         InputError: the collection has no judged relevant document, or no candidates for the queries that have one; the configuration
             is invalid, or the memory or the disk is too small.
         FloatingPointError: the loss or a gradient is NaN or infinite.
+        Stopped: `stop` was set before the first step was done; nothing is kept.
         KeyboardInterrupt: after Ctrl-C, which is handled like `stop`; a checkpoint keeps what was learnt, the model is not saved.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
@@ -152,7 +153,7 @@ def train(
     reranker, adapted = _student(config, processes.device)
     _check_room(Path(folder), reranker.model)
     groups = TrainingGroups(
-        collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size
+        collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size, stop=stop
     )
     made_with = config.settings() | {"data": groups.digest(), "weights": weights_digest(reranker.model)}
     checkpoints = Checkpoints(Path(folder).parent / "checkpoints" / Path(folder).name, made_with)
@@ -178,7 +179,10 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         except Stopped:
-            trainer.keep_last_step()
+            if progress.curve:
+                trainer.keep_last_step()
+    if not progress.curve:
+        raise Stopped
     setup = reranker.setup | {"optimizer": OPTIMIZER, "processes": processes.num_processes}
     sharded = trainer.is_fsdp_enabled
     if sharded:  # each process has a part of the weights: the first one assembles them
@@ -246,6 +250,7 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        train_sampling_strategy="sequential",
         dataloader_pin_memory=False,  # its items are numbers
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel, which would multiply the batch

@@ -21,7 +21,6 @@ import random
 import shutil
 import signal
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -236,30 +235,6 @@ def _journal() -> bytes:
         return journal.path.read_bytes()
 
 
-def check_archive(path: Path, data: bytes) -> None:
-    for example in nq.read_examples(path):
-        assert all(isinstance(part, str) for part in example) and example.answer in example.passage
-
-
-EXAMPLE = {"input": "\nQuestion: who sang?\nContext: Bob sang .", "target": "Bob", "target_scores": {"Bob": 1, "Ann": 0}}
-TASK = {"examples": [EXAMPLE] * 2}
-
-
-def _archive(task: bytes) -> bytes:
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w:gz", compresslevel=1) as tar:
-        info = tarfile.TarInfo(nq.MEMBER)
-        info.size = len(task)
-        tar.addfile(info, io.BytesIO(task))
-    return target.getvalue()
-
-
-def check_task(path: Path, data: bytes) -> None:
-    """The task inside a sound archive."""
-    path.write_bytes(_archive(data))
-    check_archive(path, data)
-
-
 def check_measure(path: Path, data: bytes) -> None:
     name = data.decode(errors="replace")
     assert parse_measure(str(parse_measure(name))) == parse_measure(name)
@@ -355,8 +330,6 @@ TARGETS = {
     "manifest": Target(check_manifest, lambda: [(_store() / state_reader.MANIFEST).read_bytes()], JSON_WORDS + PATHS, 0.3),
     "tokens": Target(check_tokens, lambda: [_tokens()[1]], JSON_WORDS + PATHS, 0.3),
     "journal": Target(check_journal, lambda: [_journal()], JSON_WORDS + [b"\n"]),
-    "archive": Target(check_archive, lambda: [_archive(json.dumps(TASK).encode())], [], 0.5),
-    "task": Target(check_task, lambda: [json.dumps(TASK).encode()], JSON_WORDS, 0.5),
     "measure": Target(check_measure, lambda: [b"nDCG@10", b"AP(rel=2)@100", b"P@5"], MEASURE_WORDS, 2),
     "model": Target(check_model, lambda: [(_model() / "config.json").read_bytes()], JSON_WORDS + [b'"mamba"', b"1000000"], 0.02),
 }

@@ -1,6 +1,5 @@
 """Our own sets: whole or absent, split without leaks, tidied without loss, and the same through ir_datasets as through `load`."""
 
-import gzip
 import importlib
 import io
 import json
@@ -221,14 +220,6 @@ def test_an_archive_that_cannot_be_had_is_explained_and_leaves_nothing(archive, 
     assert f"at {home / nq.SOURCE.file} by hand" in str(error.value)
     assert ("no route to the index" if case == "no network" else "with SHA-256") in str(error.value)
     assert sorted(path.name for path in home.iterdir()) == [".fetch.lock", ".nq.lock"]
-
-
-@pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no archive inside" * 100)],
-                         ids=["empty", "no archive", "an archive of something else"])  # fmt: skip
-def test_an_archive_without_the_task_is_explained(tmp_path, content):
-    (tmp_path / nq.SOURCE.file).write_bytes(content)
-    with pytest.raises(InputError, match="delete it and start again"):
-        nq.read_examples(tmp_path / nq.SOURCE.file)
 
 
 def test_an_interrupted_preparation_leaves_nothing_and_the_next_start_mends_it(archive, home, monkeypatch):

@@ -27,7 +27,7 @@ from rankmamba.evaluate import (
     per_query,
     summarise,
 )
-from rankmamba.interpolation import best_weight, interpolate, interpolate_tuned, weight_values
+from rankmamba.interpolation import FOLDS, WEIGHTS, best_weight, interpolate, interpolate_tuned, weight_values
 
 IDS = [f"d{number}" for number in range(12)]
 
@@ -382,25 +382,25 @@ def test_a_querys_judgement_has_no_say_in_the_weight_it_is_mixed_with():
     ids, generator = [f"q{n:02d}" for n in range(20)], np.random.default_rng(0)
     documents = [f"d{n}" for n in range(6)]
     first, model = (make_run({q: dict(zip(documents, generator.permutation(6), strict=True)) for q in ids}) for _ in range(2))
-    dev = pd.DataFrame([[0.5, 0.6, 0.5]], index=["dev query"], columns=[0.0, 0.5, 1.0])
+    dev = pd.DataFrame([[0.5] * 5 + [0.6] + [0.5] * 5], index=["dev query"], columns=WEIGHTS)
     judged = {q: {documents[generator.integers(6)]: 1} for q in ids}
-    run, weights = interpolate_tuned(model, first, make_qrels(judged), dev, folds=4)
-    assert len(weights) == 4 and sorted(set(run["query_id"])) == ids
-    values = weight_values(model, first, make_qrels(judged), weights=dev.columns)
-    for number, fold in enumerate(np.array_split(np.array(ids), 4)):
+    run, weights = interpolate_tuned(model, first, make_qrels(judged), dev)
+    assert len(weights) == FOLDS and sorted(set(run["query_id"])) == ids
+    values = weight_values(model, first, make_qrels(judged))
+    for number, fold in enumerate(np.array_split(np.array(ids), FOLDS)):
         assert weights[number] == best_weight(pd.concat([dev, values.drop(fold)]))
         mixed = interpolate(model, first, weights[number])
         for query_id in fold:
             assert order(run, query_id) == order(mixed, query_id)
         changed = judged | {q: {d: 1 - judged[q].get(d, 0) for d in documents} for q in fold}
-        assert interpolate_tuned(model, first, make_qrels(changed), dev, folds=4)[1][number] == weights[number]
+        assert interpolate_tuned(model, first, make_qrels(changed), dev)[1][number] == weights[number]
     assert len(set(weights)) > 1
 
 
 def test_without_other_judgements_the_dev_queries_decide():
-    dev = pd.DataFrame([[0.1, 0.9]], index=["dev query"], columns=[0.0, 1.0])
-    run, weights = interpolate_tuned(MODEL, FIRST, make_qrels({"a": {"d3": 1}}), dev, folds=1)
-    assert weights == [1.0] and order(run, "a") == order(interpolate(MODEL, FIRST, 1.0), "a")
+    dev = pd.DataFrame([[0.1] * 10 + [0.9]], index=["dev query"], columns=WEIGHTS)
+    run, weights = interpolate_tuned(MODEL, FIRST, make_qrels({"a": {"d3": 1}}), dev)
+    assert weights[0] == 1.0 and order(run, "a") == order(interpolate(MODEL, FIRST, 1.0), "a")
 
 
 def test_an_identity_reranker_reproduces_the_first_stage_exactly():

@@ -34,7 +34,8 @@ def two(first, second) -> pd.DataFrame:
 
 
 def trained(system, steps=10, parameters=3_000_000, note="", partial=False, scan=None, **config) -> dict:
-    recipe = dict(batch_size=4, group_size=8, epochs=1.0, max_length=160, max_query_length=32, loss="lce", teacher=None)
+    recipe = dict(batch_size=4, group_size=8, epochs=1.0, warmup=0.1, weight_decay=0.01, loss="lce", teacher=None)
+    recipe |= dict(max_length=160, max_query_length=32)
     result = {"steps": steps, "partial": partial, "parameters_outside_embeddings": parameters}
     scans = re.search("mamba|hybrid", system) if scan is None else scan
     attends = "mamba" not in system if scan is None else not scan

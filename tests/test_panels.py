@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankmamba import panels
+from rankmamba.collection import load
+from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
 from rankmamba.panels.controls import CSS, Controls, ink
@@ -92,6 +94,19 @@ def test_an_error_in_drawing_stops_the_work_and_is_shown():
     controls.begin()
     wait_for(lambda: not controls.start.disabled)
     assert "ZeroDivisionError" in controls.error.value and controls.job.result.startswith("stopped at")
+
+
+def test_the_second_press_of_a_double_click_starts_nothing():
+    controls = Controls("Go", patient, lambda job: None)
+    for _ in range(2):
+        controls.start.click()
+    job = controls.job
+    wait_for(lambda: job.done)
+    assert not job.stop.is_set()
+    controls.cancel()
+    controls.start.click()
+    assert controls.job is not job
+    controls.cancel()
 
 
 def test_starting_again_ends_the_job_before_it_begins():
@@ -354,12 +369,29 @@ def test_the_ranking_panel_stores_states_and_then_answers_from_them(experiment, 
     assert f"all {len(search.collection.documents):,} documents with tiny-mamba: how long" in panel.storing_takes.value
     panel.query.value = "the metal of a planet"
     wait_for(lambda: panel.text.value)
-    assert "minutes, judged by the last ranking" in panel.storing_takes.value
+    assert re.search(r"minutes and [\d.e-]+ GB of disk, judged by the last ranking", panel.storing_takes.value)
     assert "from states" not in panel.lists.value and panel.stored.layout.display == ""
     panel.storing.start.click()
     wait_for(lambda: "from states" in panel.lists.value)
     assert panel.stored.layout.display == "none"
     panels.close()
+
+
+def test_states_of_texts_that_were_edited_since_are_not_answered_from(experiment, tmp_path):
+    experiment.train(dataclasses.replace(TINY, system="tiny-mamba", max_steps=2))
+    test, own = experiment.split("test"), tmp_path / "own"
+    write_queries(own / "queries.tsv", test.queries)
+    write_qrels(own / "qrels.txt", test.qrels)
+    query, texts = "the metal of a planet", dict(test.documents.pairs())
+    edited = texts | {doc_id: f"{query} {text}" for doc_id, text in texts.items()}
+    answers = []
+    for documents in (texts, edited):
+        write_documents(own / "documents.jsonl", documents.items())
+        search = Search(load(str(own)), {"tiny-mamba": experiment.model_path("tiny-mamba")}, tmp_path / "states")
+        assert search.storable() == ["tiny-mamba"]
+        search.store("tiny-mamba", lambda count: None, threading.Event())
+        answers.append(search.rerank("tiny-mamba", query, list(texts)))
+    assert answers[0].from_states and answers[1].from_states and answers[0].scores != answers[1].scores
 
 
 def test_the_states_panel_shows_what_the_record_says_of_the_chosen_format(experiment):

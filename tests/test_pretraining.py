@@ -102,13 +102,6 @@ def test_no_document_of_several_paragraphs_is_longer_than_asked(packages):
         assert sum(len(text.split("\n")) for text in documents.values()) == 24
 
 
-@pytest.mark.parametrize(("module", "read"), [(wiki, wiki.read_articles), (nq, squad.read_paragraphs)])
-def test_a_package_without_the_texts_is_explained(packages, tmp_path, module, read):
-    (tmp_path / "other").write_bytes((packages / module.SOURCE.file).read_bytes()[:60])
-    with pytest.raises(InputError, match="delete it and start again"):
-        read(tmp_path / "other")
-
-
 def test_a_trained_scratch_system_becomes_a_checkpoint_that_scores_alike_and_says_what_it_is(tmp_path, monkeypatch):
     from rankmamba import systems
 

@@ -32,6 +32,7 @@ from rankmamba.results import fingerprint, read_records
 from rankmamba.train import TrainConfig, train
 from rankmamba.training import trainer
 from rankmamba.training.checkpoints import Checkpoints
+from rankmamba.training.progress import Stopped
 from rankmamba.training.trainer import LCETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,6 +211,28 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(name, stopped, 
     assert f"{checkpoints}/checkpoint-4" in caplog.text and name in caplog.text and "the one before it is used" in caplog.text
     assert steps == [3, 4, 5, 6, 7, 8]
     assert outcome(result) == undisturbed
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_training_that_is_stopped_before_its_first_step_ends_at_once_and_keeps_nothing(collection, tmp_path):
+    stop, begun = threading.Event(), time.monotonic()
+    stop.set()
+    with pytest.raises(Stopped):
+        train(small("tiny-neox", max_steps=1_000_000, epochs=1_000_000), collection, tmp_path / "model", stop=stop)
+    assert time.monotonic() - begun < 20
+
+    class DuringTheFirstStep(threading.Event):
+        def __init__(self, ask):
+            super().__init__()
+            self.ask = ask
+
+        def is_set(self):  # Ctrl-C is heeded while steps are made
+            return signal.getsignal(signal.SIGINT) is not signal.default_int_handler and self.ask()
+
+    for ask, expected in ((lambda: True, Stopped), (lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)):
+        with pytest.raises(expected):
+            train(small("tiny-neox"), collection, tmp_path / "model", stop=DuringTheFirstStep(ask))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_checkpoint_of_another_configuration_is_said_and_not_continued(stopped, collection, tmp_path, caplog):

@@ -4,13 +4,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, logging
 
-from ..backbones import family_of
 from . import native_attention
 
 
 def choose_attention(backbone: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
     """Switch a backbone to the fastest attention that it, the device and the precision allow; return which, and why."""
-    name, reason = _choose(family_of(backbone.config).attention, device, dtype)
+    name, reason = _choose(backbone, device, dtype)
     if name == "sdpa" and native_attention.runs(backbone.config.model_type, device, dtype):
         name, reason = native_attention.NATIVE, "our kernel on a CPU; SDPA where there is dropout"
     if name != "none":
@@ -26,13 +25,12 @@ def choose_attention(backbone: PreTrainedModel, device: torch.device, dtype: tor
     return f"{name}: {reason}"
 
 
-def _choose(runs: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """runs: the implementations that the backbone has."""
-    if not runs:
+def _choose(backbone: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    if getattr(backbone.config, "num_attention_heads", None) is None:
         return "none", "the backbone has no attention"
-    if "sdpa" not in runs:
+    if not backbone._supports_sdpa:
         return "eager", "the backbone has no SDPA"
-    if "flash_attention_2" not in runs:
+    if not backbone._supports_flash_attn:
         return "sdpa", "the backbone has no flash attention"
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "sdpa", "flash attention needs a GPU and bf16"

@@ -24,7 +24,7 @@ CSS = """<style>
 .rm-table th:first-child, .rm-table td:first-child { text-align: left; padding-left: 0; }
 .rm-table tr.rm-now { font-weight: 700; }
 .rm-table i { display: inline-block; width: 18px; height: 3px; margin-right: 7px; vertical-align: middle; }
-.rankmamba .widget-toggle-buttons { flex-direction: row; align-items: center; }
+.rankmamba .widget-toggle-buttons { display: flex; align-items: center; }
 .rankmamba .widget-toggle-buttons > .widget-label { text-align: right; margin-right: 8px; }
 .rankmamba .rm-wide .slider-container { flex: 0 0 190px; }
 .rankmamba .rm-wide .widget-readout { flex: 1 1 auto; max-width: none; text-align: left; overflow: hidden; text-overflow: ellipsis; }
@@ -76,7 +76,7 @@ class Controls:
         self.bar = widgets.FloatProgress(0, min=0, max=1, layout=widgets.Layout(width="220px"))
         self.status, self.error = widgets.HTML(), widgets.HTML()
         self.status.add_class("rm-status")
-        self.start.on_click(lambda button: self.begin())
+        self.start.on_click(lambda button: self._press())
         self.stop.on_click(lambda button: self._ask_to_stop())
 
     def row(self) -> widgets.HBox:
@@ -92,6 +92,10 @@ class Controls:
         self.error.value = ""
         self.job = Job(self._work, self._refresh, after=before)
         self.job.start()
+
+    def _press(self) -> None:
+        if self.job is None or self.job.ended.is_set():  # the second press of a double click comes when the button is disabled
+            self.begin()
 
     def cancel(self) -> None:
         """End the job, if there is one, and wait for it."""

@@ -65,7 +65,8 @@ def lists_html(
 
 def _column(system, ranking, texts, judged, words, read, before, names) -> str:
     places = [place for place, doc_id in enumerate(ranking.doc_ids, 1) if judged.get(doc_id, 0) > 0]
-    said = f"{len(ranking.doc_ids)} documents, {1000 * ranking.seconds:,.0f} ms" + " from states" * ranking.from_states
+    count = len(ranking.doc_ids)
+    said = f"{count} document{'s' * (count != 1)}, {1000 * ranking.seconds:,.0f} ms" + " from states" * ranking.from_states
     if judged:
         said += f"<br>first relevant: {places[0]}" if places else "<br>no relevant document"
     digits = _digits(np.ptp(ranking.scores[:SHOWN]) if ranking.scores else 1)

@@ -150,10 +150,11 @@ class RankingPanel(Panel):
         self.stored.layout.display = "" if self._search.storable() else "none"
         documents = len(self._search.collection.documents)
         rankings = {key[0]: ranking for key, ranking in list(self._known.items()) if ranking.doc_ids}
-        about = "how long that takes is known once a query has been ranked"
+        about = "how long that takes, and how much of the disk, is known once a query has been ranked"
         if systems and set(systems) <= set(rankings):  # none of these has answered from states yet
             rates = [rankings[system].seconds / len(rankings[system].doc_ids) for system in systems]
-            about = f"about {documents * sum(rates) / 60:,.1f} minutes, judged by the last ranking"
+            size = sum(self._search.states_gb(system, rankings[system].doc_ids) for system in systems)
+            about = f"about {documents * sum(rates) / 60:,.1f} minutes and {size:,.2g} GB of disk, judged by the last ranking"
         self.storing_takes.value = (
             f"Store states reads all {documents:,} documents with {' and '.join(systems) or 'each ticked system that has states'}: "
             f"{about}. Stop keeps what is done; the next time resumes there."

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..reporting.style import look
 from ..train import TrainConfig
+from ..training.progress import Stopped
 from .controls import Controls, Panel, choice, in_row, ink, table_html
 from .curves import Run, learning_curves
 from .job import Job
@@ -72,7 +73,7 @@ class TrainingPanel(Panel):
         config = self._configs[system]
         self.learning_rate.value, self.steps.value = config.learning_rate, config.max_steps
 
-    def _work(self, job: Job) -> dict:
+    def _work(self, job: Job) -> dict | None:
         config = self._config = dataclasses.replace(
             self._configs[self.system.value],
             learning_rate=self.learning_rate.value,
@@ -87,12 +88,16 @@ class TrainingPanel(Panel):
             curve.append(row)
             job.report(row["step"], row["of"])
 
-        return self._train(config, on_step=on_step, stop=job.stop)
+        try:
+            return self._train(config, on_step=on_step, stop=job.stop)
+        except Stopped:
+            return None
 
     def _draw(self, job: Job) -> None:
         if job.ended.is_set():
             self._past = self._runs()
-            self.said.value = "" if job.result is None else _sentence(job.result, trained=bool(self._curve))
+            unbegun = "Stopped before the first step: nothing is kept." if job.state == "stopped" else ""
+            self.said.value = unbegun if job.result is None else _sentence(job.result, trained=bool(self._curve))
             self._show_runs(job.result)
             return
         curve = list(self._curve)  # it is growing

@@ -9,15 +9,13 @@ from . import style
 from .tables import tidy
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "data" / "published.csv"
-SURE = {
-    "read": "read in the source named",
-    "second hand": "quoted by others; the source itself was not seen",
-    "contradicted": "second hand, and two sources that quote it differ",
-}
 
 
 def published() -> pd.DataFrame:
-    """Read the table: system, collection, measure, value, candidates (what was reranked), sure (a key of `SURE`), source."""
+    """Read the table: system, collection, measure, value, candidates (what was reranked), sure, source.
+
+    sure: "read" in the source, "second hand" (quoted by others) or "contradicted" (two that quote it differ).
+    """
     return pd.read_csv(PUBLISHED, keep_default_na=False, dtype={"value": float})
 
 

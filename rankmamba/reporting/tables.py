@@ -249,7 +249,7 @@ def caption(table: pd.DataFrame) -> str:
 
 
 def format_table(table: pd.DataFrame) -> str:
-    """The final table and its caption for a terminal of 120 columns, collection by collection, intervals below the means."""
+    """The final table and its caption for a terminal, collection by collection, intervals below the means."""
     blocks = []
     for _, part in table.groupby("collection", sort=False):
         cells = _cells(part, _notes(table))

@@ -90,7 +90,8 @@ class _SelectiveScan(torch.autograd.Function):
 def _chunks(u, A, count):
     """Return slices of the L tokens, and `count` buffers (B, K, N, E) that fit the longest, to be reused.
 
-    A buffer stays within two megabytes: it fits the cache, and is small enough not to be returned to the system each time.
+    Unless four tokens take more, a buffer stays within two megabytes: it fits the cache, and is small enough not to be returned to the
+    system each time.
     """
     batch, length, inner = u.shape
     size = max(1, min(length, max(4, CHUNK // max(1, batch * A.numel()))))

@@ -76,7 +76,7 @@ class DocumentStates:
 
         Raises:
             InputError: the backbone is not causal; the folder holds other states or something else, or is being built by another
-                process; the disk is full; an id or a text is not a string; ...
+                process; the disk is full; an id or a text is not a string.
         """
         check_format(dtype)
         documents = documents.documents if isinstance(documents, Collection) else documents

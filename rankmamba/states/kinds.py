@@ -3,7 +3,9 @@
 `Recurrent` and `Attention` have the same attributes and methods:
 
 fixed           whether a state has the same size whatever the document's length
+kept, rest      the layers that are stored, and the profile whose means stand for the others; None for all layers
 whole_shapes    the shapes of a one-token document's parts, all layers
+shapes, numbers the shapes of what is stored of a document of so many tokens, and how many numbers that is
 read            building: token ids of B documents -> each one's parts
 profile         building: some documents' parts -> mean and unit of every number, which int8 and int4 are relative to
 keep            building and scoring: of parts or a profile, the layers that are stored

@@ -6,15 +6,16 @@ from matplotlib.ticker import EngFormatter, NullLocator, StrMethodFormatter
 
 from ..plots import end_labels, line_style, marker_style, one_panel, styled
 from ..reporting.style import brief, look
+from .trials import MEASURE
 
 
 @styled
-def frontier(table: pd.DataFrame, measure: str = "nDCG@10") -> Figure:
-    """What a format changes in a measure, with its 95% interval, against its bytes; one line per system.
+def frontier(table: pd.DataFrame) -> Figure:
+    """What a format changes in `trials.MEASURE`, with its 95% interval, against its bytes; one line per system.
 
     table: the stored formats of `trials.format_table`.
     """
-    figure, axes = one_panel(xlabel="bytes per document", ylabel=f"{measure} minus full scoring's")
+    figure, axes = one_panel(xlabel="bytes per document", ylabel=f"{MEASURE} minus full scoring's")
     axes.axhline(0, color="#444444", linewidth=1)
     for place, (system, part) in enumerate(table.groupby("system", sort=False)):
         part = part.sort_values("kB/document")

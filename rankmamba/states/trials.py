@@ -1,8 +1,10 @@
 """The trial of notebook 06: how exact, how fast and how large document states are, for systems that a study has trained."""
 
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ from ..backbones import find
 from ..collection import Collection
 from ..evaluate import mean_interval, per_query
 from ..experiment import Experiment
+from ..files import alone
 from ..reranker import Reranker
 from ..results import environment, find_record, fingerprint, leave_record
 from . import DocumentStates
 
 FULL = "full scoring"
+MEASURE = "nDCG@10"  # by which formats are compared
 CORES, MEMORY_GB = 64, 512  # of a rented machine that builds states, and of one that holds them in memory
 MACHINES, HOURS = f"machines of {MEMORY_GB} GB", f"hours to build on {CORES} cores"
 
@@ -34,7 +38,6 @@ def trial(
     n_queries: int,
     dtypes: Sequence[str],
     lengths: Sequence[int],
-    measure: str = "nDCG@10",
 ) -> dict:
     """Store the states of `n_queries` test queries' candidates in every format and rank from them; leaves and returns the record.
 
@@ -47,7 +50,7 @@ def trial(
     folder, collection = experiment.model_path(system), f"{experiment.collection}/test"
     trained = fingerprint(experiment.trained(system))
     config = {"first_stage": first_stage, "top_k": top_k, "n_queries": n_queries, "dtypes": list(dtypes)}
-    config |= {"lengths": list(lengths), "measure": measure, "trained": trained}
+    config |= {"lengths": list(lengths), "measure": MEASURE, "trained": trained}
     config |= {"ranked": experiment.first_stage_fingerprint(first_stage)}
     found = find_record(experiment.folder, "states", system=system, collection=collection, seed=experiment.seed, config=config)
     if found:
@@ -58,18 +61,18 @@ def trial(
     candidates = candidates[candidates["query_id"].isin(test.queries) & (candidates["rank"] <= top_k)]
     texts = test.documents.get_many(sorted(set(candidates["doc_id"])))
 
-    with tempfile.TemporaryDirectory(dir=experiment.folder, prefix="states-") as place:
+    with _workspace(experiment.folder) as place:
         started = time.perf_counter()
-        exact = DocumentStates.build(reranker, texts, Path(place) / "exact", show_progress_bar=True)
+        exact = DocumentStates.build(reranker, texts, place / "exact", show_progress_bar=True)
         build_seconds = time.perf_counter() - started
         stores = {
-            name: exact if name == "float32" else exact.convert(Path(place) / name, dtype, layers)
+            name: exact if name == "float32" else exact.convert(place / name, dtype, layers)
             for name, dtype, layers in _formats(reranker, dtypes)
         }
         runs, seconds = _in_turns({FULL: reranker} | stores, lambda ranker: ranker.rerank(candidates, test, top_k))
         full, full_seconds = runs.pop(FULL), seconds.pop(FULL)
         formats = {
-            name: _compare(full, run, test, measure) | {"bytes_per_document": stores[name].nbytes / len(stores[name])}
+            name: _compare(full, run, test) | {"bytes_per_document": stores[name].nbytes / len(stores[name])}
             for name, run in runs.items()
         }
     cost = reranker.cost
@@ -78,16 +81,24 @@ def trial(
         "pairs": cost.pairs,
         "documents": len(texts),
         "tokens": cost.tokens,
-        "query_tokens": exact.cost.tokens,
         "formats": formats,
-        "full": {measure: float(per_query(full, test.qrels, [measure])[measure].mean())},
-        "state_grows": not reranker.has_scan,
+        "full": {MEASURE: float(per_query(full, test.qrels, [MEASURE])[MEASURE].mean())},
     }
     timing = {"full_seconds": full_seconds, "build_seconds": build_seconds, "seconds": seconds, "by_length": by_length}
     timing["pairs_per_s"] = cost.pairs / seconds[dtypes[0]]
     ran = environment() | reranker.setup
     scale, seed = experiment.scale, experiment.seed
     return leave_record(experiment.folder, "states", system, collection, scale, seed, config, result, timing, ran)
+
+
+@contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """An empty folder in `folder` for one process at a time, without what one that was killed left there."""
+    with alone(folder / ".states.lock", "another process measures states here; waiting for it"):
+        for left_over in folder.glob("states-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="states-") as place:
+            yield Path(place)
 
 
 def _in_turns(rankers: Mapping[str, Reranker | DocumentStates], rank: Callable) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
@@ -111,16 +122,15 @@ def _formats(reranker: Reranker, dtypes: Sequence[str]):
         yield f"{dtypes[-1]}, {len(kept)} of {depth} layers", dtypes[-1], kept
 
 
-def _compare(full: pd.DataFrame, run: pd.DataFrame, test: Collection, measure: str) -> dict:
-    """How far a run from states is from full scoring: scores, rankings, a measure with a 95% interval of the difference."""
+def _compare(full: pd.DataFrame, run: pd.DataFrame, test: Collection) -> dict:
+    """How far a run from states is from full scoring: scores, rankings, `MEASURE` with a 95% interval of the difference."""
     both = full.merge(run, on=["query_id", "doc_id"], suffixes=("", " states"))
-    values, reference = (per_query(table, test.qrels, [measure])[measure] for table in (run, full))
+    values, reference = (per_query(table, test.qrels, [MEASURE])[MEASURE] for table in (run, full))
     mean, low, high = mean_interval((values - reference).to_numpy())
     return {
         "largest_difference": float((both["score"] - both["score states"]).abs().max()),
-        "spread": float(both["score"].std()),
         "rankings_kept": float(np.mean([_same_order(part) for _, part in both.groupby("query_id")])),
-        measure: float(values.mean()),
+        MEASURE: float(values.mean()),
         "difference": mean,
         "low": low,
         "high": high,
@@ -160,9 +170,9 @@ def format_table(records: list[dict]) -> pd.DataFrame:
     """One row per system and format: kB per document, ms per query, times as fast as full scoring, and what the format changes."""
     rows = []
     for record in records:
-        result, timing, measure = record["result"], record["timing"], record["config"]["measure"]
+        result, timing = record["result"], record["timing"]
         nothing = dict.fromkeys(("bytes_per_document", "largest_difference", "difference", "low", "high"), 0.0)
-        formats = {FULL: nothing | {"rankings_kept": 1.0, measure: result["full"][measure]}} | result["formats"]
+        formats = {FULL: nothing | {"rankings_kept": 1.0, MEASURE: result["full"][MEASURE]}} | result["formats"]
         seconds = {FULL: timing["full_seconds"]} | timing["seconds"]
         for name, found in formats.items():
             rows.append(
@@ -174,7 +184,7 @@ def format_table(records: list[dict]) -> pd.DataFrame:
                     "speed-up": seconds[FULL] / seconds[name],
                     "largest difference": found["largest_difference"],
                     "rankings kept": found["rankings_kept"],
-                    measure: found[measure],
+                    MEASURE: found[MEASURE],
                     **{key: found[key] for key in ("difference", "low", "high")},
                 }
             )

@@ -1,6 +1,7 @@
 """What a training reads: its LCE groups in order, tokenised once."""
 
 import hashlib
+import threading
 
 import numpy as np
 import pandas as pd
@@ -9,20 +10,33 @@ from ..candidates import lce_groups
 from ..collection import Collection
 from ..data.token_store import all_ids, document_tokens
 from ..inputs import Pair, PairTokenizer
+from .progress import Stopped
 
 
 class TrainingGroups:
     """The LCE groups of a whole training, all epochs one after another; item i is a list of G `Pair`s, positive first.
 
-    count: how many, steps times queries per step.
+    count: how many, steps times queries per step. stop: set it from another thread to end before the next epoch.
+
+    Raises:
+        Stopped: `stop` was set.
     """
 
     def __init__(
-        self, collection: Collection, candidates: pd.DataFrame, inputs: PairTokenizer, group_size: int, seed: int, count: int
+        self,
+        collection: Collection,
+        candidates: pd.DataFrame,
+        inputs: PairTokenizer,
+        group_size: int,
+        seed: int,
+        count: int,
+        stop: threading.Event | None = None,
     ):
         self.inputs, self.groups = inputs, []
         doc_ids, epoch = all_ids(collection.documents, inputs), 0
         while len(self.groups) < count:
+            if stop is not None and stop.is_set():
+                raise Stopped
             self.groups += lce_groups(candidates, collection.qrels, group_size, seed, epoch, doc_ids=doc_ids)
             epoch += 1
         del self.groups[count:]

@@ -14,7 +14,7 @@ from .checkpoints import PROGRESS
 
 
 class Stopped(Exception):
-    """Asked to stop in the middle of a step: it is abandoned, the steps before it are kept."""
+    """Asked to stop before a step was done: it is abandoned, the steps before it are kept."""
 
 
 class Progress(TrainerCallback):

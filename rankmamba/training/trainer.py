@@ -178,9 +178,6 @@ class LCETrainer(Trainer):
     def get_decay_parameter_names(self, model):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(("A_log", ".D", "dt_bias"))]
 
-    def _get_train_sampler(self, train_dataset=None):
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
-
     def floating_point_ops(self, inputs):
         return 0  # a step's inputs are indices of groups
 
