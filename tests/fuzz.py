@@ -36,7 +36,6 @@ from rankmamba import results
 from rankmamba.batch import sweep
 from rankmamba.batch.parameters import load_yaml, parse_parameters  # noqa: E402
 from rankmamba.data import formats, lines, runs, token_store
-from rankmamba.data.embedded import nq
 from rankmamba.errors import InputError  # noqa: E402
 from rankmamba.evaluate import parse_measure  # noqa: E402
 from rankmamba.reporting import tables  # noqa: E402
@@ -417,7 +416,7 @@ def guided(name: str, arguments: list[str]) -> None:
     """Let atheris, which sees what the code does with an input, look for more; it ends the process."""
     import atheris
 
-    for module in (formats, lines, runs, nq, results, state_reader, sweep, token_store, sys.modules["rankmamba.batch.parameters"]):
+    for module in (formats, lines, runs, results, state_reader, sweep, token_store, sys.modules["rankmamba.batch.parameters"]):
         for function in filter(inspect.isfunction, vars(module).values()):
             if function.__module__ == module.__name__:
                 atheris.instrument_func(function)
