@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ from .results import (
 from .train import TrainConfig, train
 
 PARTS = ("dev", "test")  # what is ranked
+# {kind of record: kinds of what is measured on its outcome}
+DEPENDENT = {"first_stage": ("evaluate", "states"), "train": ("evaluate", "states", "transfer"), "rerank": ("evaluate",)}
 
 
 class Experiment:
@@ -194,6 +197,7 @@ class Experiment:
                 cost += part_cost
             if (before := self._last("rerank", system, "test")) is not None:
                 remove_record(self.folder, before)  # never a record beside the runs of another
+                self._forget("rerank", system)
             rows = self._keep_runs(system, runs)
             result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens, "rows": rows}
             rates = {"pairs_per_s": cost.pairs / cost.seconds, "tokens_per_s": cost.tokens / cost.seconds}
@@ -292,8 +296,8 @@ class Experiment:
         """Read a run that an earlier step kept.
 
         Raises:
-            InputError: there is none, its length is not what its record says, or the collection was edited, the first stage ranked
-                with other settings or the system trained anew since.
+            InputError: there is none, its length is not what its record says, it is of another number of queries, or the collection was
+                edited, the first stage ranked with other settings or the system trained anew since.
         """
         path = self.run_path(system, part)
         if not path.is_file():
@@ -303,7 +307,9 @@ class Experiment:
             record = self._last(kind, system, "test")
             if record is None:
                 continue
-            self._check_data(record, path, "01_data" if kind == "first_stage" else "03_rerank")
+            remedy = "01_data" if kind == "first_stage" else "03_rerank"
+            self._check_data(record, path, remedy)
+            self._check_size(record, part, path, remedy)
             if kind == "rerank":
                 self._check_inputs(record, path)
             if (rows := record["result"]["rows"][part]) != len(run):
@@ -359,15 +365,36 @@ class Experiment:
                 "of before; run 03_rerank again"
             )
 
+    def _check_size(self, record: dict, part: str, path: Path, remedy: str) -> None:
+        wanted, ranked = self._sizes[part], record["config"][f"n_{part}"]
+        if wanted == ranked:
+            return
+        count = len(load(f"{self.collection}/{part}").queries)
+        wanted, ranked = (count if size is None else min(size, count) for size in (wanted, ranked))
+        if wanted != ranked:
+            raise InputError(f"expected {path} of {wanted:,} {part} queries, got one of {ranked:,}; run {remedy} again")
+
     def _check_data(self, record: dict, path: Path, remedy: str) -> None:
         if record["config"].get("files") != self._data.get("files"):
             raise InputError(
                 f"expected {path} made from {self.collection} as it is now, got one of before an edit; run {remedy} again"
             )
 
+    def _forget(self, kind: str, system: str) -> None:
+        """Remove what was measured on the outcome of a step that is replaced: tables would have it beside the new outcome."""
+        of_system = re.compile(rf"(.* \+ )?{re.escape(system)}( \+ .*|, .*)?")  # mixed with a first stage, or read in some way
+        for dependent in DEPENDENT.get(kind, ()):
+            for record in read_records(self.folder, dependent):
+                concerned = of_system.fullmatch(record["system"]) or record["config"].get("first_stage") == system
+                if record["seed"] == self.seed and concerned:
+                    remove_record(self.folder, record)
+
     def _leave(self, kind, system, part, config, result, timing, ran: dict | None = None, note: str = "") -> dict:
         note = SYSTEMS[system].note if system in SYSTEMS else note
         made = self.folder, kind, system, f"{self.collection}/{part}", self.scale, self.seed
+        before, now = self._last(kind, system, part), json_sha256([config | self._data, result])
+        if before is not None and json_sha256([before["config"], before["result"]]) != now:
+            self._forget(kind, system)
         return leave_record(*made, config | self._data, result, timing, environment() | (ran or {}), note)
 
 

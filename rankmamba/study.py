@@ -47,12 +47,15 @@ def run(scale: str, only: str | None = None, overrides: dict | None = None, fold
     """Execute the notebooks at a scale and return the results folder; leaves a record of kind "study" when all are done.
 
     Raises:
-        InputError: a scale, notebook or parameter is unknown, or a cell failed; the executed copy up to that cell is kept.
+        InputError: a scale, notebook or parameter is unknown, the folder is the notebooks' own, or a cell failed; the executed copy up to
+            that cell is kept.
     """
     from .results import check_collection
 
     settings, minutes, paths = settle(scale, only, overrides), read_scale(scale)["minutes"], notebooks(only)
     folder = (folder or ROOT / "results" / scale).resolve()
+    if (folder / "notebooks").resolve() == NOTEBOOKS.resolve():
+        raise InputError(f"expected a folder of its own for the results, got {folder}, where the notebooks themselves are")
     values = settings | {"scale": scale, "results": str(folder), "interactive": False}
     with refusals(folder):
         (folder / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -183,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         overrides = parse_parameters(options.parameters)
         if options.dry_run:
-            print(plan.dry_run(options.scale, settle(options.scale, options.only, overrides)))
+            print(plan.dry_run(options.scale, settle(options.scale, options.only, overrides), overrides))
             return 0
         plan.announce(settle(options.scale, options.only, overrides), options.yes)
         if options.sweep is not None:
@@ -202,4 +205,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends the studies of a sweep like Ctrl-C
     sys.exit(main())

@@ -17,6 +17,7 @@ from rankmamba.experiment import Experiment
 from rankmamba.interpolation import interpolate_tuned, weight_values
 from rankmamba.reporting.tables import measured
 from rankmamba.reranker import Reranker
+from rankmamba.results import read_records
 from rankmamba.states.trials import trial
 from rankmamba.train import TrainConfig
 
@@ -183,17 +184,40 @@ def test_another_first_stage_or_training_is_reranked_anew_and_nothing_is_measure
         assert set(zip(run["query_id"], run["doc_id"], strict=True)) == set(zip(head["query_id"], head["doc_id"], strict=True))
         return record
 
+    def evaluated():
+        return {record["system"] for record in read_records(experiment.folder, "evaluate")}
+
     once = reranked()
     assert reranked() == once
+    for system, mixed_with in (("bm25", None), ("tiny-mamba", None), ("tiny-mamba", "bm25")):
+        experiment.evaluate(system, mixed_with)
+    experiment.first_stage("bm25", 0.9, 0.4)
+    assert evaluated() == {"bm25", "tiny-mamba", "tiny-mamba + bm25"}
     experiment.first_stage("bm25", 5.0, 1.0)
     for train_anew in (False, True):
         if train_anew:
             experiment.train(TrainConfig("tiny-mamba", **TINY | {"learning_rate": 1e-2}))
+        assert evaluated() == ({"bm25"} if train_anew else set())
         with pytest.raises(InputError, match="from the candidates of bm25 as they are now.* run 03_rerank again"):
             experiment.evaluate("tiny-mamba")
         once, before = reranked(), once
         assert once["config"] != before["config"]
         experiment.evaluate("tiny-mamba")
+        experiment.evaluate("bm25")
+    experiment.rerank("tiny-mamba", "bm25", 2, False)
+    assert evaluated() == {"bm25"}
+
+
+def test_a_run_of_another_number_of_queries_is_not_measured(trained):
+    every = len(load("rankmamba/tiny/test").queries)
+    for n_test in (5, every, None):
+        other = Experiment(trained.folder, "rankmamba/tiny", "tiny", 0, 2, n_test)
+        with pytest.raises(InputError, match=f"of {n_test or every} test queries, got one of 8; run 01_data again"):
+            other.evaluate("bm25")
+    ranked = Experiment(trained.folder, "rankmamba/tiny", "tiny", 0, 99, 8).run  # 99 are all
+    with pytest.raises(InputError, match="dev queries, got one of 2; run 03_rerank again"):
+        ranked("tiny-mamba", "dev")
+    assert len(ranked("bm25", "test")["query_id"].unique()) == 8
 
 
 def test_states_are_tried_once_and_anew_with_another_first_stage(trained, tmp_path):

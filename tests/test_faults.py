@@ -400,6 +400,16 @@ def test_a_dead_kernel_ends_the_study_with_a_message_and_keeps_the_copy(notebook
     assert outputs == ["done before\n"]
 
 
+def test_the_notebooks_themselves_are_never_overwritten_by_executed_copies(notebooks, tmp_path, monkeypatch, capsys):
+    source = notebooks("print(1)") / "01_test.ipynb"
+    before = source.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for results in (".", "", str(tmp_path)):
+        assert study.main(["--scale", "test", "--results", results]) == 1
+        assert f"expected a folder of its own for the results, got {tmp_path}" in capsys.readouterr().err
+    assert source.read_bytes() == before and not (tmp_path / ".lock").exists()
+
+
 def test_ctrl_c_ends_the_study_within_two_seconds_and_leaves_everything_consistent(notebooks, tmp_path):
     folder = notebooks(
         "from rankmamba.results import new_record, write_record\n"

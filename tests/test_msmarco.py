@@ -302,6 +302,17 @@ def test_the_dry_run_names_every_run_of_the_papers_as_a_command_with_hours_and_g
     assert plan.pairs(settings | less) == (10 * settings["batch_size"] * settings["group_size"], (30 + 88) * 20 * 4)
 
 
+def test_the_runs_of_the_papers_are_made_with_the_parameters_that_were_counted(nothing_fetched, capsys):
+    given = ["-p", "epochs=0.5", "-p", "max_steps={default: 1000}"]
+    assert study.main(["--scale", "paper", "--dry-run", *given]) == 0
+    commands = [line[line.index("python") :] for line in capsys.readouterr().out.splitlines() if "python -m" in line]
+    overrides = [study.parse_parameters(shlex.split(command)[6:14:2]) for command in commands]
+    assert {(each["epochs"], each["max_steps"]["default"]) for each in overrides} == {(0.5, 1000)}
+    assert [Run(*each["systems"], each["max_length"]) for each in overrides] == RUNS
+    assert study.main(["--scale", "paper", "--dry-run", "-p", "max_length=256"]) == 1
+    assert "expected no max_length for a list of the papers' runs" in capsys.readouterr().err
+
+
 def test_the_hours_of_a_study_are_those_of_all_its_systems_each_with_its_own_steps(nothing_fetched, capsys):
     systems = {"systems": ["mamba-130m", "mamba-370m"], "max_steps": {"default": 0, "mamba-370m": 1000}}
     settings = study.settle("paper") | systems
@@ -323,7 +334,7 @@ def test_gigabytes_are_not_fetched_without_a_yes(nothing_fetched, capsys):
     assert not (nothing_fetched / "results").exists()
     plan.announce(study.settle("paper"), yes=True)
     plan.announce(study.settle("quick"), yes=False)
-    assert "scale quick: about" in plan.dry_run("quick", study.settle("quick"))
+    assert "scale quick: about" in plan.dry_run("quick", study.settle("quick"), {})
 
 
 @pytest.mark.parametrize("answer", ["Y", "yes", "", "n"])

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from rankmamba import profiling, scan
+from rankmamba.collection import load
+from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.errors import InputError
 from rankmamba.inputs import token_batches
 from rankmamba.profiling import MODES, Subject, build, measure, measurements
@@ -289,3 +291,15 @@ def test_a_saved_reranker_is_measured_and_no_system_beyond_its_positions(tmp_pat
     assert build(str(tmp_path / "saved"), 4096).inputs.max_length == 4096
     with pytest.raises(InputError, match="512 .the positions minilm-l6 has., got 1024"):
         build("minilm-l6", 1024)
+
+
+def test_texts_that_were_edited_are_measured_anew(tmp_path):
+    test, folder = load("rankmamba/tiny/test"), tmp_path / "own"
+    write_queries(folder / "queries.tsv", test.queries)
+    write_qrels(folder / "qrels.txt", test.qrels)
+    tokens = []
+    for words in (1, 1, 40):
+        write_documents(folder / "documents.jsonl", {doc_id: "word " * words for doc_id in test.documents}.items())
+        (record,) = measurements.texts(tmp_path / "results", "tiny", ["tiny-mamba"], load(str(folder)), 4, 64, 2)
+        tokens.append((record["created"], record["result"]["tokens"]))
+    assert tokens[0] == tokens[1] and tokens[2][1] > 2 * tokens[0][1]

@@ -1,5 +1,6 @@
 """Document states: the scores of full scoring, stores that survive kills and notice damage."""
 
+import io
 import itertools
 import math
 import resource
@@ -32,6 +33,7 @@ from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
 from rankmamba.states import DocumentStates
 from rankmamba.states import build as state_build
+from rankmamba.states import plots, trials
 from rankmamba.states.encoding import ids_bytes, record_bytes
 
 OTHERS = {
@@ -539,3 +541,10 @@ def test_a_format_that_does_not_exist_is_refused_by_build_and_convert(tmp_path):
     ):
         with pytest.raises(InputError, match="expected a dtype among float32, .*, got 'int2'"):
             write()
+
+
+def test_where_no_system_has_states_the_tables_are_empty_and_the_figures_can_be_drawn():
+    formats = trials.format_table([])
+    assert formats.empty and trials.length_table([]).empty and trials.outlook([], 1_000_000).empty
+    for figure in (plots.frontier(formats[formats["format"] != trials.FULL]), plots.speed_up(trials.length_table([]))):
+        figure.savefig(io.BytesIO())

@@ -106,6 +106,8 @@ def test_a_finished_study_leaves_a_record_of_what_it_ran_with(tmp_path):
         ({"max_steps": {"tiny-bert": 3}}, "a value for default in max_steps"),
         ({"systems": ["tiny-bert", 1]}, "names of systems, got 1"),
         ({"n_test": 0}, "n_test of at least 1, got 0"),
+        ({"first_stage": "BM25"}, "bm25 or given as first_stage, got 'BM25'"),
+        ({"measure": "P@5"}, "a measure among nDCG@10, RR@10, RR@100, AP@100, got 'P@5'"),
         ({"top_k": 0}, "top_k of at least 1, got 0"),
         ({"max_passages": 0}, "max_passages of at least 1, got 0"),
     ],
@@ -179,7 +181,7 @@ def test_a_checkpoint_in_a_folder_and_a_saved_reranker_run_through_the_study_and
     study.run("tiny", "01,02,03,04,06", {"systems": [str(folder)]}, results)
     assert [path.name for path in folder.parent.iterdir()] == ["mamba"]
     assert {record["system"] for record in read_records(results, "states")} == {str(folder)}
-    assert len(list((results / "models").glob("*mamba*"))) == 1 and len(list((results / "runs").glob("*mamba*"))) == 2
+    assert len(list((results / "models").glob("*mamba*"))) == 1 and len(list((results / "runs").glob("*mamba*"))) == 4
 
     trained, further = next((results / "models").glob("*mamba*")), tmp_path / "further"
     study.run("tiny", "01,02", {"systems": [str(trained)], "learning_rates": {"default": 1e-12}}, further)

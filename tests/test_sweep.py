@@ -164,6 +164,20 @@ def test_after_a_sigkill_what_is_finished_is_not_done_again(start, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("records/*")}
 
 
+def test_a_polite_kill_of_a_sweep_ends_its_studies_too(tmp_path):
+    (tmp_path / "s.yaml").write_text("seed: [1, 2]")
+    arguments = ["--scale", "tiny", "-f", str(tmp_path / "s.yaml"), "--jobs", "2", "--results", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-m", "rankmamba.study", *arguments], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: len(list((tmp_path / "out").rglob(".lock"))) == 2)
+        studies = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 130
+        assert len(studies) >= 2 and psutil.wait_procs(studies, timeout=60)[1] == []
+    finally:
+        process.kill()
+
+
 def test_sets_that_differ_in_the_seed_alone_are_reported_together(start, tmp_path):
     text = "- {seed: 1}\n- {seed: 2}\n- {rate: 0.1, seed: 1}\n"
     _, out, _ = finish(start(text, "--jobs", "2"))

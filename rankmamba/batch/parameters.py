@@ -242,6 +242,13 @@ def _check_ranges(settings: Mapping, overrides: Mapping) -> None:
     for name in AT_LEAST_ONE:
         if settings.get(name, 1) < 1:
             raise InputError(f"expected {name} of at least 1, got {settings[name]}")
+    if settings.get("first_stage", "bm25") not in ("bm25", "given"):
+        raise InputError(f"expected bm25 or given as first_stage, got {settings['first_stage']!r}")
+    if "measure" in overrides:
+        from ..evaluate import MEASURES  # slow to import
+
+        if overrides["measure"] not in MEASURES:
+            raise InputError(f"expected a measure among {', '.join(MEASURES)}, got {overrides['measure']!r}")
     by_system = {"learning_rate": "learning_rates", "max_steps": "max_steps"}
     for name in RANGES:
         given = settings.get(by_system.get(name, name), {})

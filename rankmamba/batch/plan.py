@@ -6,9 +6,10 @@ are an upper bound.
 """
 
 import itertools
+import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +48,11 @@ class Run(NamedTuple):
     system: str
     max_length: int
 
-    def command(self, scale: str) -> str:
+    def command(self, scale: str, overrides: Mapping[str, object]) -> str:
         """The command that makes it."""
-        settings = {"systems": f"[{self.system}]", "max_length": self.max_length}
+        settings = {"systems": f"[{self.system}]", "max_length": self.max_length} | {
+            name: json.dumps(value, ensure_ascii=False) for name, value in overrides.items()
+        }
         given = " ".join(f"-p {shlex.quote(f'{name}={value}')}" for name, value in settings.items())
         return f"python -m rankmamba.study --scale {scale} {given} --results results/{scale}/{self.system}-{self.max_length}"
 
@@ -132,12 +135,20 @@ def _to_fetch(missing: Sequence[Download]) -> list[str]:
     return lines + [f"  {file.size / 1e6:>9,.1f} MB  {file.what} -> {file.place}" for file in missing]
 
 
-def dry_run(scale: str, settings: dict) -> str:
-    """Say what a study at a scale fetches and keeps, and each run of the papers as a command with its hours and GB on this device."""
+def dry_run(scale: str, settings: dict, overrides: Mapping[str, object]) -> str:
+    """Say what a study at a scale fetches and keeps, and each run of the papers as a command with its hours and GB on this device.
+
+    overrides: the parameters among `settings` that the user gave; each command has them, too.
+
+    Raises:
+        InputError: among them are systems or max_length, which each run has its own of.
+    """
     files = downloads(itertools.chain(*parts(settings).values()))
     if not files:
         minutes = sum(read_scale(scale)["minutes"].values())
         return f"scale {scale}: about {minutes:.0f} minutes, as its file says; the papers' runs are those of scale paper"
+    for name in {"systems", "max_length"} & set(overrides):
+        raise InputError(f"expected no {name} for a list of the papers' runs, each of which has its own, got {overrides[name]}")
     training, scoring = pairs(settings)
     documents = _count(settings["collection"], "docs")
     lines = _to_fetch([file for file in files if not file.there])
@@ -156,7 +167,7 @@ def dry_run(scale: str, settings: dict) -> str:
     for run in runs:
         hours = estimate(run.system, run.max_length, rates, training, scoring)
         total += hours
-        lines.append(f"{hours:>10,.1f} {gigabytes(run.system):>7.1f}  {run.command(scale)}")
+        lines.append(f"{hours:>10,.1f} {gigabytes(run.system):>7.1f}  {run.command(scale, overrides)}")
     lines += ["", f"{total:,.0f} hours in all, one run after another; GB: the most that one takes while it trains"]
     return "\n".join(lines)
 

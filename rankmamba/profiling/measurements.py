@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .. import scan
-from ..collection import Collection
+from ..collection import Collection, digest_of
 from ..errors import InputError
 from ..precision import autocast_dtype
 from ..reranker import TOKENS_PER_THREAD
@@ -90,7 +90,7 @@ def texts(
         "batch_tokens": TOKENS_PER_THREAD,
         "group_size": group_size,
         "fixed": FIXED,
-    }
+    } | digest_of([collection.name])
     records = []
     for system in systems:
         if record := _found(folder, system, collection.name, config):

@@ -188,7 +188,8 @@ def format_table(records: list[dict]) -> pd.DataFrame:
                     **{key: found[key] for key in ("difference", "low", "high")},
                 }
             )
-    return pd.DataFrame(rows)
+    columns = ["system", "format", "kB/document", "ms/query", "speed-up", "largest difference", "rankings kept", MEASURE]
+    return pd.DataFrame(rows, columns=[*columns, "difference", "low", "high"])
 
 
 def length_table(records: list[dict]) -> pd.DataFrame:
@@ -198,7 +199,7 @@ def length_table(records: list[dict]) -> pd.DataFrame:
         for record in records
         for length, found in record["timing"]["by_length"].items()
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["system", "tokens", "full_ms", "states_ms", "speed-up"])
 
 
 def outlook(records: list[dict], documents: int) -> pd.DataFrame:
@@ -225,4 +226,4 @@ def outlook(records: list[dict], documents: int) -> pd.DataFrame:
                     "break-even": build / saved if saved > 0 else np.inf,
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["system", "format", "TB", MACHINES, HOURS, "break-even"])
