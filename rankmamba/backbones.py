@@ -24,7 +24,9 @@ _SHIFTED_POSITIONS = (
     "roberta xlm-roberta xlm-roberta-xl camembert mpnet longformer data2vec-text xmod roberta-prelayernorm esm".split()
 )
 # They read padding, so the score of a pair would depend on its batch.
-_READ_PADDING = ("fnet", "bert-generation", "mobilebert", "convbert", "xlnet")
+_READ_PADDING = ("fnet", "bert-generation", "mobilebert", "convbert", "xlnet", "yoso", "nystromformer")
+# What transformers' own classifiers call their head.
+_HEADS = ("classifier", "classification_head", "score")
 
 
 def find(name: str) -> ModelSpec:
@@ -124,6 +126,8 @@ def load_backbone(spec: ModelSpec) -> PreTrainedModel:
     missing = [name for name in found["missing_keys"] if "pooler" not in name]  # which is not used here
     if missing:
         raise InputError(f"expected all weights of {spec.name}, got none for {missing[0]} and {len(missing) - 1} more")
+    if heads := [name for name in found["unexpected_keys"] if name.partition(".")[0] in _HEADS]:
+        say(f"{spec.name}: its own head ({', '.join(sorted(heads))}) is not used")
     return backbone
 
 
@@ -151,7 +155,11 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
                     f"{spec.name}{SCRATCH} starts from random weights"
                 )
             folder, spec = spec.source, None
-    model, tokenizer = load_saved(folder, limits) if spec is None else build(spec, **limits)
+    if spec is None:
+        model, tokenizer = load_saved(folder, limits)
+    else:
+        model, tokenizer = build(spec, **limits)
+        say(f"{spec.name}: with a new head, whose scores mean nothing before it is trained")
     limit, max_length = positions(model.config.backbone_config), model.config.limits["max_length"]
     if limit is not None and max_length > limit:
         raise InputError(f"expected max_length <= {limit} (the positions {path_or_id} has), got {max_length}")

@@ -49,10 +49,11 @@ class PairTokenizer:
     A document keeps its first `max_length - max_query_length` tokens, a query what `max_query_length` leaves after the special
     tokens: both limits are fixed, so truncation never depends on the other half, and a pair never exceeds `max_length`.
 
-    marked: query tokens that occur in the document become other words (`mark`), for a model with `embeddings.FixedWordEmbedding`.
+    marked: for a model with `embeddings.FixedWordEmbedding`, the rows of its table: query tokens that occur in the document become
+    other words beyond these (`mark`). 0 leaves them as they are.
     """
 
-    def __init__(self, tokenizer, kind: str, max_length: int = 512, max_query_length: int = 50, marked: bool = False):
+    def __init__(self, tokenizer, kind: str, max_length: int = 512, max_query_length: int = 50, marked: int = 0):
         if kind not in KINDS:
             raise InputError(f"expected a kind of model among {', '.join(KINDS)}, got {kind!r}")
         tokenizer.truncation_side = "right"  # a text keeps its beginning
@@ -130,6 +131,9 @@ class PairTokenizer:
                     return_attention_mask=False,
                 )
         except TypeError as error:
+            wrong = [text for text in texts if not isinstance(text, str)]
+            if wrong:
+                raise InputError(f"expected text, got {wrong[0]!r:.80}; leave it out, or put a text there") from error
             broken = next((text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text)), None)
             if broken is None:
                 raise
@@ -146,14 +150,14 @@ class PairTokenizer:
         return Pair(ids, types)
 
     def mark(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:
-        """Add to each of a query's ids how often it occurs in the document (up to `MOST_MATCHES`) times the size of the vocabulary.
+        """Add to each of a query's ids how often it occurs in the document (up to `MOST_MATCHES`) times `marked`.
 
         This spares a small model from learning to compare words (after MarkedBERT, ECIR 2021). Only the query is marked: what a causal
         model reads before it stays the same for every query.
         """
         counts = (query[:, None] == document[len(self.document_head) :]).sum(1)
         counts[: len(self.query_head)] = 0
-        return query + len(self.tokenizer) * np.minimum(counts, MOST_MATCHES).astype(np.int32)
+        return query + self.marked * np.minimum(counts, MOST_MATCHES).astype(np.int32)
 
     def collate(self, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         """Right-pad B pairs to the longest: `input_ids`, `attention_mask` and, where the model has segments, `token_type_ids`,

@@ -1,7 +1,8 @@
 """The network of a reranker: any Hugging Face backbone, one pooled token, dropout, one linear head.
 
 It is a Hugging Face model of its own type: once `rankmamba.model` is imported,
-`AutoModelForSequenceClassification.from_pretrained(folder)` loads what we save.
+`AutoModelForSequenceClassification.from_pretrained(folder)` loads what we save. Its inputs are those of `inputs.PairTokenizer`, with
+template and marks; on a tokenizer's own encoding of a pair it ranks by chance.
 """
 
 import hashlib
@@ -114,6 +115,8 @@ class RerankerModel(PreTrainedModel):
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions]
         with torch.autocast(hidden.device.type, enabled=False):
             kept = self.dropout(pooled.float()) if dropout_mask is None else pooled.float() * dropout_mask
+            if type(self.score) is not nn.Linear:  # an adapter or a quantised layer: only its own call is right
+                return self.score(kept)
             return nn.functional.linear(kept, self.score.weight.float(), self.score.bias.float())
 
     def _hidden(self, input_ids, attention_mask, token_type_ids):
@@ -147,11 +150,14 @@ def _share_projection(backbone: PreTrainedModel) -> None:
 
 
 def weights_digest(network: nn.Module) -> str:
-    """The SHA-256 of a network's parameters and buffers, their names, formats and shapes."""
+    """The SHA-256 of a network's parameters and buffers, their names, formats and shapes, and of which adapters of PEFT are active."""
     digest = hashlib.sha256()
     for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()], key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, module in network.named_modules():
+        if hasattr(module, "merged_adapters"):
+            digest.update(f"{name} {module.active_adapters} {module.disable_adapters} {module.merged_adapters}".encode())
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """`Reranker`: score (query, document) pairs with any backbone; rank lists, rerank runs, save and load."""
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -15,6 +16,7 @@ from tqdm.std import tqdm
 
 from . import backbones, scan
 from .collection import Collection, check_run
+from .data.lines import refuse_duplicates
 from .data.runs import head_of, sort_run
 from .data.token_store import document_tokens
 from .errors import InputError
@@ -24,6 +26,7 @@ from .memory import free_memory, out_of_memory
 from .model import RerankerModel
 from .network import fused, mixers
 from .network.attention import choose_attention
+from .network.embeddings import table_rows
 from .precision import autocast, autocast_dtype
 from .reranking.passages import best_of, cut, spread, tokens_needed
 from .reranking.saved import carry_over, check_target
@@ -31,6 +34,7 @@ from .reranking.threads import at_once, batch_cost, even_batches, side_by_side
 
 # Tokens of a batch when scoring: for each CPU thread as many as stay in its cache, many on any other device.
 TOKENS_PER_THREAD, TOKENS_ON_A_GPU = 2048, 16384
+_WRAPPED = re.compile(r"\.base_layer\.|lora_|modules_to_save|_orig_mod\.")  # in names of weights, by PEFT and torch.compile
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +55,9 @@ class Cost:
 class Reranker:
     """Scores how relevant a document is to a query; higher is better. Scores are raw logits (float32), not probabilities.
 
-    >>> reranker = Reranker.from_pretrained("minilm-l6")
-    >>> reranker.rank("who wrote hamlet", ["A play by Shakespeare.", "A small dog."], top_k=1)[0]["corpus_id"] in (0, 1)
-    True
+    >>> reranker = Reranker.from_pretrained("nano-mamba")  # minilm-l6, say, has a head only once it was trained
+    >>> reranker.rank("who wrote hamlet", ["A small dog.", "Hamlet is a play by Shakespeare."], top_k=1)[0]["corpus_id"]
+    1
     """
 
     num_labels = 1  # asked for by sentence-transformers' evaluators: one score per pair
@@ -68,7 +72,8 @@ class Reranker:
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
         self.attention = choose_attention(model.backbone, self.device, self.dtype)
         config = model.config
-        self.inputs = PairTokenizer(tokenizer, config.kind, **config.limits, marked=config.word_embeddings is not None)
+        marked = 0 if config.word_embeddings is None else table_rows(config.word_embeddings)
+        self.inputs = PairTokenizer(tokenizer, config.kind, **config.limits, marked=marked)
         self.has_scan = mixers.has_scan(model)
         self.cost = Cost()  # of the last call that scored
         self._said_smaller = False
@@ -118,10 +123,17 @@ class Reranker:
         Where it replaces a saved reranker, other files in the folder are kept.
 
         Raises:
-            InputError: the folder holds something other than a saved reranker, or cannot be written.
+            InputError: the folder holds something other than a saved reranker, or cannot be written, or the network is wrapped, by
+                adapters or torch.compile.
         """
         from .cross_encoder import write_files
 
+        wrapped = [name for name in self.model.state_dict() if _WRAPPED.search(name)]
+        if not isinstance(self.model, RerankerModel) or wrapped:
+            raise InputError(
+                f"expected a plain network to save, got a wrapped one ({(wrapped or [type(self.model).__name__])[0]}); merge adapters "
+                "first (merge_and_unload of PEFT), and save before torch.compile"
+            )
         check_target(folder)
         with replacing(folder) as temporary:
             self.model.save_pretrained(temporary)
@@ -211,6 +223,7 @@ class Reranker:
             raise InputError(f"expected top_k and max_passages of at least 1, got {top_k} and {max_passages}")
         head = head_of(candidates, top_k)
         check_run(head, collection, columns=["query_id"])
+        refuse_duplicates(head, "the candidates")
         query_ids, query_of = unique(head["query_id"])
         doc_ids, document_of = unique(head["doc_id"])
         tokens = document_tokens(collection.documents, doc_ids, self.inputs, tokens_needed(self.inputs, max_passages))

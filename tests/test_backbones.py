@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     FNetConfig,
     Gemma2Config,
@@ -375,6 +376,20 @@ def test_a_family_that_the_table_lacks_is_inferred_from_the_configuration_and_sa
     assert spec.kind == "causal" and spec.family.lora_targets == "all-linear"
     reranker = Reranker.from_pretrained(tmp_path, dtype=torch.float32)
     assert reranker.attention.startswith("sdpa") and np.isfinite(reranker.predict(PAIRS)).all()
+
+
+def test_a_new_head_is_said_and_so_is_one_that_a_classifier_brings(tmp_path, capsys):
+    write_checkpoint("bert", tmp_path)
+    Reranker.from_pretrained(tmp_path)
+    assert "with a new head, whose scores mean nothing before it is trained" in (said := capsys.readouterr().err)
+    assert "is not used" not in said
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)
+    classifier.save_pretrained(tmp_path)
+    reranker = Reranker.from_pretrained(tmp_path)
+    assert "its own head (classifier.bias, classifier.weight) is not used" in capsys.readouterr().err
+    reranker.save_pretrained(tmp_path / "saved")
+    Reranker.from_pretrained(tmp_path / "saved")
+    assert "head" not in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_safetensors_is_refused_and_so_is_one_that_is_no_language_model(tmp_path):

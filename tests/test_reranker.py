@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rankmamba import scan
 from rankmamba.backbones import SYSTEMS, build
-from rankmamba.collection import load
+from rankmamba.collection import Collection, load
 from rankmamba.errors import InputError
 from rankmamba.network.last_layer import LastLayer
 from rankmamba.network.mixers import has_scan
@@ -330,10 +330,14 @@ def test_a_run_with_ranks_from_zero_or_pyterriers_columns_is_refused():
     for wrong, said in (
         (run.assign(rank=run["rank"] - 1), "expected ranks from 1, got 0"),
         (run.assign(rank=np.nan), "expected ranks from 1, got nan"),
+        (run.assign(rank=run["rank"].astype("Int64").mask(run["rank"] == 2)), "expected ranks from 1, got <NA>"),
+        (run.assign(rank=np.inf), "expected ranks from 1, got inf"),
+        (pd.concat([run, run.head(1)]), "each document once per query in the candidates"),
         (run.rename(columns={"query_id": "qid", "doc_id": "docno"}), "got none called query_id, doc_id"),
     ):
         with pytest.raises(InputError, match=said):
             reranker.rerank(wrong, collection, top_k=2)
+        assert reranker.cost.pairs == 0
 
 
 @pytest.mark.parametrize("wrong", ["top_k", "max_passages"])
@@ -444,6 +448,33 @@ def test_two_threads_tokenise_one_after_the_other(reranker):
 def test_text_that_no_file_could_hold_is_named(reranker):
     with pytest.raises(InputError, match="half a surrogate pair in 'a .ud800'"):
         reranker.predict([("query", "a \ud800")])
+
+
+def test_a_document_that_is_no_text_is_named():
+    collection = load("rankmamba/tiny/test")
+    documents = dict(collection.documents.pairs())
+    missing = Collection("mine", documents | {collection.candidates["doc_id"][0]: np.nan}, collection.queries, collection.qrels)
+    with pytest.raises(InputError, match="expected text, got nan"):
+        Reranker.from_pretrained("tiny-bert").rerank(collection.candidates, missing)
+
+
+PAIRS = [("who wrote hamlet", "Hamlet is a play by Shakespeare."), ("who wrote hamlet", "A small dog."), ("a dog", "A small dog.")]
+
+
+def test_a_word_that_is_added_to_the_tokenizer_changes_no_score_of_a_text_without_it():
+    reranker = Reranker.from_pretrained("nano-mamba", dtype=torch.float32)
+    before = reranker.predict(PAIRS)
+    reranker.tokenizer.add_special_tokens({"eos_token": "[EOS]"})
+    assert np.array_equal(reranker.predict(PAIRS), before)
+
+
+@pytest.mark.parametrize("system", ["nano-bert", "nano-mamba", "nano-mamba2", "nano-neox"])
+def test_layers_that_torch_has_quantised_are_called_as_they_are(system):
+    reranker = Reranker.from_pretrained(system, dtype=torch.float32)
+    before = reranker.predict(PAIRS)
+    reranker.model = torch.ao.quantization.quantize_dynamic(reranker.model, {torch.nn.Linear})
+    after = reranker.predict(PAIRS)
+    assert not np.array_equal(after, before) and np.abs(after - before).max() < 0.5 * np.ptp(before)
 
 
 def test_the_loss_for_labels_is_that_of_sequence_classification():

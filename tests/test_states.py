@@ -12,6 +12,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BloomConfig,
     FalconMambaConfig,
@@ -31,9 +32,8 @@ from rankmamba.data.formats import Documents
 from rankmamba.errors import InputError
 from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
-from rankmamba.states import DocumentStates
+from rankmamba.states import DocumentStates, plots, trials
 from rankmamba.states import build as state_build
-from rankmamba.states import plots, trials
 from rankmamba.states.encoding import ids_bytes, record_bytes
 
 OTHERS = {
@@ -548,3 +548,36 @@ def test_where_no_system_has_states_the_tables_are_empty_and_the_figures_can_be_
     assert formats.empty and trials.length_table([]).empty and trials.outlook([], 1_000_000).empty
     for figure in (plots.frontier(formats[formats["format"] != trials.FULL]), plots.speed_up(trials.length_table([]))):
         figure.savefig(io.BytesIO())
+
+
+def test_a_store_belongs_to_the_adapters_that_were_active(tmp_path, mamba):
+    adapted = get_peft_model(mamba.model, LoraConfig(target_modules=["in_proj"], init_lora_weights=False))
+    adapted.add_adapter("medical", LoraConfig(target_modules=["in_proj"], init_lora_weights=False))
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "states")
+    states = DocumentStates.open(tmp_path / "states", mamba)
+    np.testing.assert_allclose(from_states(states, QUERIES["q1"]), full(mamba, QUERIES["q1"]), rtol=0, atol=1e-5)
+    adapted.set_adapter("medical")
+    with pytest.raises(InputError, match="weights"):
+        DocumentStates.open(tmp_path / "states", mamba)
+    adapted.set_adapter("default")
+    with adapted.disable_adapter(), pytest.raises(InputError, match="weights"):
+        DocumentStates.open(tmp_path / "states", mamba)
+    DocumentStates.open(tmp_path / "states", mamba)
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float64])
+def test_keys_and_values_are_held_in_the_weights_own_format(weights, tmp_path):
+    neox = make("neox")
+    neox.model.to(weights)
+    states = DocumentStates.build(neox, DOCUMENTS, tmp_path / "states")
+    tolerance = {torch.bfloat16: 0.05, torch.float64: 1e-5}[weights]
+    np.testing.assert_allclose(from_states(states, QUERIES["q1"]), full(neox, QUERIES["q1"]), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["mamba", "neox"])
+def test_states_that_were_held_in_inference_mode_answer_outside_of_it(family, tmp_path):
+    reranker = make(family)
+    with torch.inference_mode():
+        held = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "states").hold(list(DOCUMENTS))
+    found = {row["doc_id"]: row["score"] for row in held.rank(QUERIES["q1"])}
+    np.testing.assert_allclose([found[doc_id] for doc_id in DOCUMENTS], full(reranker, QUERIES["q1"]), rtol=0, atol=1e-5)

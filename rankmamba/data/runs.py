@@ -74,9 +74,10 @@ def head_of(run: pd.DataFrame, top_k: int) -> pd.DataFrame:
         )
     if "rank" not in run.columns:
         run = sort_run(run)
-    ranks = pd.to_numeric(run["rank"], errors="coerce")
-    if not (ranks >= 1).all():
-        wrong = run["rank"][~(ranks >= 1)].iloc[0]
+    ranks = pd.to_numeric(run["rank"], errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+    counted = (ranks >= 1) & np.isfinite(ranks)
+    if not counted.all():
+        wrong = run["rank"][~counted].iloc[0]
         raise InputError(f"expected ranks from 1, got {wrong}; drop the column to rank by scores")
     return run[ranks <= top_k]
 

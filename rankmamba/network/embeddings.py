@@ -13,6 +13,11 @@ WORD_EMBEDDINGS = {
 }
 
 
+def table_rows(name: str) -> int:
+    """How many words the table of that name has."""
+    return WORD_EMBEDDINGS[name][3]
+
+
 class FixedWordEmbedding(nn.Module):
     """Token ids (B, L) -> (B, L, D): a fixed table, then a learned linear projection, plus a learned vector for each mark.
 
@@ -41,4 +46,6 @@ class FixedWordEmbedding(nn.Module):
         rows = len(self.table)
         words = nn.functional.embedding(input_ids % rows, self.table)
         # FSDP computes with weights in bfloat16, and knows nothing of the table
-        return self.projection(words.to(self.projection.weight.dtype)) + self.matches(input_ids // rows)
+        weight = self.projection.weight
+        words = words.to(weight.dtype) if isinstance(weight, torch.Tensor) else words.float()  # a quantised layer's is a method
+        return self.projection(words) + self.matches(input_ids // rows)

@@ -239,8 +239,9 @@ class ScanMamba(ScanMixer):
             # The bias decides the step's size (softplus of about -5); adding it in bfloat16 would move the step by a percent.
             return _by_channel(self.dt_proj, low_rank, bias=False), self.dt_proj.bias.float()
         # LoRA or a quantised layer: only its own call is right, which adds the bias itself; so keep it out of autocast's bfloat16.
+        bias = self.dt_proj.bias
         with torch.autocast(low_rank.device.type, enabled=False):
-            return self.dt_proj(low_rank.to(self.dt_proj.bias.dtype)), None
+            return self.dt_proj(low_rank.to(bias.dtype if isinstance(bias, torch.Tensor) else torch.float32)), None
 
 
 class ScanFalconMamba(ScanMamba):

@@ -33,7 +33,7 @@ def identity(reranker: Reranker) -> dict[str, str | int]:
         "weights": weights_digest(backbone),
         "template": json.dumps([inputs.before, inputs.document_prefix, inputs.query_prefix, inputs.after]),
         "tokenizer": inputs.vocabulary_digest,
-        "marked": inputs.marked,
+        "marked": inputs.marked > 0,
         "truncation": f"{inputs.document_limit} tokens of a document",
         "precision": str(reranker.dtype).removeprefix("torch."),
     }

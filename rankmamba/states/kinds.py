@@ -123,7 +123,9 @@ class Attention:
 
     @torch.no_grad()
     def __init__(self, reranker: Reranker, layers: Sequence[int] | None):
-        self.backbone, self.device, self.dtype = reranker.model.backbone, reranker.device, reranker.dtype
+        self.backbone, self.device = reranker.model.backbone, reranker.device
+        weights = next(self.backbone.parameters()).dtype
+        self.dtype = reranker.dtype if weights == torch.float32 else weights  # of keys and values: autocast casts float32 alone
         self.longest_query = reranker.inputs.max_query_length
         if layers is not None:
             raise InputError(
@@ -177,6 +179,7 @@ class Attention:
         """Mean and unit of every number of a token, over all tokens of some documents."""
         return [_mean_and_unit(torch.cat([part for (part,) in states], 3), 3, keepdim=True)]
 
+    @torch.inference_mode(False)  # what is held in it may be written to outside
     def room(self, lengths):
         """Memory for B documents and a query after each, (layers, 2, B, H, longest document + longest query, width), and the lengths."""
         room = torch.empty(

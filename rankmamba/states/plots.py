@@ -30,7 +30,8 @@ def frontier(table: pd.DataFrame) -> Figure:
     low, high = axes.get_ylim()
     axes.set(xscale="log", ylim=(low - 0.3 * (high - low), high))
     axes.xaxis.set(minor_locator=NullLocator(), major_formatter=EngFormatter("B"))
-    axes.legend(frameon=False)
+    if not table.empty:
+        axes.legend(frameon=False)
     return figure
 
 
