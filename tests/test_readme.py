@@ -71,13 +71,18 @@ def test_the_tables_of_learning_rates_in_the_evidence_are_those_of_the_records()
 
 def test_what_is_said_of_paragraphs_of_other_sources_is_what_the_records_say():
     read = transfer.by_reading(read_records(ROOT / "data" / "study", "transfer"))
-    means = read[(read["collection"] == "rankmamba/squad/test") & (read["reading"] == "512 tokens")].set_index("system")["mean"]
+    read = read.set_index(["collection", "reading", "system"])["mean"].sort_index()
+    means, readme = read["rankmamba/squad/test", "512 tokens"], " ".join(README.split())
     said = {name: f"{means[f'nano-{system}']:.3f}" for name, system in NAMES.items()}
     for name, mean in said.items():
         assert re.search(rf"{name}\s{mean}", EVIDENCE)
     for name in ("BERT", "GPT-NeoX", "Mamba", "Mamba-2"):
-        assert f"{name} {said[name]}" in README
-    assert f"BM25 {means['bm25']:.3f}" in README
+        assert f"{name} {said[name]}" in readme
+    assert f"BM25 {means['bm25']:.3f}" in readme
+    for collection, before in (("squad-long/1500", "ahead of GPT-NeoX there, by"), ("squad-long/600", "read whole, by")):
+        whole = read[f"rankmamba/{collection}/test", "2048 tokens"]
+        first, second = (whole[system] - whole["nano-neox"] for system in ("nano-mamba", "nano-mamba2"))
+        assert f"{before} {first:.2f} and {second:.2f}" in readme
 
 
 def test_the_speeds_on_a_cpu_in_the_evidence_are_those_of_the_records():
