@@ -88,7 +88,7 @@ class Experiment:
         started = time.perf_counter()
         index = BM25.build(self.split("test").documents, k1=k1, b=b)
         built = time.perf_counter()
-        rows = self._keep_runs(system, {part: index.search(self.split(part).queries) for part in PARTS})
+        rows = self._keep_runs("first_stage", system, {part: index.search(self.split(part).queries) for part in PARTS})
         queries = len(self.split("dev").queries) + len(self.split("test").queries)
         timing = {"index_seconds": built - started, "queries_per_s": queries / (time.perf_counter() - built)}
         result = {"documents": len(self.split("test").documents), "rows": rows}
@@ -103,7 +103,7 @@ class Experiment:
         for part, run in runs.items():
             if run is None:
                 raise InputError(f"expected candidates that come with {self.split(part).name}, got none; rank with BM25 instead")
-        rows = self._keep_runs(system, runs)
+        rows = self._keep_runs("first_stage", system, runs)
         result = {"documents": len(self.split("test").documents), "rows": rows}
         note = f"the candidates that come with {self.collection}, ranked by its authors"
         return self._leave("first_stage", system, "test", config, result, {}, note=note)
@@ -195,10 +195,7 @@ class Experiment:
                     reranker, candidates, split, top_k, journal, config, show_progress, max_passages
                 )
                 cost += part_cost
-            if (before := self._last("rerank", system, "test")) is not None:
-                remove_record(self.folder, before)  # never a record beside the runs of another
-                self._forget("rerank", system)
-            rows = self._keep_runs(system, runs)
+            rows = self._keep_runs("rerank", system, runs)
             result = {"pairs": cost.pairs, "tokens": cost.tokens, "padded_tokens": cost.padded_tokens, "rows": rows}
             rates = {"pairs_per_s": cost.pairs / cost.seconds, "tokens_per_s": cost.tokens / cost.seconds}
             ran = reranker.setup
@@ -320,8 +317,13 @@ class Experiment:
         """Where the run of a system on "dev" or "test" is kept; "evaluated": the one that was measured."""
         return self.folder / "runs" / f"{slug(system)}-{part}-seed{self.seed}.run"
 
-    def _keep_runs(self, system: str, runs: dict[str, pd.DataFrame]) -> dict[str, int]:
-        """Write the run of each part; returns how many rows each has."""
+    def _keep_runs(self, kind: str, system: str, runs: dict[str, pd.DataFrame]) -> dict[str, int]:
+        """Write the run of each part; returns how many rows each has. kind: of the record that will describe them."""
+        if (before := self._last(kind, system, "test")) is not None:
+            remove_record(self.folder, before)  # never a record beside the runs of another, nor one of them beside another's
+            self._forget(kind, system)
+        for part in runs:
+            self.run_path(system, part).unlink(missing_ok=True)
         for part, run in runs.items():
             write_run(self.run_path(system, part), run, system)
         return {part: len(run) for part, run in runs.items()}

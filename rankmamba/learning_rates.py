@@ -49,11 +49,11 @@ def tried(experiment: Experiment, config: TrainConfig, top_k: int) -> dict:
 
     If the training diverged, its result is {"diverged": the reason}.
     """
-    settings = config.settings() | {"top_k": top_k, "n_dev": len(experiment.split("dev").queries)}
-    settings |= digest_of(f"{experiment.collection}/{part}" for part in ("train", "dev"))
-    if record := find_record(experiment.folder, "learning_rate", system=config.system, config=settings):
-        return record
     dev = experiment.split("dev")
+    settings = config.settings() | {"top_k": top_k, "n_dev": len(dev.queries)}
+    settings |= digest_of(f"{experiment.collection}/{part}" for part in ("train", "dev"))
+    if record := find_record(experiment.folder, "learning_rate", system=config.system, collection=dev.name, config=settings):
+        return record
     made = experiment.folder, "learning_rate", config.system, dev.name, experiment.scale, config.seed
     try:
         with progress(f"{config.system}, {config.learning_rate:g}") as on_step:

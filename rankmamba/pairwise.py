@@ -14,14 +14,20 @@ SCAN, ATTENTION, HYBRID = "scan", "attention", "both"  # what mixes the tokens o
 
 
 def trained_alike(records: Sequence[dict]) -> list[tuple[str, str]]:
-    """Pairs of systems trained alike: with one recipe except for the learning rate, for as many steps, on the same collection.
+    """Pairs of systems trained alike: with one recipe except for the learning rate, for as many steps, on the same collection, in all
+    their seeds, and which rerank alike.
 
     They start alike, too: neither has a note that the other lacks, and the larger has at most `LARGER` times the parameters.
     """
-    trained = {record["system"]: record for record in records if record["kind"] == "train" and not record["result"]["partial"]}
-
-    def recipe(record: dict) -> tuple:
-        return *(record["config"][name] for name in RECIPE), record["result"]["steps"], record["collection"], record["note"]
+    trained, ways = {}, {}
+    for record in records:
+        if record["kind"] == "train" and not record["result"]["partial"]:
+            trained[record["system"]] = record
+            recipe = *(record["config"][name] for name in RECIPE), record["result"]["steps"], record["collection"], record["note"]
+            ways.setdefault(record["system"], set()).add(recipe)
+    for record in records:
+        if record["kind"] == "rerank" and record["system"] in ways:
+            ways[record["system"]].add(tuple(record["config"].get(name, 1) for name in ("first_stage", "top_k", "max_passages")))
 
     def sizes(*both: dict) -> list[int]:
         return sorted(record["result"]["parameters_outside_embeddings"] for record in both)
@@ -29,7 +35,7 @@ def trained_alike(records: Sequence[dict]) -> list[tuple[str, str]]:
     return [
         (first, second)
         for (first, ours), (second, theirs) in combinations(sorted(trained.items()), 2)
-        if recipe(ours) == recipe(theirs) and sizes(ours, theirs)[1] <= LARGER * sizes(ours, theirs)[0]
+        if ways[first] == ways[second] and sizes(ours, theirs)[1] <= LARGER * sizes(ours, theirs)[0]
     ]
 
 

@@ -121,11 +121,13 @@ def record_config(only: str | None, settings: dict) -> dict:
     """The `config` of a "study" record: which notebooks, with which parameters, on which of the user's own files and weights."""
     config = {"notebooks": [path.stem for path in notebooks(only)], "parameters": settings} | weights_in(settings.get("systems", []))
     collection = settings.get("collection")
-    if collection is None or not Path(collection).is_dir():
+    read = [] if collection is None else [f"{collection}/{part}" for part in ("train", "dev", "test")]
+    read = [place for place in [*read, *settings.get("transfer_collections", [])] if Path(place).is_dir()]
+    if not read:
         return config
-    from .collection import digest_of
+    from .collection import digest_of  # slow to import
 
-    return config | digest_of(f"{collection}/{part}" for part in ("train", "dev", "test"))
+    return config | digest_of(read)
 
 
 def leave_record(folder: Path, scale: str, only: str | None, settings: dict, seconds: float) -> None:

@@ -15,7 +15,7 @@ from .interpolation import interpolate
 from .pairwise import SCAN, are_shown, mixers, pairwise
 from .reporting.tables import measured, per_query_table
 from .reranker import Reranker
-from .results import environment, find_record, fingerprint, leave_record
+from .results import environment, find_record, fingerprint, leave_record, read_records, remove_record
 
 DOMAINS = 8  # more first words of query ids than these are no domains
 STARTS = (0, 128, 256, 512, 1024)  # words of a document before the paragraph that answers the query
@@ -60,6 +60,10 @@ def transfer(
     result["first_stage"] = measured(per_query(candidates, test.qrels))
     timing = {"seconds": reranker.cost.seconds, "pairs_per_s": reranker.cost.pairs / reranker.cost.seconds}
     ran, scale, seed = environment() | reranker.setup, experiment.scale, experiment.seed
+    for before in read_records(experiment.folder, "transfer"):
+        alike = all(before["config"].get(key) == config.get(key) for key in ("n_queries", "top_k", "files"))
+        if before["collection"] == collection and not alike:  # tables compare what was read of a collection in several ways
+            remove_record(experiment.folder, before)
     return leave_record(experiment.folder, "transfer", name, collection, scale, seed, config, result, timing, ran)
 
 

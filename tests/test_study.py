@@ -181,7 +181,7 @@ def test_a_checkpoint_in_a_folder_and_a_saved_reranker_run_through_the_study_and
     study.run("tiny", "01,02,03,04,06", {"systems": [str(folder)]}, results)
     assert [path.name for path in folder.parent.iterdir()] == ["mamba"]
     assert {record["system"] for record in read_records(results, "states")} == {str(folder)}
-    assert len(list((results / "models").glob("*mamba*"))) == 1 and len(list((results / "runs").glob("*mamba*"))) == 4
+    assert len(list((results / "models").glob("*mamba*"))) == 1 and len(list((results / "runs").glob("*mamba*.run"))) == 4
 
     trained, further = next((results / "models").glob("*mamba*")), tmp_path / "further"
     study.run("tiny", "01,02", {"systems": [str(trained)], "learning_rates": {"default": 1e-12}}, further)

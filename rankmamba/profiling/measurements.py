@@ -14,13 +14,14 @@ from ..errors import InputError
 from ..precision import autocast_dtype
 from ..reranker import TOKENS_PER_THREAD
 from ..results import environment, leave_record, read_records
+from ..training.config import weights_in
 from . import MODES, Subject, measure_together, timed
 from .parts import TextPass, breakdown
 from .shapes import depth_of
 
 TOKENS = "random tokens"  # ends the collection of a record of speed
 FIXED = 16  # pairs of a batch where batches are made in the given order
-MACHINE = ("cpu", "device", "threads", "torch")  # where one differs, a measurement is made again
+MACHINE = ("cpu", "device", "threads", "torch", "glibc_tunables")  # where one differs, a measurement is made again
 
 
 def speed(folder: str | Path, scale: str, systems: Sequence[str], cases: Sequence[tuple[int, int]], **settings) -> list[dict]:
@@ -40,7 +41,8 @@ def speed(folder: str | Path, scale: str, systems: Sequence[str], cases: Sequenc
 def _speed(folder, scale, systems, subjects, batch, length, longest, settings) -> list[dict]:
     """Measure one case; returns its records. A system is loaded, for the longest case, when it is first measured."""
     config, collection = {"batch": batch, "length": length, **settings}, f"{batch} x {length} {TOKENS}"
-    done = {system: _found(folder, system, collection, config) for system in systems}
+    configs = {system: config | weights_in([system]) for system in systems}
+    done = {system: _found(folder, system, collection, configs[system]) for system in systems}
     lacking = [system for system in systems if done[system] is None]
     for system in lacking:
         if system not in subjects:
@@ -48,15 +50,18 @@ def _speed(folder, scale, systems, subjects, batch, length, longest, settings) -
     measured = measure_together([subjects[system] for system in lacking], length, batch, **settings) if lacking else {}
     for system, timing in measured.items():
         result = {key: timing.pop(key) for key in ("parameters", "layers", "depths", "flops", "out_of_memory")}
-        done[system] = _leave(folder, scale, system, collection, config, result, timing, subjects[system].environment)
+        done[system] = _leave(folder, scale, system, collection, configs[system], result, timing, subjects[system].environment)
     return list(done.values())
 
 
 def recorded(folders: Sequence[str | Path]) -> list[list[dict]]:
-    """The records of speed in each of these folders that has any: one list per machine."""
-    found = [read_records(folder, "profile") for folder in map(Path, folders) if (folder / "records").is_dir()]
-    found = [[record for record in records if record["collection"].endswith(TOKENS)] for records in found]
-    return [records for records in found if records]
+    """The records of speed in these folders: one list per folder and machine."""
+    found: dict[tuple, list[dict]] = {}
+    for folder in map(Path, folders):
+        for record in read_records(folder, "profile") if (folder / "records").is_dir() else []:
+            if record["collection"].endswith(TOKENS):
+                found.setdefault((folder, *_machine(record["environment"])), []).append(record)
+    return list(found.values())
 
 
 def texts(
@@ -115,16 +120,20 @@ def texts(
     return records
 
 
+def _machine(environment: dict) -> tuple:
+    return tuple(environment.get(key, "") for key in MACHINE)
+
+
 def _found(folder, system: str, collection: str, config: dict) -> dict | None:
     """The record of the same measurement, made on the same machine with the same number format and kernel."""
     if not Path(folder).is_dir():
         return None
-    here = environment()
+    here = _machine(environment())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, kernel = str(autocast_dtype(device)[0]).removeprefix("torch."), scan.kernel(device).name
     for record in read_records(folder, "profile"):
         ran = record["environment"]
-        same = all(ran[key] == here[key] for key in MACHINE) and ran["dtype"] == dtype and ran["scan"] in ("none", kernel)
+        same = _machine(ran) == here and ran["dtype"] == dtype and ran["scan"] in ("none", kernel)
         if same and (record["system"], record["collection"], record["config"]) == (system, collection, config):
             return record
     return None

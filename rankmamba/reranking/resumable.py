@@ -12,7 +12,7 @@ from tqdm.std import tqdm
 
 from ..collection import Collection
 from ..data.runs import head_of, sort_run
-from ..files import refusals
+from ..files import alone, refusals
 from ..reranker import Cost, Reranker
 
 PAIRS = 1000  # (query, document) pairs of a piece: seconds of work, and enough to batch texts of similar length
@@ -87,7 +87,12 @@ def rerank(
     head = head_of(candidates, top_k)
     digest = hashlib.sha256(pd.util.hash_pandas_object(head, index=False).to_numpy().tobytes()).hexdigest()
     of = of | {"top_k": top_k, "max_passages": max_passages, "pairs": PAIRS, "candidates": digest}
-    journal = Journal(path, of | {"precision": reranker.precision, "device": reranker.device.type})
+    of |= {"precision": reranker.precision, "device": reranker.device.type}
+    with alone(Path(path).with_suffix(".lock"), f"another process computes {path}; waiting for it"):
+        return _rerank(reranker, collection, head, top_k, Journal(path, of), show_progress_bar, max_passages)
+
+
+def _rerank(reranker, collection, head, top_k, journal, show_progress_bar, max_passages):
     query_ids, size = head["query_id"].unique(), max(1, PAIRS // max(1, top_k))
     with tqdm(total=len(head), unit="pair", desc="reranking", mininterval=1, disable=not show_progress_bar) as bar:
         for place, start in enumerate(range(0, len(query_ids), size)):

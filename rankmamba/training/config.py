@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..batch.parameters import read_yaml
+from ..batch.parameters import ROOT, read_yaml
 from ..errors import InputError
 from ..files import sha256
 
@@ -21,6 +21,8 @@ RANGES = {  # lowest and highest value
     "lora_r": (0, math.inf),
     "seed": (0, 2**32 - 1),
 }
+# the files of a folder that decide what a system is
+MADE_OF = ("*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
 
 
 def check_range(name: str, value: object) -> None:
@@ -114,12 +116,14 @@ class TrainConfig:
 
 
 def weights_in(systems: Iterable[str]) -> dict[str, dict]:
-    """The SHA-256 of weights and configuration of those systems that are folders, for a record's config: new ones change it."""
+    """The SHA-256 of what those systems are made of that are folders or come with the repository, for a record's config: other weights,
+    configurations or vocabularies change it."""
     found = {}
     for name in systems:
-        weights, configuration = sorted(Path(name).glob("*.safetensors")), Path(name) / "config.json"
-        if weights:
-            found[name] = [sha256(path) for path in (*weights, configuration) if path.is_file()]
+        for place in (Path(name), ROOT / "data" / "checkpoints" / name):
+            if next(place.glob("*.safetensors"), None) is not None:
+                found[name] = [sha256(path) for pattern in MADE_OF for path in sorted(place.glob(pattern))]
+                break
     return {"weights_in": found} if found else {}
 
 
