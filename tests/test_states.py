@@ -34,6 +34,7 @@ from rankmamba.model import RerankerConfig, RerankerModel
 from rankmamba.reranker import Reranker
 from rankmamba.states import DocumentStates, plots, trials
 from rankmamba.states import build as state_build
+from rankmamba.states import reader as state_reader
 from rankmamba.states.encoding import ids_bytes, record_bytes
 
 OTHERS = {
@@ -581,3 +582,58 @@ def test_states_that_were_held_in_inference_mode_answer_outside_of_it(family, tm
         held = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "states").hold(list(DOCUMENTS))
     found = {row["doc_id"]: row["score"] for row in held.rank(QUERIES["q1"])}
     np.testing.assert_allclose([found[doc_id] for doc_id in DOCUMENTS], full(reranker, QUERIES["q1"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["profile.bin", "table.bin", "ids.bin"])
+def test_a_damaged_store_is_not_added_to(name, tmp_path, mamba):
+    DocumentStates.build(mamba, DOCUMENTS, tmp_path / "states", "int8")
+    damaged = bytearray((tmp_path / "states" / name).read_bytes())
+    damaged[3] ^= 1
+    (tmp_path / "states" / name).write_bytes(damaged)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "states").glob("*.*")}
+    with pytest.raises(InputError, match="got an altered one"):
+        DocumentStates.build(mamba, DOCUMENTS | {"more": "one more"}, tmp_path / "states", "int8")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "states").glob("*.*")} == before
+
+
+def test_an_addition_that_the_disk_has_no_room_for_leaves_the_store_as_it_was(tmp_path, mamba, monkeypatch):
+    states = DocumentStates.build(mamba, DOCUMENTS, tmp_path / "states")
+    room = states.nbytes // 2
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": room}))
+    with pytest.raises(InputError, match="MB of free disk for the states"):
+        DocumentStates.build(mamba, DOCUMENTS | {f"more{n}": "one more" for n in range(len(DOCUMENTS))}, tmp_path / "states")
+    assert len(DocumentStates.build(mamba, DOCUMENTS, tmp_path / "states")) == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("family", ["mamba", "neox"])
+def test_torchs_default_format_rounds_no_state(family, tmp_path):
+    reranker = make(family)
+    states, exact = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "states"), full(reranker, QUERIES["q1"])
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = from_states(states, QUERIES["q1"])
+        states.convert(tmp_path / "again", "float32")
+        states.convert(tmp_path / "int8", "int8")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for scores in (found, from_states(DocumentStates.open(tmp_path / "again", reranker), QUERIES["q1"])):
+        np.testing.assert_allclose(scores, exact, rtol=0, atol=1e-5)
+
+
+def test_a_store_that_is_added_to_while_it_is_opened_is_not_called_damaged(tmp_path, mamba, monkeypatch):
+    folder = tmp_path / "states"
+    DocumentStates.build(mamba, DOCUMENTS, folder)
+    read = state_reader.read_manifest
+
+    def and_then_another_process_adds(place):
+        manifest = read(place)
+        monkeypatch.setattr(state_reader, "read_manifest", read)
+        with open(folder / "states.bin", "ab") as file:
+            file.write(bytes(8))
+        (folder / "manifest.json").rename(folder / "progress.json")
+        return manifest
+
+    monkeypatch.setattr(state_reader, "read_manifest", and_then_another_process_adds)
+    with pytest.raises(InputError, match="running or was stopped") as error:
+        DocumentStates.open(folder, mamba)
+    assert "delete" not in str(error.value)

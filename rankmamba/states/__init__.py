@@ -67,7 +67,9 @@ class DocumentStates:
     ) -> "DocumentStates":
         """Compute the state of every document and store it in `folder`; a build that was stopped resumes where it was.
 
-        If `folder` holds the states of the first of these documents, in this order, only the others are computed and added.
+        If `folder` holds the states of the first of these documents, in this order, only the others are computed and added; until that
+        is done it cannot be opened. int8, int4 and some layers are relative to what the first 16 documents or so of the first build
+        have in common, so begin with documents like those that follow.
 
         dtype: float32 (the scores of full scoring), bfloat16, float16, int8 or int4 (with scales). layers: keep only
         these layers' states (Mamba; not exact: the others start from the mean state of some documents). batch_tokens: document
@@ -183,7 +185,7 @@ class DocumentStates:
         kind = kind_of(self.reranker, layers)
 
         def read(row: int) -> tuple[Parts, np.ndarray | None]:
-            parts = [torch.empty(shape) for shape in self._kind.shapes(int(table["tokens"][row]))]
+            parts = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in self._kind.shapes(int(table["tokens"][row]))]
             record, ids = self._reader.record(row, sum(part.numel() for part in parts))
             decode(self.dtype, record, parts)
             return parts, ids

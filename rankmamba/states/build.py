@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from .encoding import FLOATS, Parts, Profile, encode
 from .kinds import Attention, Recurrent
 from .store import Writer
 
+_log = logging.getLogger(__name__)
 BLOCK = 256, 1 << 16  # documents and tokens between two commits of a build
 SAMPLE = 16  # documents that the profile of int8 and int4 is made from
 Batches = Iterator[list[tuple[int, Parts]]]  # of a block's states: (place in the block, parts)
@@ -105,5 +107,7 @@ def _profile(kind: Recurrent | Attention, writer: Writer, batches: Batches) -> t
     first: list[tuple[int, Parts]] = []
     while len(first) < SAMPLE and (batch := next(batches, None)):
         first += batch
+    if len(first) < SAMPLE:
+        _log.warning("the states are relative to %d documents only: what is added later is stored less exactly", len(first))
     profile = writer.write_profile(kind.profile([parts for _, parts in first]))
     return profile, itertools.chain([first], batches)

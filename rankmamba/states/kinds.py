@@ -98,7 +98,7 @@ class Recurrent:
 
     def room(self, lengths) -> list[torch.Tensor]:
         """Memory for the kept layers of B documents: conv (layers, B, K-1, W), ssm (layers, B, E, N) or (layers, B, H, P, N)."""
-        return [torch.empty(shape[0], len(lengths), *shape[1:]) for shape in self.shapes(1)]
+        return [torch.empty(shape[0], len(lengths), *shape[1:], dtype=torch.float32, device="cpu") for shape in self.shapes(1)]
 
     def parts_of(self, batch, place: int) -> Parts:
         """The parts of one document in a batch, as views."""
@@ -183,7 +183,9 @@ class Attention:
     def room(self, lengths):
         """Memory for B documents and a query after each, (layers, 2, B, H, longest document + longest query, width), and the lengths."""
         room = torch.empty(
-            self.depth, 2, len(lengths), self.heads, int(max(lengths)) + self.longest_query, self.width, dtype=self.dtype
+            *(self.depth, 2, len(lengths), self.heads, int(max(lengths)) + self.longest_query, self.width),
+            dtype=self.dtype,
+            device="cpu",
         )
         for place, length in enumerate(lengths):
             room[:, :, place, :, length:].zero_()  # hidden by the mask, but a NaN there would still spread

@@ -61,15 +61,16 @@ class Reader:
         sizes = {STATES: done[STATES], ROWS: done["documents"] * TABLE.itemsize, IDS: done[IDS], LOOKUP: done["documents"] * 16}
         for name in (STATES, *sums):
             path = folder / name
+            wrong, size = None, path.stat().st_size if path.is_file() else 0
             if not path.is_file() or path.resolve().parent != folder.resolve():
-                raise InputError(f"expected the file {path}, found none in that folder; delete the folder, build again")
-            size = path.stat().st_size
-            if size != sizes.get(name, size):
-                raise InputError(f"expected {sizes[name]:,} bytes, got {size:,} ({path}); delete the folder, build again")
-            if name in sums and sha256(path) != sums[name]:
-                raise InputError(
-                    f"expected the file as it was written, got an altered one ({path}); delete the folder, build again"
-                )
+                wrong = f"expected the file {path}, found none in that folder"
+            elif size != sizes.get(name, size):
+                wrong = f"expected {sizes[name]:,} bytes, got {size:,} ({path})"
+            elif name in sums and sha256(path) != sums[name]:
+                wrong = f"expected the file as it was written, got an altered one ({path})"
+            if wrong is not None:
+                read_manifest(folder)  # says so if documents are being added since
+                raise InputError(f"{wrong}; delete the folder, build again")
         self.names = Names(folder)
         self._states = np.memmap(folder / STATES, dtype=np.uint8, mode="c")  # copy on write: torch wants it writable
         self._checked = np.zeros(len(self.names), dtype=bool)

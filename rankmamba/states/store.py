@@ -25,6 +25,7 @@ from .reader import (
     STATES,
     TABLE,
     Names,
+    Reader,
     compare_headers,
     read_manifest,
     read_profile,
@@ -96,7 +97,8 @@ class Writer:
         """Take in the next document in order; returns whether its state is stored already.
 
         Raises:
-            InputError: the stored documents are others, an added one is among them, or an id or a text is not a string.
+            InputError: the stored documents are others or their files were altered, an added one is among them, or an id or a text is
+                not a string.
         """
         for item in (doc_id, text):
             if not isinstance(item, str):
@@ -113,7 +115,7 @@ class Writer:
                 "choose another folder, or delete this one"
             )
         if self.whole and place == stored:
-            self._finished, self.whole = Names(self.folder), False
+            self._finished, self.whole = Reader(self.folder).names, False  # checked: the new manifest vouches for all of it
             write_text(self.folder / PROGRESS, sealed({"header": self.header, "done": self.done}))
             (self.folder / MANIFEST).unlink()
         if place >= stored and self._finished is not None and self._finished.find(doc_id) is not None:
@@ -147,8 +149,7 @@ class Writer:
 
     def need(self, size: int) -> None:
         """Refuse to begin a build that the disk has no room for; size: bytes of all records, 0 if unknown."""
-        if not self.whole:
-            check_room(self.folder, size - self.done[STATES], "for the states", "free some space, or choose a smaller dtype")
+        check_room(self.folder, size - self.done[STATES], "for the states", "free some space, or choose a smaller dtype")
 
     def profile(self, shapes: Sequence[Sequence[int]]) -> Profile | None:
         """Return the profile if a block was committed, else None: the first batch of documents decides it."""
