@@ -21,10 +21,18 @@ from .systems import FAMILIES, SCRATCH, SYSTEMS, Family, ModelSpec, Packed
 
 # Their first position comes after the padding token's id, so they have fewer than their configuration says.
 _SHIFTED_POSITIONS = (
-    "roberta xlm-roberta xlm-roberta-xl camembert mpnet longformer data2vec-text xmod roberta-prelayernorm esm".split()
+    "roberta xlm-roberta xlm-roberta-xl camembert mpnet longformer data2vec-text xmod roberta-prelayernorm esm luke mluke ibert".split()
 )
-# They read padding, so the score of a pair would depend on its batch.
-_READ_PADDING = ("fnet", "bert-generation", "mobilebert", "convbert", "xlnet", "yoso", "nystromformer")
+# Backbones whose scores would be wrong here, and why.
+_READS_PADDING = "it reads padding, so the score of a pair would depend on its batch"
+_REFUSED = dict.fromkeys(
+    "fnet bert-generation mobilebert convbert xlnet yoso nystromformer funnel".split(), _READS_PADDING
+) | {
+    "rwkv": "it rescales its weights while it scores",
+    "recurrent_gemma": "it keeps the state of a batch, and batches are scored side by side",
+    "falcon_h1": "it does not load as it was saved",
+    "squeezebert": "it has no hidden states without its pooler",
+}
 # What transformers' own classifiers call their head.
 _HEADS = ("classifier", "classification_head", "score")
 
@@ -64,15 +72,15 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The family of a backbone's configuration: a row of the table, or inferred; LoRA then adapts all its linear maps.
 
     Raises:
-        InputError: it is not a masked, causal or encoder-decoder language model.
+        InputError: it is not a masked, causal or encoder-decoder language model, or its scores would be wrong here.
     """
-    return FAMILIES.get(config.model_type) or Family(config.model_type, infer_kind(config), "all-linear")
+    family = FAMILIES.get(config.model_type) or Family(config.model_type, infer_kind(config), "all-linear")
+    _refuse_what_scores_wrongly(config, family.kind)
+    return family
 
 
 def infer_kind(config: PreTrainedConfig) -> str:
     """Infer how a backbone reads, encoder, causal or encoder-decoder, from its configuration."""
-    if config.model_type in _READ_PADDING:
-        raise InputError(f"expected a backbone that padding does not change, got the type {config.model_type!r}; choose another")
     if config.is_encoder_decoder:
         return "encoder-decoder"
     # Some encoders (BERT, RoBERTa) also have a causal head; only a model without a masked one is causal.
@@ -81,6 +89,16 @@ def infer_kind(config: PreTrainedConfig) -> str:
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "causal"
     raise InputError(f"expected a masked, causal or encoder-decoder language model, got the type {config.model_type!r}")
+
+
+def _refuse_what_scores_wrongly(config: PreTrainedConfig, kind: str) -> None:
+    reason = _REFUSED.get(config.model_type)
+    if kind == "causal" and not (getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", False)):
+        reason = "its configuration says that tokens see those after them, and its kind is read from left to right"
+    if kind == "encoder" and getattr(config, "is_decoder", False):
+        reason = "its configuration says is_decoder, so its first token, which is read, would see nothing but itself"
+    if reason is not None:
+        raise InputError(f"expected a backbone that can be scored here, got the type {config.model_type!r}: {reason}; choose another")
 
 
 def positions(config: PreTrainedConfig) -> int | None:
@@ -161,6 +179,13 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
         model, tokenizer = build(spec, **limits)
         say(f"{spec.name}: with a new head, whose scores mean nothing before it is trained")
     limit, max_length = positions(model.config.backbone_config), model.config.limits["max_length"]
+    rope = getattr(model.config.backbone_config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    if short is not None and max_length > short:
+        raise InputError(
+            f"expected max_length <= {short} for {path_or_id}, got {max_length}: beyond, its rotary embedding (longrope) goes by the "
+            "longest text of a batch, so scores would depend on it"
+        )
     if limit is not None and max_length > limit:
         raise InputError(f"expected max_length <= {limit} (the positions {path_or_id} has), got {max_length}")
     return model, tokenizer

@@ -112,17 +112,22 @@ class Collection:
             drop=True
         )
 
+    def judged(self) -> list[str]:
+        """The ids of the queries that have judgements, sorted; of all queries where none has."""
+        return sorted(set(self.queries) & set(self.qrels["query_id"]) or self.queries)
+
     def sample(self, count: int | None, seed: int = 0) -> "Collection":
-        """Draw `count` queries (all if None), the same for the same seed, with their judgements and candidates.
+        """Draw `count` of the queries that have judgements (all queries if None), the same for the same seed, with these and candidates.
 
         Raises:
             InputError: `count` is below one.
         """
         if count is not None and count < 1:
             raise InputError(f"expected at least one query, got {count}; a number beyond the collection's takes all of them")
-        if count is None or count >= len(self.queries):
+        judged = self.judged()
+        if count is None or count >= len(judged):
             return self
-        kept = set(random.Random(seed).sample(sorted(self.queries), count))
+        kept = set(random.Random(seed).sample(judged, count))
 
         def of_kept(table: pd.DataFrame) -> pd.DataFrame:
             return table[table["query_id"].isin(kept)].reset_index(drop=True)

@@ -23,6 +23,7 @@ from .backbones import SYSTEMS, find, load_tokenizer
 from .candidates import BM25, candidates_of
 from .collection import UNIONS, Collection, digest_of, load
 from .data.runs import read_run, write_run
+from .data.sources import say
 from .errors import InputError
 from .evaluate import BASELINE, PRIMARY, clusters, per_query
 from .files import json_sha256, sha256, slug
@@ -85,12 +86,21 @@ class Experiment:
         config = self._config(k1=k1, b=b)
         if record := self._found_ranking("first_stage", system, config):
             return record
+        self._check_documents()
         started = time.perf_counter()
         index = BM25.build(self.split("test").documents, k1=k1, b=b)
         built = time.perf_counter()
-        rows = self._keep_runs("first_stage", system, {part: index.search(self.split(part).queries) for part in PARTS})
+        runs = {part: index.search(self.split(part).queries) for part in PARTS}
         queries = len(self.split("dev").queries) + len(self.split("test").queries)
         timing = {"index_seconds": built - started, "queries_per_s": queries / (time.perf_counter() - built)}
+        for part, run in runs.items():
+            asked, answered = len(self.split(part).queries), run["query_id"].nunique()
+            if answered < asked / 2:
+                say(
+                    f"BM25 finds no document for {asked - answered:,} of {asked:,} {part} queries: it needs words between spaces or signs; "
+                    "rank the documents yourself (candidates.run) and take first_stage=given"
+                )
+        rows = self._keep_runs("first_stage", system, runs)
         result = {"documents": len(self.split("test").documents), "rows": rows}
         return self._leave("first_stage", system, "test", config, result, timing)
 
@@ -371,10 +381,19 @@ class Experiment:
         wanted, ranked = self._sizes[part], record["config"][f"n_{part}"]
         if wanted == ranked:
             return
-        count = len(load(f"{self.collection}/{part}").queries)
+        count = len(load(f"{self.collection}/{part}").judged())
         wanted, ranked = (count if size is None else min(size, count) for size in (wanted, ranked))
         if wanted != ranked:
             raise InputError(f"expected {path} of {wanted:,} {part} queries, got one of {ranked:,}; run {remedy} again")
+
+    def _check_documents(self) -> None:
+        """Check that the parts of a user's own collection have the same documents, which are indexed once."""
+        places = [path for part in PARTS if (path := Path(f"{self.collection}/{part}") / "documents.jsonl").is_file()]
+        if len({sha256(path) for path in places}) > 1:
+            raise InputError(
+                f"expected the same documents in {' and '.join(map(str, places))}, got others; put all documents in each (or links to one "
+                "file), or bring candidates.run and take first_stage=given"
+            )
 
     def _check_data(self, record: dict, path: Path, remedy: str) -> None:
         if record["config"].get("files") != self._data.get("files"):

@@ -75,6 +75,7 @@ class RerankerModel(PreTrainedModel):
             "token_type_ids" in inspect.signature(backbone.forward).parameters
             and getattr(backbone.config, "type_vocab_size", 2) > 1  # 1 where a RoBERTa comes with BERT's tokenizer
         )
+        self._global = "global_attention_mask" in inspect.signature(backbone.forward).parameters  # Longformer, LED
         self.dropout = nn.Dropout(config.head_dropout)
         width = getattr(
             config.backbone_config, "word_embed_proj_dim", config.backbone_config.hidden_size
@@ -131,6 +132,8 @@ class RerankerModel(PreTrainedModel):
             start = getattr(self.config.backbone_config, "decoder_start_token_id", None) or 0
             inputs["decoder_input_ids"] = input_ids.new_full((len(input_ids), 1), start)
             inputs["use_cache"] = False
+        if self._global:
+            inputs["global_attention_mask"] = torch.zeros_like(input_ids).index_fill_(1, input_ids.new_zeros(1), 1)
         if token_type_ids is not None and self._typed:
             inputs["token_type_ids"] = token_type_ids
         return self.backbone(**inputs).last_hidden_state

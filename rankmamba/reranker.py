@@ -74,6 +74,8 @@ class Reranker:
         config = model.config
         marked = 0 if config.word_embeddings is None else table_rows(config.word_embeddings)
         self.inputs = PairTokenizer(tokenizer, config.kind, **config.limits, marked=marked)
+        if self.inputs.pad_id >= getattr(config.backbone_config, "vocab_size", self.inputs.pad_id + 1):
+            self.inputs.pad_id = 0  # added to the tokenizer alone; the mask hides it
         self.has_scan = mixers.has_scan(model)
         self.cost = Cost()  # of the last call that scored
         self._said_smaller = False

@@ -17,13 +17,24 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    ByT5Tokenizer,
     FNetConfig,
     Gemma2Config,
     Gemma2Model,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LongformerConfig,
+    LongformerModel,
+    Phi3Config,
+    Phi3Model,
     Qwen3Config,
     Qwen3Model,
     RobertaConfig,
     RobertaModel,
+    RwkvConfig,
+    T5Config,
+    T5Model,
     ViTConfig,
 )
 
@@ -420,7 +431,7 @@ def test_a_checkpoint_that_lacks_weights_or_words_and_one_that_reads_padding_is_
     with pytest.raises(InputError, match="expected the tokenizer of"):
         Reranker.from_pretrained(tmp_path)
     FNetConfig().save_pretrained(tmp_path / "fnet")
-    with pytest.raises(InputError, match="that padding does not change, got the type 'fnet'"):
+    with pytest.raises(InputError, match="got the type 'fnet': it reads padding"):
         Reranker.from_pretrained(tmp_path / "fnet")
     for absent in (tmp_path / "absent", "results/absent/models/nano-mamba-seed0"):
         with pytest.raises(InputError, match="there is no such folder"):
@@ -429,6 +440,73 @@ def test_a_checkpoint_that_lacks_weights_or_words_and_one_that_reads_padding_is_
         Reranker.from_pretrained(tmp_path / "config.json")
     with pytest.raises(InputError, match="did you mean nano-mamba"):
         Reranker.from_pretrained("nano-mambo")
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (LlamaConfig(is_causal=False), "tokens see those after them"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "tokens see those after them"),
+        (BertConfig(is_decoder=True), "is_decoder"),
+        (RwkvConfig(), "rescales its weights"),
+    ],
+)
+def test_what_would_be_scored_wrongly_is_refused_with_the_reason(config, said, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"expected a backbone that can be scored here, got the type .*{said}"):
+        find(str(tmp_path))
+
+
+def test_longrope_is_read_only_as_far_as_its_short_factors_go(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    sizes = SIZES | {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    config = Phi3Config(vocab_size=320, rope_parameters=rope, pad_token_id=0, eos_token_id=1, **sizes)
+    Phi3Model(config).save_pretrained(tmp_path)
+    byte_level(tmp_path, END)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END[0]}), encoding="utf-8")
+    with pytest.raises(InputError, match="expected max_length <= 64 .*, got 128: beyond, its rotary"):
+        Reranker.from_pretrained(tmp_path, max_length=128)
+    assert np.isfinite(Reranker.from_pretrained(tmp_path, max_length=64).predict(PAIRS)).all()
+
+
+def test_a_longformer_sees_everything_from_the_token_that_is_pooled_and_no_padding(tmp_path):
+    sizes = SIZES | {"max_position_embeddings": 514}
+    config = LongformerConfig(vocab_size=320, attention_window=[16, 16], type_vocab_size=1, **ROBERTA, **sizes)
+    LongformerModel(config).save_pretrained(tmp_path)
+    byte_level(tmp_path, FAIRSEQ_TOKENS, files="vocab.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LongformerTokenizer"}), encoding="utf-8")
+    reranker = Reranker.from_pretrained(tmp_path, dtype=torch.float32, max_length=300)
+    pairs = [("which river", "a river in the snow " * count) for count in (1, 5, 12)]
+    together, alone = reranker.predict(pairs), np.concatenate([reranker.predict([pair]) for pair in pairs])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    query, document = reranker.inputs.queries([pairs[2][0]])[0], reranker.inputs.documents([pairs[2][1]])[0]
+    inputs = reranker.inputs.collate([reranker.inputs.join(query, document)])
+    backbone = LongformerModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    everywhere = torch.zeros_like(inputs["input_ids"])
+    everywhere[:, 0] = 1
+    with torch.no_grad():
+        hidden = backbone(**inputs, global_attention_mask=everywhere).last_hidden_state[:, 0]
+        assert reranker.model.score(hidden).item() == pytest.approx(alone[2], abs=1e-5)
+
+
+def test_a_byt5_whose_words_are_bytes_is_loaded_and_saved(tmp_path):
+    T5Model(T5Config(vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)).save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    reranker = Reranker.from_pretrained(tmp_path, dtype=torch.float32)
+    reranker.save_pretrained(tmp_path / "saved")
+    again = Reranker.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    np.testing.assert_allclose(again.predict(PAIRS), reranker.predict(PAIRS), rtol=0, atol=1e-6)
+
+
+def test_a_padding_token_that_the_embedding_lacks_is_not_looked_up(tmp_path):
+    write_checkpoint("gpt2", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    reranker = Reranker.from_pretrained(tmp_path, dtype=torch.float32)
+    alone = np.concatenate([reranker.predict([pair]) for pair in PAIRS])
+    np.testing.assert_allclose(reranker.predict(PAIRS), alone, rtol=0, atol=1e-5)
 
 
 def test_a_roberta_with_berts_tokenizer_has_no_second_segment(tmp_path):

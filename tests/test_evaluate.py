@@ -17,6 +17,7 @@ from rankmamba.evaluate import (
     MEASURES,
     PRIMARY,
     bootstrap_means,
+    clustered,
     clusters,
     compare,
     detectable_difference,
@@ -175,6 +176,17 @@ def test_queries_are_of_one_cluster_if_a_chain_of_shared_relevant_documents_join
     found = clusters(make_qrels(judged))
     assert set(found) == set(relevant)
     assert {frozenset(q for q in found if found[q] == number) for number in found.values()} == {frozenset(q) for q, _ in joined}
+
+
+@pytest.mark.parametrize("joined, alone", [(200, 50), (80, 20), (53, 0)])
+def test_where_chains_join_most_queries_each_is_tested_alone_and_no_more_is_found_than_there_is(joined, alone):
+    names = [f"q{n}" for n in range(joined + alone)]
+    cluster = clustered(names, dict.fromkeys(names[:joined], 0))
+    assert len(set(cluster)) == joined + alone
+    differences = np.random.default_rng(3).normal(0, 1, (4_000, joined + alone))
+    assert 0.04 <= (paired_p(differences, cluster) < 0.05).mean() <= 0.06
+    many = dict.fromkeys(names[: joined // 10], 0)
+    assert len(set(clustered(names, many))) == joined + alone - joined // 10 + 1
 
 
 def test_false_positive_rate_is_the_nominal_one_where_queries_of_a_cluster_go_together():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from rankmamba import study
-from rankmamba.collection import load
+from rankmamba.collection import Collection, load
 from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.data.runs import write_run
 from rankmamba.errors import InputError
@@ -245,3 +245,36 @@ def test_a_training_that_begins_from_or_imitates_a_folder_is_done_anew_when_its_
     saved.model.score.weight.data *= -1
     saved.save_pretrained("mine")
     assert experiment.train(TrainConfig(**settings, **TINY))["result"]["weights"] != once["result"]["weights"]
+
+
+def own_collection(folder, documents, queries=None, qrels=None):
+    """The tiny collection's queries and judgements over documents of one's own for each part."""
+    for part, texts in documents.items():
+        tiny = load(f"rankmamba/tiny/{part}")
+        write_documents(folder / part / "documents.jsonl", texts.items())
+        write_queries(folder / part / "queries.tsv", queries or tiny.queries)
+        write_qrels(folder / part / "qrels.txt", tiny.qrels if qrels is None else qrels)
+    return str(folder)
+
+
+def test_parts_of_other_documents_are_not_ranked_by_the_index_of_one(tmp_path):
+    texts = dict(load("rankmamba/tiny/test").documents.pairs())
+    others = dict(zip(texts, reversed(texts.values()), strict=True))
+    own = own_collection(tmp_path / "own", {"train": texts, "dev": others, "test": texts})
+    with pytest.raises(InputError, match="expected the same documents in .*dev.* and .*test"):
+        Experiment(tmp_path / "results", own, "tiny").first_stage("bm25", 0.9, 0.4)
+
+
+def test_a_language_without_spaces_is_said_to_be_none_for_bm25(tmp_path, capsys):
+    texts = {doc_id: "火星是太阳系的第四颗行星" for doc_id in load("rankmamba/tiny/test").documents}
+    queries = {query_id: "第四颗行星" for part in ("dev", "test") for query_id in load(f"rankmamba/tiny/{part}").queries}
+    own = own_collection(tmp_path / "own", dict.fromkeys(("train", "dev", "test"), texts), queries, load("rankmamba/tiny/test").qrels)
+    Experiment(tmp_path / "results", own, "tiny").first_stage("bm25", 0.9, 0.4)
+    assert f"no document for {len(queries)} of {len(queries)} test queries" in capsys.readouterr().err
+
+
+def test_a_sample_is_of_queries_that_have_judgements():
+    test = load("rankmamba/tiny/test")
+    more = {f"unjudged{n}": "a river" for n in range(500)}
+    with_more = Collection("mine", test.documents, test.queries | more, test.qrels, test._candidates)
+    assert with_more.sample(5).queries == test.sample(5).queries and len(with_more.sample(len(test.queries)).queries) > 500

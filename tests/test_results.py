@@ -483,3 +483,6 @@ def test_queries_that_share_a_document_widen_the_final_tables_intervals_and_the_
     apart = {query_id: place for place, query_id in enumerate(shared) if query_id != first}
     write_record(tmp_path, record("queries", "relevant documents", result={"words": {}, "clusters": apart}))
     assert final_table(read_records(tmp_path))["clusters"].tolist() == [40] * 3
+    joined = dict.fromkeys(shared, 0)
+    write_record(tmp_path, record("queries", "relevant documents", result={"words": {}, "clusters": joined}))
+    assert "take each alone" in (said := caption(final_table(read_records(tmp_path)))) and "too few" in said

@@ -136,8 +136,8 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
 
     Columns: collection, system, queries, seeds, parameters (outside embeddings); of every measure the mean, "<measure> low" and
     "<measure> high"; difference, low, high, effect, p and p_holm of `measure` against `baseline` (NaN without one); tokens and minutes
-    of training; pairs_per_s, pairs_per_s_from_states; note; clusters (`evaluate.clusters`, how many; 0 if not recorded); timed_on;
-    measure; baseline.
+    of training; pairs_per_s, pairs_per_s_from_states; note; clusters (`evaluate.clustered`, how many; 0 if not recorded) and apart (they
+    would be too few, so each query is one); timed_on; measure; baseline.
     Means over seeds, 95% intervals. A system "X + Y" is X mixed with Y and has X's size and costs. Where seeds ran on several
     devices, times are of the device with most trainings, `timed_on`; otherwise that is empty.
 
@@ -157,7 +157,9 @@ def final_table(records: list[dict], measure: str = PRIMARY, baseline: str = BAS
             for name in ("difference", "low", "high", "effect", "p", "p_holm"):
                 row[name] = differences[name].get(system, math.nan) if name in differences else math.nan
             row |= _costs(records, system, collection, devices[0] if devices else None)
-            row |= {"clusters": 0 if shared is None else len(set(clustered(values[system][0].index, shared)))}
+            query_ids = values[system][0].index
+            row |= {"clusters": 0 if shared is None else len(set(clustered(query_ids, shared)))}
+            row |= {"apart": row["clusters"] > len({(shared or {}).get(query_id, query_id) for query_id in query_ids})}
             rows.append(row | {"timed_on": devices[0] if len(devices) > 1 else "", "measure": measure, "baseline": baseline})
     return pd.DataFrame(rows)
 
@@ -226,6 +228,11 @@ def caption(table: pd.DataFrame) -> str:
         if not first["clusters"]:
             lines.append(
                 "Which queries share a relevant document is not recorded (04_evaluate does it): p and the intervals take each alone."
+            )
+        elif first["apart"]:
+            lines.append(
+                "Most queries share relevant documents with others, directly or through others, so clusters of them would be too few: p "
+                "and the intervals take each alone."
             )
         elif first["clusters"] < first["queries"]:
             lines.append(

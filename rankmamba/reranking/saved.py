@@ -62,6 +62,8 @@ def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         FileNotFoundError: the folder has none; transformers would go on with an empty vocabulary.
     """
+    if not tokenizer.is_fast and not tokenizer.vocab_files_names:
+        return  # ByT5's words are bytes
     if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
         raise FileNotFoundError("no vocabulary")
 
