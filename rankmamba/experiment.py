@@ -236,6 +236,8 @@ class Experiment:
             result["dev"] = {"weight": list(values), "value": values.mean().tolist(), "alone": alone}
         elif reranked is not None:
             run = interpolate(run, self.run(config["first_stage"], "test"), 1.0)
+        else:
+            run = run.assign(score=-run["rank"].astype(float))  # places as scores: nobody breaks its ties otherwise
         write_run(self.run_path(name, "evaluated"), run, slug(name))
         first_stage = self._last("first_stage", system, "test")
         note = first_stage["note"] if first_stage is not None else ""
