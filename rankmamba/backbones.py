@@ -173,11 +173,7 @@ def load(path_or_id: str | Path, **limits: int) -> tuple[RerankerModel, PreTrain
                     f"{spec.name}{SCRATCH} starts from random weights"
                 )
             folder, spec = spec.source, None
-    if spec is None:
-        model, tokenizer = load_saved(folder, limits)
-    else:
-        model, tokenizer = build(spec, **limits)
-        say(f"{spec.name}: with a new head, whose scores mean nothing before it is trained")
+    model, tokenizer = load_saved(folder, limits) if spec is None else build(spec, **limits)
     limit, max_length = positions(model.config.backbone_config), model.config.limits["max_length"]
     rope = getattr(model.config.backbone_config, "rope_parameters", None) or {}
     short = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None

@@ -18,6 +18,7 @@ from . import backbones, scan
 from .collection import Collection, check_run
 from .data.lines import refuse_duplicates
 from .data.runs import head_of, sort_run
+from .data.sources import say
 from .data.token_store import document_tokens
 from .errors import InputError
 from .files import replacing
@@ -94,6 +95,8 @@ class Reranker:
         given = {"max_length": max_length, "max_query_length": max_query_length}
         limits = {name: value for name, value in given.items() if value is not None}
         model, tokenizer = backbones.load(path_or_id, **limits)
+        if not model.config.name_or_path:  # only what was saved has a place
+            say(f"{path_or_id}: with a new head, whose scores mean nothing before it is trained")
         return cls(model, tokenizer, device, dtype)
 
     @property

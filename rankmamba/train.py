@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from .backbones import find
+from . import backbones
 from .collection import Collection, check_run, load
 from .data.runs import read_run
 from .errors import InputError
@@ -92,7 +92,7 @@ def scale_config(given: Mapping, system: str) -> TrainConfig:
         system,
         learning_rate=rates.get(system, rates["default"]),
         max_steps=steps.get(system, steps["default"]),
-        lora_r=find(system).lora_r,
+        lora_r=backbones.find(system).lora_r,
         **{name: given[name] for name in names},
     )
 
@@ -208,9 +208,8 @@ def _student(config: TrainConfig, device: torch.device):
     """Load the model to be trained; returns the reranker, and what `merge_lora` takes or None."""
     set_seed(config.seed)
     dtype = {None: None, True: torch.bfloat16, False: torch.float32}[config.bf16]
-    reranker = Reranker.from_pretrained(
-        config.system, device, dtype, max_length=config.max_length, max_query_length=config.max_query_length
-    )
+    limits = {"max_length": config.max_length, "max_query_length": config.max_query_length}
+    reranker = Reranker(*backbones.load(config.system, **limits), device, dtype)
     adapted = add_lora(reranker.model, config.lora_r, config.lora_alpha) if config.lora_r else None
     # neither loss depends on the head's bias; AdamW would turn rounding in its zero gradient into steps
     reranker.model.score.bias.requires_grad_(False)

@@ -369,7 +369,7 @@ def test_the_ranking_panel_stores_states_and_then_answers_from_them(experiment, 
     assert f"all {len(search.collection.documents):,} documents with tiny-mamba: how long" in panel.storing_takes.value
     panel.query.value = "the metal of a planet"
     wait_for(lambda: panel.text.value)
-    assert re.search(r"minutes and [\d.e-]+ GB of disk, judged by the last ranking", panel.storing_takes.value)
+    wait_for(lambda: re.search(r"minutes and [\d.e-]+ GB of disk, judged by the last ranking", panel.storing_takes.value))
     assert "from states" not in panel.lists.value and panel.stored.layout.display == ""
     panel.storing.start.click()
     wait_for(lambda: "from states" in panel.lists.value)

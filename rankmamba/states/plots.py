@@ -31,6 +31,7 @@ def frontier(table: pd.DataFrame) -> Figure:
     axes.set(xscale="log", ylim=(low - 0.3 * (high - low), high))
     axes.xaxis.set(minor_locator=NullLocator(), major_formatter=EngFormatter("B"))
     if not table.empty:
+        axes.margins(x=0.1)  # for the names at the ends
         axes.legend(frameon=False)
     return figure
 
