@@ -1,6 +1,8 @@
 """The README promises only what is there: its table comes from committed records, its commands and files exist."""
 
 import re
+import shlex
+import shutil
 
 import pandas as pd
 import pytest
@@ -140,3 +142,14 @@ def test_every_file_it_names_exists(path):
 def test_every_notebook_is_in_its_list():
     for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"):
         assert f"`{path.stem}`" in README
+
+
+def test_the_committed_rates_are_printed_by_the_commands_that_are_named_and_nothing_is_trained(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "data" / "rates" / "full", tmp_path / "learning_rates")
+    monkeypatch.setattr(learning_rates.Experiment, "train", None)
+    named = (ROOT / "data" / "README.md").read_text(encoding="utf-8").splitlines()
+    commands = [shlex.split(line)[3:] for line in named if line.startswith("python -m rankmamba.learning_rates --scale full")]
+    for command in commands:
+        assert learning_rates.main([*command, "--results", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("nano-")]
+    assert len(rows) == 12 and all(row in [line.split() for line in EVIDENCE.splitlines()] for row in rows)
