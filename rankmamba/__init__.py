@@ -1,12 +1,13 @@
 """rankmamba: does Mamba rank documents as well as a Transformer, and what does it cost?
 
 >>> import rankmamba
->>> reranker = rankmamba.Reranker.from_pretrained("minilm-l6")
+>>> reranker = rankmamba.Reranker.from_pretrained("nano-mamba")
 
-The main path: `study` runs the notebooks, whose steps are in `experiment`. `collection` loads documents, queries and judgements (`data`),
-`candidates` ranks them with BM25, `systems` lists what is compared and `backbones` loads it (`network`, `scan`), `train` trains it
-(`training`), `reranker` scores with it (`inputs`, `model`, `reranking`, `states`), `evaluate` and `pairwise` measure and test,
-`profiling` says what it costs. Each step leaves a record (`results`), from which tables, sentences and figures come (`reporting`, `plots`).
+The main path: `study` runs the notebooks, whose steps are in `experiment` (what they have made is in a `study_folder`). `collection`
+loads documents, queries and judgements (`data`), `candidates` ranks them with BM25, `systems` lists what is compared and `backbones`
+loads it (`network`, `scan`), `train` trains it (`training`), `reranker` scores with it (`inputs`, `model`, `reranking`, `states`),
+`evaluate` and `pairwise` measure and test, `profiling` says what it costs. Each step leaves a record (`results`), from which tables,
+sentences and figures come (`reporting`, `plots`).
 """
 
 import gc

@@ -103,8 +103,9 @@ def clusters(qrels: pd.DataFrame) -> dict[str, int]:
 def clustered(query_ids: Sequence[str], given: Mapping[str, int] | None) -> np.ndarray:
     """The clusters of these queries, int (n,), numbered from 0; a query without a given cluster is one of its own.
 
-    Where chains of graded judgements join most queries, fewer than `FEW_CLUSTERS` are left, as many as clusters of one size would
-    vary alike: tests and intervals by clusters then err by far, so each query is one of its own.
+    Where chains of graded judgements join most queries, the effective number of clusters (of equal ones that would vary alike: n
+    squared over the sum of the squared sizes) is below `FEW_CLUSTERS`. Tests and intervals by clusters then err by far, so each query
+    is one of its own.
     """
     found = pd.factorize(np.array([(given or {}).get(query_id, query_id) for query_id in query_ids], dtype=object))[0]
     if len(found) ** 2 < FEW_CLUSTERS * (np.bincount(found) ** 2).sum():

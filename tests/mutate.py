@@ -55,6 +55,7 @@ TESTS = {
     "data/runs": ["test_collection.py"],
     "collection": ["test_collection.py"],
     "experiment": ["test_experiment.py"],
+    "study_folder": ["test_experiment.py"],
 }
 EXAMPLES = 20  # of a hypothesis test at most: more of them would kill more mutants, at several times the cost
 SWAPS = {

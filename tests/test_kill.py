@@ -24,7 +24,7 @@ import pytest
 import torch
 from forks import fork
 
-from rankmamba import experiment, states
+from rankmamba import experiment, states, study_folder
 from rankmamba.backbones import load_tokenizer
 from rankmamba.collection import load
 from rankmamba.data import embedded, sources, token_store
@@ -361,7 +361,7 @@ def test_a_model_whose_record_was_not_written_does_not_stand_in_for_the_one_befo
     first = tried.train(QUICK)
     weights = tried.model_path("tiny-mamba") / "model.safetensors"
     kept = weights.read_bytes()
-    monkeypatch.setattr(experiment, "leave_record", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(study_folder, "leave_record", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tried.train(dataclasses.replace(QUICK, learning_rate=1e-2))
     monkeypatch.undo()

@@ -99,6 +99,13 @@ def test_the_speeds_on_a_cpu_in_the_evidence_are_those_of_the_records():
         assert re.search(pattern, EVIDENCE)
 
 
+def test_the_estimates_of_whole_models_are_those_of_the_record():
+    speeds = profile_tables.speed_table(read_records(ROOT / "data" / "quick", "profile"))
+    speeds = speeds.set_index(["mode", "length", "system"]).tokens_per_s
+    short, long = (speeds["training", n, "mamba-130m"] / speeds["training", n, "pythia-160m"] for n in (512, 2048))
+    assert f"on two cores, in one run, {short:.2f} and {long:.2f} of Pythia's" in " ".join(README.split())
+
+
 def test_what_training_and_states_are_said_to_gain_is_what_the_records_say():
     said = " ".join(README.split())
     records = read_records(ROOT / "data" / "quick", "profile")
