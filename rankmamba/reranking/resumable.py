@@ -88,7 +88,7 @@ def rerank(
     digest = hashlib.sha256(pd.util.hash_pandas_object(head, index=False).to_numpy().tobytes()).hexdigest()
     of = of | {"top_k": top_k, "max_passages": max_passages, "pairs": PAIRS, "candidates": digest}
     of |= {"precision": reranker.precision, "device": reranker.device.type}
-    with alone(Path(path).with_suffix(".lock"), f"another process computes {path}; waiting for it"):
+    with alone(Path(path).with_name(f".{Path(path).stem}.lock"), f"another process computes {path}; waiting for it"):
         return _rerank(reranker, collection, head, top_k, Journal(path, of), show_progress_bar, max_passages)
 
 
