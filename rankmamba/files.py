@@ -20,10 +20,11 @@ REMEDIES = {
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EROFS: "choose a folder that can be written",
+    errno.EROFS: "choose a place that can be written",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EACCES: "choose a folder that you may write",
-    errno.EPERM: "choose a folder that you may write",
+    errno.EACCES: "choose a name in a folder that you may write",
+    errno.EPERM: "choose a name in a folder that you may write",
+    errno.EBUSY: "choose the name of a folder in it: a disk is mounted there, and a folder is replaced as a whole",
     errno.ENOTDIR: "choose a folder that is not a file",
     errno.EEXIST: "choose a folder that is not a file",
 }
@@ -49,13 +50,13 @@ def refusals(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, on any error it is removed.
 
-    The temporary path does not exist yet: create a file or a folder there. A file replaces an earlier one atomically;
+    The temporary path does not exist yet: create a file or a folder there. Of a link, what it leads to is replaced. A file replaces an earlier one atomically;
     a folder replaces an earlier one in two renames, so a reader sees the old one, nothing, or the new one, never a mixture.
 
     Raises:
         InputError: the disk is full or may not be written, or a file would replace a folder.
     """
-    path = Path(os.path.abspath(path))  # "." has no name
+    path = Path(os.path.realpath(path))  # also, "." has no name
     with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         workspace = _workspace(path)

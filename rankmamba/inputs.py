@@ -5,7 +5,6 @@ serve training, scoring and stored document states, and every text is tokenised 
 """
 
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,6 @@ import torch
 from .errors import InputError
 from .files import json_sha256
 
-TOKENISING = threading.Lock()  # a fast tokenizer holds the truncation of the running call as its own state
 PROBES = "a", "the"  # not "a" and "b": T5 begins both, and hardly another text, with a token for the space before them
 MOST_MATCHES = 3  # of a query token in the document: a mark counts no further
 
@@ -56,7 +54,6 @@ class PairTokenizer:
     def __init__(self, tokenizer, kind: str, max_length: int = 512, max_query_length: int = 50, marked: int = 0):
         if kind not in KINDS:
             raise InputError(f"expected a kind of model among {', '.join(KINDS)}, got {kind!r}")
-        tokenizer.truncation_side = "right"  # a text keeps its beginning
         self.tokenizer, self.kind = tokenizer, kind
         self.max_length, self.max_query_length, self.marked = max_length, max_query_length, marked
         self.query_first = kind != "causal"
@@ -121,15 +118,14 @@ class PairTokenizer:
         if not texts:
             return []
         try:
-            with TOKENISING:
-                encoded = self.tokenizer(
-                    [prefix + text for text in texts],
-                    add_special_tokens=False,
-                    truncation=True,
-                    max_length=limit,
-                    padding=False,
-                    return_attention_mask=False,
-                )
+            # cut here: a fast tokenizer would keep a call's limit as its own state, and threads would have to wait for one another
+            encoded = self.tokenizer(
+                [prefix + text for text in texts],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         except TypeError as error:
             wrong = [text for text in texts if not isinstance(text, str)]
             if wrong:
@@ -138,7 +134,7 @@ class PairTokenizer:
             if broken is None:
                 raise
             raise InputError(f"expected text that UTF-8 can hold, got half a surrogate pair in {broken!r:.80}") from error
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        return [np.asarray(ids[:limit], dtype=np.int32) for ids in encoded["input_ids"]]
 
     def join(self, query: np.ndarray, document: np.ndarray) -> Pair:
         """Join a tokenised query and a tokenised document (arrays of ids) into one model input."""
@@ -196,8 +192,8 @@ def token_batches(lengths: Sequence[int], batch_tokens: int, batch_cost: int) ->
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     longest = np.maximum(1, np.asarray(lengths)[order])
-    sizes = np.maximum(1, batch_tokens // longest)
-    counts = np.arange(1, sizes.max(initial=1) + 1)
+    sizes = np.clip(batch_tokens // longest, 1, max(1, len(order)))
+    counts = np.arange(1, len(order) + 1)
     # cost[j]: the least for the first j sequences; start[j]: where the last of their batches begins
     cost, start = np.full(len(order) + 1, np.inf), np.zeros(len(order) + 1, dtype=int)
     cost[0] = 0

@@ -185,8 +185,10 @@ class Reranker:
         predict: further keywords of `predict`.
 
         Raises:
-            InputError: a text is not a string, documents are a mapping or a single text, or `top_k` is negative.
+            InputError: a text is not a string, documents are a mapping, a table or a single text, or `top_k` is negative.
         """
+        if isinstance(documents, pd.DataFrame):
+            raise InputError("expected a sequence of texts, got a DataFrame; pass one of its columns")
         if isinstance(documents, Mapping):
             raise InputError("expected a sequence of texts, got a mapping; pass list(documents.values())")
         if isinstance(documents, str):
@@ -349,5 +351,6 @@ def _sum_over_processes(scores: np.ndarray, count: int, device: torch.device) ->
 
 def unique(values: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """Return the distinct values in order of first appearance, and for each value its place among them."""
-    index, distinct = pd.factorize(np.array(list(values), dtype=object))
-    return list(distinct), index
+    places: dict[str, int] = {}
+    index = np.array([places.setdefault(value, len(places)) for value in values], dtype=int)
+    return list(places), index

@@ -20,7 +20,6 @@ from .candidates import BM25, words
 from .collection import Collection, digest_of
 from .errors import InputError
 from .files import json_sha256, sha256, slug
-from .inputs import TOKENISING
 from .reranker import Reranker
 from .reranking.saved import WEIGHTS
 from .states import DocumentStates
@@ -205,11 +204,8 @@ def read_until(reranker: Reranker, text: str) -> int:
     """How many characters of a document a reranker reads before it cuts it."""
     inputs = reranker.inputs
     given = inputs.document_prefix + text
-    with TOKENISING:
-        encoded = inputs.tokenizer(
-            given, add_special_tokens=False, truncation=True, max_length=inputs.document_limit, return_offsets_mapping=True
-        )
-    return max((end for _, end in encoded["offset_mapping"]), default=0) - len(inputs.document_prefix)
+    offsets = inputs.tokenizer(given, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return max((end for _, end in offsets[: inputs.document_limit]), default=0) - len(inputs.document_prefix)
 
 
 def query_words(query: str) -> set[str]:

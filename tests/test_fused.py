@@ -198,7 +198,7 @@ def test_other_precisions_and_activations_adapters_and_watched_parts_stay_with_p
     ids, adapted = torch.randint(60, (3, 7)), FAMILIES[family][2]
     lora = get_peft_model(use_kernels(lively(family)), LoraConfig(target_modules=adapted, init_lora_weights=False)).eval()
     relu = use_kernels(lively(family, hidden_act="relu"))
-    replaced, watched, patched, seen = *(use_kernels(lively(family)) for _ in range(3)), []
+    replaced, watched, patched, seen, passed = *(use_kernels(lively(family)) for _ in range(3)), [], []
     for module in list(replaced.modules()):
         for name, part in list(module.named_children()):
             if isinstance(part, torch.nn.Linear):
@@ -206,6 +206,15 @@ def test_other_precisions_and_activations_adapters_and_watched_parts_stay_with_p
     for part in watched.modules():
         if isinstance(part, torch.nn.Linear):
             part.register_forward_hook(lambda part, inputs, output: seen.append(part))
+    traced_back = use_kernels(lively(family))
+    named = traced_back.named_modules()
+    parts = [part for name, part in named if isinstance(part, torch.nn.Linear) and "pooler" not in name]
+    for part in parts:
+        part.register_full_backward_hook(lambda part, inputs, outputs: passed.append(part))
+    hidden(traced_back, ids).sum().backward()
+    with torch.no_grad():
+        hidden(traced_back, ids)
+    assert len(set(passed)) == len(parts) and not calls
     for part in patched.modules():
         if isinstance(part, torch.nn.Linear):
             part.forward = part.forward
@@ -223,6 +232,8 @@ def test_other_precisions_and_activations_adapters_and_watched_parts_stay_with_p
     model = use_kernels(lively(family))
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
         assert hidden(model, ids).isfinite().all()
+    with scan.forced("portable"):
+        hidden(model, ids).sum().backward()
     assert not calls
     hook = torch.nn.modules.module.register_module_forward_hook(lambda part, inputs, output: None)
     try:

@@ -70,6 +70,10 @@ def test_a_text_keeps_its_beginning_whatever_side_its_tokenizer_cuts():
     assert tokenizer.decode(ids).startswith("document : start of a river")
 
 
+def test_a_budget_without_bounds_is_one_batch():
+    assert [batch.tolist() for batch in token_batches([3, 5, 4], 10**15, 0)] == [[1, 2, 0]]
+
+
 @pytest.mark.parametrize("kind, head", [("encoder", []), ("causal", ["document", ":"]), ("encoder-decoder", [])])
 def test_every_document_begins_with_the_templates_words(tokenizer, kind, head):
     assert tokenizer.convert_ids_to_tokens(PairTokenizer(tokenizer, kind).document_head) == head

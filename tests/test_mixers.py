@@ -20,6 +20,7 @@ from transformers import (
 from rankmamba.errors import InputError
 from rankmamba.network.mixers import MambaState
 from rankmamba.network.substitutes import use_kernels
+from rankmamba.scan import forced
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3}
 FAMILIES = {
@@ -150,6 +151,28 @@ def test_padding_anywhere_touches_neither_tokens_nor_states(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 1, 7, 7), (2, 7, 7), (2, 6)], ids=str)
+def test_a_mask_that_is_none_of_the_tokens_is_refused(shape):
+    layer = use_kernels(lively("mamba")).layers[0].mixer
+    with pytest.raises(InputError, match=r"expected an attention_mask \(B, at least 7\)"):
+        layer(torch.randn(2, 7, 32), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_second_derivatives_of_a_model_are_those_in_float64(family):
+    model, ids = use_kernels(lively(family)), tokens(2, 9)
+
+    def penalty(model):
+        (gradient,) = torch.autograd.grad(loss(hidden(model, ids)), [model.embeddings.weight], create_graph=True)
+        return torch.autograd.grad(gradient.pow(2).sum(), [model.layers[0].mixer.A_log, model.layers[1].mixer.in_proj.weight])
+
+    exact = penalty(copy.deepcopy(model).double())
+    with forced("portable"):
+        found = penalty(model)
+    for got, expected in zip(found, exact, strict=True):
+        assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
 def test_a_forward_pass_never_changes_the_state_it_reads(model):
     state = MambaState()
     hidden(model, tokens(2, 9), cache=state)

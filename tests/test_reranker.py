@@ -19,10 +19,12 @@ from rankmamba import scan
 from rankmamba.backbones import SYSTEMS, build
 from rankmamba.collection import Collection, load
 from rankmamba.errors import InputError
+from rankmamba.inputs import PairTokenizer
+from rankmamba.model import RerankerConfig
 from rankmamba.network.last_layer import LastLayer
 from rankmamba.network.mixers import has_scan
 from rankmamba.network.nano import NANO
-from rankmamba.reranker import Reranker
+from rankmamba.reranker import Reranker, unique
 from rankmamba.reranking.threads import even_batches
 from rankmamba.scan import portable
 
@@ -209,6 +211,30 @@ def test_saving_and_loading_keeps_every_weight_and_score(reranker, tmp_path):
     assert not list((tmp_path / "saved").glob("*.bin"))
 
 
+def test_a_folder_that_is_replaced_while_it_is_loaded_is_loaded_again(tmp_path, monkeypatch):
+    old, new = (Reranker.from_pretrained("tiny-mamba", max_length=length, max_query_length=12) for length in (40, 60))
+    with torch.no_grad():
+        new.model.score.weight.add_(1)
+    old.save_pretrained(tmp_path)
+    read = RerankerConfig.from_pretrained.__func__
+
+    def and_then_another_process_saves(cls, folder, **options):
+        config = read(cls, folder, **options)
+        if config.limits["max_length"] == 40:
+            new.save_pretrained(tmp_path)
+        return config
+
+    monkeypatch.setattr(RerankerConfig, "from_pretrained", classmethod(and_then_another_process_saves))
+    loaded = Reranker.from_pretrained(tmp_path)
+    assert loaded.inputs.max_length == 60 and torch.equal(loaded.model.score.weight, new.model.score.weight)
+
+
+@pytest.mark.parametrize("text", ["\0a", "a\0b"])
+def test_a_text_with_a_zero_in_it_is_a_text_of_its_own(text):
+    other = text.replace("a", "c")
+    assert unique([text, other, text])[0] == [text, other] and unique([text, other, text])[1].tolist() == [0, 1, 0]
+
+
 def test_saving_over_a_saved_reranker_keeps_what_is_not_part_of_one(reranker, tmp_path):
     reranker.save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "NOTES.md").write_text("mine")
@@ -381,6 +407,8 @@ def test_pairs_and_texts_may_come_from_any_iterable_and_what_only_looks_like_the
     assert reranker.rank("a river", iter(TEXTS), return_documents=True) == ranked
     with pytest.raises(InputError, match="got a mapping"):
         reranker.rank("a river", dict(enumerate(TEXTS)))
+    with pytest.raises(InputError, match="got a DataFrame; pass one of its columns"):
+        reranker.rank("a river", pd.DataFrame({"text": TEXTS}))
     with pytest.raises(InputError, match="got the text 'abc'"):
         reranker.rank("a river", "abc")
     with pytest.raises(InputError, match="top_k >= 0, got -1"):
@@ -425,24 +453,14 @@ def test_padding_on_the_left_changes_no_score(reranker):
     assert torch.allclose(together, alone, atol=1e-5) and alone.isfinite().all()
 
 
-def test_two_threads_tokenise_one_after_the_other(reranker):
-    """A fast tokenizer keeps the limit of a call in itself: another call in between would cut at its own."""
-    inputs, running, most = copy.copy(reranker.inputs), [], []
-
-    def tokenizer(texts, **options):
-        running.append(texts)
-        most.append(len(running))
-        time.sleep(0.01)
-        running.remove(texts)
-        return {"input_ids": [[1]] * len(texts)}
-
-    inputs.tokenizer = tokenizer
-    calls = [threading.Thread(target=each, args=([name],)) for each in (inputs.queries, inputs.documents) for name in "abc"]
-    for call in calls:
-        call.start()
-    for call in calls:
-        call.join()
-    assert most == [1] * 6
+def test_no_call_leaves_its_limit_in_the_tokenizer_that_threads_share(reranker):
+    inputs = reranker.inputs
+    tokenizer = copy.deepcopy(inputs.tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(3)  # as the files of some checkpoints have it
+    inputs = PairTokenizer(tokenizer, inputs.kind, inputs.max_length, inputs.max_query_length)
+    for tokenise, limit in ((inputs.queries, inputs.query_limit), (inputs.documents, inputs.document_limit)):
+        assert len(tokenise(["river " * 999])[0]) == limit
+        assert tokenizer.backend_tokenizer.truncation is None
 
 
 def test_text_that_no_file_could_hold_is_named(reranker):

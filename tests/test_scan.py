@@ -258,6 +258,49 @@ def test_portable_gradients_are_right_to_float64(name, tensors):
     assert torch.autograd.gradcheck(lambda *t: function(**dict(zip(names, t, strict=True)), return_final_state=True), leaves)
 
 
+@pytest.mark.parametrize("initial", [True, False])
+def test_second_derivatives_are_right_on_the_portable_kernel_and_refused_by_the_others(initial):
+    tensors = mamba(2, 5, 3, 2) | ({} if initial else {"initial_state": None})
+    names = [name for name, tensor in tensors.items() if tensor is not None]
+    leaves = [tensors[name].double().requires_grad_() for name in names]
+    assert torch.autograd.gradgradcheck(
+        lambda *t: portable.selective_scan(**dict(zip(names, t, strict=True)), return_final_state=True), leaves
+    )
+    for name, make in CALLS.items():
+        made = {key: tensor.requires_grad_() for key, tensor in make().items() if tensor is not None}
+        first = next(iter(made.values()))
+        for kernel in KERNELS:
+            with scan.forced(kernel):
+                y = getattr(scan, name)(**made, **OPTIONS.get(name, {}))
+                if kernel == "native":
+                    with pytest.raises(InputError, match="expected first derivatives, got create_graph=True"):
+                        torch.autograd.grad(y.pow(2).sum(), first, create_graph=True)
+                elif kernel == "portable":
+                    (gradient,) = torch.autograd.grad(y.pow(2).sum(), first, create_graph=True)
+                    assert torch.autograd.grad(gradient.pow(2).sum(), first)[0].isfinite().all()
+
+
+def test_torch_func_gives_the_gradients_of_autograd():
+    tensors = mamba(2, 9, 4, 3)
+    u, rest = tensors.pop("u"), tensors
+    expected = torch.autograd.functional.jacobian(lambda u: scan.selective_scan(u, **rest).sum((0, 2)), u)
+    got = torch.func.jacrev(lambda u: scan.selective_scan(u, **rest).sum((0, 2)))(u)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    _, forward = torch.func.jvp(lambda u: scan.selective_scan(u, **rest).sum(), (u,), (torch.ones_like(u),))
+    torch.testing.assert_close(forward, expected.sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "single"),
+    [("selective_scan", mamba(2, 70, 37, 16), "A"), ("ssd_scan", mamba2(2, 130, 6, 10, 3, 7), "A")],
+    ids=["mamba", "mamba2"],
+)
+def test_float64_stays_float64_beside_a_float32_decay(name, tensors, single):
+    double = {key: tensor.double() for key, tensor in tensors.items()}
+    exact = getattr(reference, name)(**double)
+    assert error(getattr(scan, name)(**double | {single: tensors[single]}), exact) < 1e-12
+
+
 # ---- properties
 
 
@@ -387,6 +430,10 @@ def test_wrong_shapes_are_named():
         scan.ssd_scan(**(heads | {"D": torch.ones(3)}))
     with pytest.raises(InputError, match=r"expected at \(2, 1\) beside x \(2, 5, 4, 3\), got \(2,\)"):
         scan.ssd_token(**heads, at=torch.tensor([4, 4]))
+    for wrong in ({"A": tensors["A"].to(torch.complex64)}, {"u": tensors["u"].int()}):
+        ((key, tensor),) = wrong.items()
+        with pytest.raises(InputError, match=f"expected {key} with floating-point numbers, got {tensor.dtype}"):
+            scan.selective_scan(**(tensors | wrong))
     inner = between_projections(2, 5, 4, 3, 1, 4)
     for wrong in ({"groups": 3}, {"groups": 0}, {"projected": inner["projected"][..., 1:]}, {"norm_weight": torch.ones(11)}):
         with pytest.raises(InputError, match=r"W = E \+ 2 G N"):

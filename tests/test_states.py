@@ -330,6 +330,10 @@ def test_an_addition_that_stops_goes_on_and_a_document_that_is_there_is_not_adde
     with pytest.raises(InputError, match="the 4 documents that .* got others"):  # more than there are, but one of those edited
         DocumentStates.build(mamba, DOCUMENTS | {"word": "bridge"}, tmp_path / "s")
 
+    with pytest.raises(InputError, match="a string as id and as text of each document, got None .document 6"):
+        DocumentStates.build(mamba, first | {"fine": "a text", "none": None}, tmp_path / "s")
+    assert len(DocumentStates.open(tmp_path / "s", mamba)) == 4  # nothing was written yet
+
     for kept in (4, 7):  # those that were there; and a block of three
 
         def stop(count, kept=kept, done=[]):  # noqa: B006

@@ -15,6 +15,9 @@ from .. import scan
 from ..scan.precision import PRECISIONS
 
 
+HOOKS = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"  # of modules, as torch names them
+
+
 class FusedIntermediate:
     """BERT's, RoBERTa's and ELECTRA's Intermediate: act(dense(x))."""
 
@@ -62,12 +65,12 @@ def _serves(module: nn.Module, hidden: torch.Tensor, linear: nn.Module) -> bool:
     """Return whether the kernels may compute `module`: its weights are float32, used as they are or in autocast's bfloat16, nothing
     replaces its linear map or hooks into its parts, and no forward-mode gradients are needed."""
     replaced = type(linear) is not nn.Linear or "forward" in vars(linear)
-    watched = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
-    if replaced or watched or every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+    watched = any(getattr(part, f"_{hooks}") for part in module.children() for hooks in HOOKS)
+    if replaced or watched or any(getattr(every_module, f"_global_{hooks}") for hooks in HOOKS):
         return False
     product = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     precise = linear.weight.dtype == torch.float32 and product in PRECISIONS and hidden.dtype in (torch.float32, product)
-    reached = hidden.device.type == "cpu" and torch.autograd.forward_ad._current_level < 0 and not scan.traced()
+    reached = hidden.device.type == "cpu" and torch.autograd.forward_ad._current_level < 0 and not scan.plain()
     return reached and precise and scan.kernel("cpu").name == "native"
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..scan import causal_conv1d, mamba2_heads, mamba2_inner, mamba2_step, rms_norm, selective_scan, ssd_token
-from ..scan.precision import autocasts
+from ..scan.precision import autocasts, wide
 
 
 def has_scan(model: nn.Module) -> bool:
@@ -33,8 +33,8 @@ class MambaState:
 
     >>> state = MambaState()
     >>> backbone(input_ids=documents, attention_mask=mask, cache=state, use_cache=False)
-    >>> candidates = state.after.select([3, 0, 0, 7])
-    >>> candidates.record = False
+    >>> read, rows = state.after, [3, 0, 0, 7]
+    >>> candidates = MambaState(read.conv[:, rows], read.ssm[:, rows], record=False)
     >>> backbone(input_ids=queries, cache=candidates, use_cache=False).last_hidden_state  # (4, L, D), continued
     """
 
@@ -98,8 +98,13 @@ class _Padding:
 
     @staticmethod
     def of(attention_mask: torch.Tensor | None, length: int) -> _Padding | None:
-        if attention_mask is None or attention_mask.dim() != 2:
+        if attention_mask is None:
             return None
+        if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+            raise InputError(
+                f"expected an attention_mask (B, at least {length}) of a Mamba, got {tuple(attention_mask.shape)}; packed texts, say, it "
+                "would mix: give each its own row"
+            )
         real = attention_mask[:, -length:].bool()
         if real.all():
             return None
@@ -216,10 +221,10 @@ class ScanMamba(ScanMixer):
         y = selective_scan(
             u,
             delta,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(wide(self.A_log)),
             B,
             C,
-            self.D.float(),
+            wide(self.D),
             z,
             delta_bias,
             initial_state=past_ssm,
@@ -237,7 +242,7 @@ class ScanMamba(ScanMixer):
         """(B, L, R) -> the step before its softplus, (B, L, E), and the bias that is still to be added to it."""
         if type(self.dt_proj) is nn.Linear:
             # The bias decides the step's size (softplus of about -5); adding it in bfloat16 would move the step by a percent.
-            return _by_channel(self.dt_proj, low_rank, bias=False), self.dt_proj.bias.float()
+            return _by_channel(self.dt_proj, low_rank, bias=False), wide(self.dt_proj.bias)
         # LoRA or a quantised layer: only its own call is right, which adds the bias itself; so keep it out of autocast's bfloat16.
         bias = self.dt_proj.bias
         with torch.autocast(low_rank.device.type, enabled=False):
@@ -256,7 +261,7 @@ class ScanMamba2(ScanMixer):
     """Mamba-2's mixer (arXiv 2405.21060, figure 6), computed by `rankmamba.scan`."""
 
     def _mix(self, hidden_states, past_conv, past_ssm, padding, record, at=None):
-        A, D = -torch.exp(self.A_log.float()), self.D.float()
+        A, D = -torch.exp(wide(self.A_log)), wide(self.D)
         if at is not None:
             return self._mix_token(hidden_states, past_conv, past_ssm, A, D, at), None, None
         projected = self.in_proj(hidden_states)

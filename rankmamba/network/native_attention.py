@@ -46,7 +46,7 @@ def native_attention(
     batch, _, queries, _ = query.shape
     keys = key.shape[2]
     served = served and (attention_mask is None or attention_mask.shape == (batch, keys)) and (keys >= queries or not causal)
-    served = served and not scan.traced() and not kwargs.get("dropout")
+    served = served and not scan.plain() and not kwargs.get("dropout")
     served = served and not (torch.is_grad_enabled() and position_bias is not None and position_bias.requires_grad)
     if not served:
         if rotary is not None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -69,11 +70,32 @@ def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def load_saved(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer; limits: override the folder's own, see `RerankerConfig`.
+    """Load model and tokenizer, again if another process saved as `folder` meanwhile; limits: override the folder's own, see
+    `RerankerConfig`.
 
     Raises:
         InputError: a file is missing or damaged, or weights are missing, of other shapes or not finite.
     """
+    while True:
+        before = _version(folder)
+        try:
+            loaded = _load(folder, limits)
+        except InputError:
+            if _version(folder) == before:
+                raise
+        else:
+            if _version(folder) == before:
+                return loaded
+
+
+def _version(folder: Path) -> tuple[int, int] | None:
+    """What changes when another folder takes this one's place; None while there is none."""
+    with suppress(FileNotFoundError):
+        found = folder.stat()
+        return found.st_ino, found.st_ctime_ns
+
+
+def _load(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, PreTrainedTokenizerBase]:
     # damaged files surface in transformers, tokenizers and safetensors as errors of every class
     try:
         config = RerankerConfig.from_pretrained(folder)

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from ..errors import InputError
 from . import portable
-from .dispatch import Kernel, forced, implementation, kernel, traced
+from .dispatch import Kernel, forced, implementation, kernel, plain
 from .portable import mamba2_heads, mamba2_step
 from .precision import without_autocast
 
@@ -23,11 +23,11 @@ __all__ = [
     "mamba2_heads",
     "mamba2_inner",
     "mamba2_step",
+    "plain",
     "rms_norm",
     "selective_scan",
     "ssd_scan",
     "ssd_token",
-    "traced",
 ]
 
 
@@ -50,10 +50,10 @@ def selective_scan(
     u, delta, z: (B, L, E). A: (E, N), negative. B, C: (B, L, N). D, delta_bias: (E,).
     initial_state: (B, E, N), the final state of what came before; zero if left out.
     Returns y (B, L, E) in u's precision, and with return_final_state also the state after the last token, (B, E, N).
-    Differentiable once, in every tensor.
+    Differentiable in every tensor, once; more often, and by torch.func, on the portable kernel (`forced`).
 
     Raises:
-        InputError: the shapes do not match.
+        InputError: the shapes do not match, or a tensor has no floating-point numbers.
     Source: arXiv 2312.00752, algorithm 2 and section 3.4.
     """
     batch, length, inner = _shape("u", u, 3)
@@ -261,6 +261,7 @@ def _check_ssd(x, delta, A, B, C, D, initial_state):
 
 
 def _shape(name, tensor, dims):
+    _check_dtype(name, tensor)
     if tensor.dim() != dims:
         raise InputError(f"expected {name} with {dims} dimensions, got {tuple(tensor.shape)}")
     return tensor.shape
@@ -274,3 +275,10 @@ def _check(leading, first, expected):
             raise InputError(f"expected {name} {shape} beside {leading} {tuple(first.shape)}, got {tuple(tensor.shape)}")
         if tensor.device != first.device:
             raise InputError(f"expected {name} on {first.device} like {leading}, got {tensor.device}")
+        if name not in ("at", "beyond"):
+            _check_dtype(name, tensor)
+
+
+def _check_dtype(name, tensor):
+    if not tensor.is_floating_point():
+        raise InputError(f"expected {name} with floating-point numbers, got {tensor.dtype}")

@@ -32,7 +32,8 @@ def kernel(device: torch.device | str = "cpu") -> Kernel:
 
 @contextlib.contextmanager
 def forced(kernel: str | object):
-    """Use the kernel of that name, or any object with its four functions, inside the `with` block: to compare, to count.
+    """Use the kernel of that name, or any object with its four functions, inside the `with` block: to compare, to count. With
+    "portable" the Transformers' kernels stand aside, too: everything can be differentiated as often as PyTorch's operations can.
 
     Raises:
         ImportError: it cannot run here.
@@ -53,6 +54,11 @@ def traced() -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in RECORDERS)
+
+
+def plain() -> bool:
+    """Whether PyTorch's own operations compute everything: they are recorded, or the portable kernel is `forced`."""
+    return traced() or _forced.get() is portable  # torch.compile could not trace the latter
 
 
 def implementation(tensor: torch.Tensor) -> ModuleType:

@@ -5,9 +5,8 @@ A chunk's states exist only while the chunk is computed; the backward pass recom
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from .precision import without_autocast
+from .precision import wide, without_autocast
 
 CHUNK = 1 << 19  # (token, channel, state) triples computed together
 
@@ -15,14 +14,16 @@ CHUNK = 1 << 19  # (token, channel, state) triples computed together
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
     """See `rankmamba.scan.selective_scan`."""
     out_dtype = u.dtype
-    A = _wide(A)
+    A = wide(A, u)
     u, delta, B, C, D, z, delta_bias, initial_state = (
         None if t is None else t.to(A.dtype) for t in (u, delta, B, C, D, z, delta_bias, initial_state)
     )
     delta = F.softplus(delta if delta_bias is None else delta + delta_bias)
     if initial_state is None:
         initial_state = A.new_zeros(u.shape[0], *A.shape)
-    y, final_state = _SelectiveScan.apply(u, delta, A.mT.contiguous(), B, C, initial_state.mT.contiguous())
+    seen_through = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func takes no autograd.Function of this kind
+    scan = _recurrence if seen_through else _SelectiveScan.apply
+    y, final_state = scan(u, delta, A.mT.contiguous(), B, C, initial_state.mT.contiguous())
     if D is not None:
         y = torch.addcmul(y, D, u)
     if z is not None:
@@ -31,9 +32,13 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
     return (y, final_state.mT) if return_final_state else y
 
 
-def _wide(tensor):
-    """Compute in float32 at least: a state in bfloat16 forgets what a token adds to it."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _recurrence(u, delta, A, B, C, h):
+    """`_SelectiveScan` token by token in torch's operations: slow, but all of torch's derivatives go through it."""
+    outputs = [u[:, :0]]
+    for t in range(u.shape[1]):
+        h = torch.exp(delta[:, t, None] * A) * h + (delta[:, t] * u[:, t])[:, None] * B[:, t, :, None]
+        outputs.append(C[:, t, None] @ h)
+    return torch.cat(outputs, 1), h
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -57,10 +62,14 @@ class _SelectiveScan(torch.autograd.Function):
         return y, h if starts else h.clone()
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, dy, dh):
         u, delta, A, B, C, *starts = ctx.saved_tensors
+        if torch.is_grad_enabled() and starts and not torch.compiler.is_compiling():  # create_graph=True
+            inputs = [t for t, needed in zip((u, delta, A, B, C, starts[0]), ctx.needs_input_grad, strict=True) if needed]
+            outputs = _recurrence(u, delta, A, B, C, starts[0])
+            gradients = iter(torch.autograd.grad(outputs, inputs, (dy, dh), create_graph=True))
+            return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
         du, ddelta, dB, dC = (torch.empty_like(t) for t in (u, delta, B, C))
         dA = torch.zeros_like(A)
         chunks, buffers = _chunks(u, A, 3)
@@ -127,10 +136,10 @@ def _over_e(states, weights):
 def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
     """See `rankmamba.scan.causal_conv1d`."""
     taps, length = weight.shape[1], x.shape[1]
-    wide = _wide(x)
-    past = wide.new_zeros(x.shape[0], taps - 1, x.shape[2]) if initial_state is None else initial_state.to(wide.dtype)
-    padded = torch.cat([past, wide], 1)
-    weight = weight.to(wide.dtype)
+    inputs = wide(x)
+    past = inputs.new_zeros(x.shape[0], taps - 1, x.shape[2]) if initial_state is None else initial_state.to(inputs.dtype)
+    padded = torch.cat([past, inputs], 1)
+    weight = weight.to(inputs.dtype)
     y = weight[:, 0] * padded[:, :length]
     for k in range(1, taps):
         y = torch.addcmul(y, weight[:, k], padded[:, k : k + length])
@@ -148,8 +157,8 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     groups, n = B.shape[2:]
     B, C = B.to(x.dtype), C.to(x.dtype)
     shared = heads // groups  # heads that use the same B and C
-    A = _wide(A)
-    wide = A.dtype
+    A = wide(A, x)
+    exact = A.dtype
     # Chunks of Q tokens; delta = 0 in the padding: nothing is added and nothing decays there.
     count = -(-length // chunk)
     pad = count * chunk - length
@@ -159,23 +168,23 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
             t = torch.cat([t, t.new_zeros(batch, pad, *t.shape[2:])], 1)
         return t.reshape(batch, count, chunk, *shape)
 
-    step = split(delta.to(wide), groups, shared).permute(0, 1, 3, 4, 2)  # (B, c, G, S, Q)
+    step = split(delta.to(exact), groups, shared).permute(0, 1, 3, 4, 2)  # (B, c, G, S, Q)
     xs = split(x, groups, shared, width).permute(0, 1, 3, 4, 2, 5)  # (B, c, G, S, Q, P)
     Bs = split(B, groups, n).transpose(2, 3)  # (B, c, G, Q, N)
     Cs = split(C, groups, n).transpose(2, 3)
     work = x.dtype  # the products run in the inputs' precision, with float32 sums; decays and states stay float32
     log_decay = torch.cumsum(step * A.view(groups, shared, 1), -1)
     # 1. within a chunk: y_i += sum_(j<=i) (C_i . B_j) exp(a_(j+1) + ... + a_i) delta_j x_j
-    scores = (Cs @ Bs.transpose(-1, -2)).to(wide)
+    scores = (Cs @ Bs.transpose(-1, -2)).to(exact)
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
     between = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(later, float("-inf")).exp()
     mixing = between * scores[:, :, :, None] * step[..., None, :]
-    y = (mixing.to(work) @ xs).to(wide)
+    y = (mixing.to(work) @ xs).to(exact)
     # 2. what each chunk adds to the state, and the state before each chunk
     total = log_decay[..., -1]
     weights = step * torch.exp(total[..., None] - log_decay)
-    added = (xs * weights[..., None].to(work)).transpose(-1, -2).to(wide) @ Bs[:, :, :, None].to(wide)
-    state = A.new_zeros(batch, heads, width, n) if initial_state is None else initial_state.to(wide)
+    added = (xs * weights[..., None].to(work)).transpose(-1, -2).to(exact) @ Bs[:, :, :, None].to(exact)
+    state = A.new_zeros(batch, heads, width, n) if initial_state is None else initial_state.to(exact)
     state = state.reshape(batch, groups, shared, width, n)
     before = []
     for decay, more in zip(total.exp()[..., None, None].unbind(1), added.unbind(1), strict=True):
@@ -184,10 +193,10 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     # 3. what the state before the chunk gives
     if before:
         carried = Cs[:, :, :, None] @ torch.stack(before, 1).transpose(-1, -2).to(work)
-        y = torch.addcmul(y, carried.to(wide), log_decay.exp()[..., None])
+        y = torch.addcmul(y, carried.to(exact), log_decay.exp()[..., None])
     y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, count * chunk, heads, width)[:, :length]
     if D is not None:
-        y = torch.addcmul(y, D.to(wide)[:, None], x.to(wide))
+        y = torch.addcmul(y, D.to(exact)[:, None], x.to(exact))
     y, state = y.to(x.dtype), state.reshape(batch, heads, width, n)
     return (y, state) if return_final_state else y
 
@@ -201,7 +210,7 @@ def mamba2_heads(convolved, inner, heads, groups):
 
 def mamba2_step(delta, delta_bias, limit, beyond=None):
     """delta (B, L, H) -> the step: softplus(delta + delta_bias) within its limits, and 0 at the tokens `beyond` (B, L)."""
-    step = F.softplus(_wide(delta) + _wide(delta_bias)).clamp(*limit)
+    step = F.softplus(wide(delta) + wide(delta_bias)).clamp(*limit)
     return step if beyond is None else step.masked_fill(beyond[..., None], 0.0)
 
 
@@ -210,25 +219,25 @@ def ssd_token(x, delta, A, B, C, D, initial_state, at):
     shared = x.shape[2] // B.shape[2]  # heads that use the same B and C
 
     def there(tensor):
-        return _wide(tensor.gather(1, at.view(-1, 1, *(1,) * (tensor.dim() - 2)).expand(-1, 1, *tensor.shape[2:])))
+        return wide(tensor.gather(1, at.view(-1, 1, *(1,) * (tensor.dim() - 2)).expand(-1, 1, *tensor.shape[2:])))
 
     behind = torch.arange(x.shape[1], device=x.device) > at
-    step = _wide(delta).masked_fill(behind[..., None], 0.0)
-    decay = step * _wide(A)
+    step = wide(delta).masked_fill(behind[..., None], 0.0)
+    decay = step * wide(A)
     later = F.pad(decay[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # of the tokens after j
     reads = there(C)
     scores = (reads * B).sum(-1).repeat_interleave(shared, dim=2)  # (B, L, H)
     weights = (later.exp() * step * scores).to(x.dtype)  # as exact as x: no copy of x with more digits, the largest tensor by far
-    y = _wide(torch.einsum("blh,blhp->bhp", weights, x))[:, None]
+    y = wide(torch.einsum("blh,blhp->bhp", weights, x))[:, None]
     if initial_state is not None:
         reads = reads.repeat_interleave(shared, dim=2)[:, 0, :, None]  # (B, H, 1, N)
         y = y + (decay.sum(1).exp()[..., None] * (initial_state * reads).sum(-1))[:, None]
-    return (y + _wide(D)[:, None] * there(x)).to(x.dtype)
+    return (y + wide(D)[:, None] * there(x)).to(x.dtype)
 
 
 def rms_norm(y, weight, z, epsilon, groups, dtype):
     """See `rankmamba.scan.rms_norm`."""
-    gated = _wide(y) if z is None else _wide(y) * F.silu(_wide(z))
+    gated = wide(y) if z is None else wide(y) * F.silu(wide(z))
     parts = gated.unflatten(-1, (groups, -1))
     parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + epsilon)
     return (weight * parts.flatten(-2)).to(dtype)

@@ -7,6 +7,11 @@ import torch
 PRECISIONS = torch.float32, torch.bfloat16  # what the native kernels read and write
 
 
+def wide(tensor: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 if it or another tensor is: a state in bfloat16 forgets what a token adds to it."""
+    return tensor.double() if torch.float64 in {tensor.dtype, *(other.dtype for other in others)} else tensor.float()
+
+
 def autocasts(device: str) -> bool:
     """Whether autocast is on; some devices, such as meta, have none."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -138,7 +138,7 @@ def read_manifest(folder: Path) -> dict:
         if begun.is_file():
             raise InputError(
                 f"expected finished states in {folder}, got {unsealed(begun)['done']['documents']:,} documents of a build that "
-                "is running or was stopped; wait for it, or build again"
+                "is running or was stopped; wait for it, or build again with the same documents, or these alone"
             )
         raise InputError(f"expected a folder of document states, got {folder} without {MANIFEST}; DocumentStates.build makes one")
     manifest = unsealed(path)

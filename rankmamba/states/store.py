@@ -115,15 +115,17 @@ class Writer:
                 "choose another folder, or delete this one"
             )
         if self.whole and place == stored:
-            self._finished, self.whole = Reader(self.folder).names, False  # checked: the new manifest vouches for all of it
-            write_text(self.folder / PROGRESS, sealed({"header": self.header, "done": self.done}))
-            (self.folder / MANIFEST).unlink()
+            self._finished = Reader(self.folder).names  # checked: the new manifest vouches for all of it
         if place >= stored and self._finished is not None and self._finished.find(doc_id) is not None:
             raise InputError(f"expected each doc_id once, got {doc_id!r} again as document {place + 1}; remove one")
         return place < stored
 
     def add(self, doc_ids: Sequence[str], tokens: Sequence[int], numbers: Sequence[int], records: Iterator, digest: str) -> None:
         """Store a block: `records` yields (place in the block, record) in any order; `digest` is that of all documents so far."""
+        if self.whole:
+            self._commit()
+            (self.folder / MANIFEST).unlink()
+            self.whole = False
         sizes = [record_bytes(self.header["dtype"], count) for count in numbers]
         if self.header["marked"]:
             sizes = [size + ids_bytes(count) for size, count in zip(sizes, tokens, strict=True)]
@@ -145,6 +147,9 @@ class Writer:
                 _flush(file)
         added = {"documents": len(doc_ids), "tokens": int(sum(tokens)), STATES: sum(sizes), ROWS: table.nbytes, IDS: sum(lengths)}
         self.done = {name: value + added.get(name, 0) if name != "digest" else digest for name, value in self.done.items()}
+        self._commit()
+
+    def _commit(self) -> None:
         write_text(self.folder / PROGRESS, sealed({"header": self.header, "done": self.done}))
 
     def need(self, size: int) -> None:

@@ -1,8 +1,8 @@
 """Attention on the native kernels, forward and backward."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ..gradients import once_differentiable
 from ..precision import without_autocast
 from .library import Attention, Rotation, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 

@@ -1,8 +1,8 @@
 """Bias and GELU on the native kernels."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ..gradients import once_differentiable
 from ..precision import without_autocast
 from .library import ITEM_ROWS, Gelu, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 

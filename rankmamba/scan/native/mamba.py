@@ -3,9 +3,9 @@
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import portable
+from ..gradients import once_differentiable
 from ..precision import without_autocast
 from .library import BLOCK, TAPS, TILE, Conv, Scan, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 

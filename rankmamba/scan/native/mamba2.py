@@ -4,9 +4,9 @@ import math
 from ctypes import addressof
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import portable
+from ..gradients import once_differentiable
 from ..precision import without_autocast
 from .library import SsdBackward, SsdForward, as_plain, as_rows, call, empty, in_memory, pointer, rows, tracked, workers
 from .mamba import conv_workers

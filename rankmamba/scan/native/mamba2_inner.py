@@ -6,9 +6,9 @@ The backward pass writes the pieces of the gradient where the input projection r
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import portable
+from ..gradients import once_differentiable
 from ..precision import without_autocast
 from .library import as_rows, empty, rows, tracked
 from .mamba import conv_arguments, conv_backward

@@ -1,9 +1,9 @@
 """Root mean square norm, gated or not, on the native kernels."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import portable
+from ..gradients import once_differentiable
 from ..precision import PRECISIONS, without_autocast
 from .library import ITEM_ROWS, Norm, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
 
