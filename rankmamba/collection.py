@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -28,14 +29,22 @@ class IrDocuments(Documents):
 
     def __init__(self, dataset, name: str):
         self._dataset, self._name = dataset, name
-        self.namespace = dataset.docs_namespace() or name.split("/")[0]  # the same for all ids that share documents
+        self.namespace = _docs_parent(name)
 
     @cached_property
     def _store(self):
         with _fetching(self._name, "docs"):
             return self._dataset.docs_store()
 
+    @cached_property
+    def published(self) -> int | None:
+        """How many documents there are by ir_datasets' own list; None if they are not in it."""
+        listed = getattr(self._dataset, "metadata", dict)()
+        return listed.get("docs", {}).get("count")
+
     def __len__(self) -> int:
+        if self.published is not None:
+            return self.published
         with _fetching(self._name, "docs"):
             count = self._dataset.docs_count()
         return sum(1 for _ in self) if count is None else count
@@ -58,9 +67,16 @@ class IrDocuments(Documents):
         return {doc_id: found[doc_id].default_text() for doc_id in doc_ids if doc_id in found}
 
     def pairs(self) -> Iterator[tuple[str, str]]:
+        count = 0
         with _fetching(self._name, "docs"):
             for document in self._dataset.docs_iter():
                 yield document.doc_id, document.default_text()
+                count += 1
+        if count < (self.published or 0):
+            raise InputError(
+                f"expected the {self.published:,} documents of {self._name}, got {count:,}: their file is cut off, or another one; "
+                f"delete it, then {_download_remedy(self._name, 'docs')}"
+            )
 
 
 class Collection:
@@ -108,8 +124,10 @@ class Collection:
         relevant = self.qrels[self.qrels["relevance"] > 0]
         drawn = relevant.sample(min(count, len(relevant)), random_state=seed)
         texts = self.documents.get_many(drawn["doc_id"])
-        return pd.DataFrame({"query": drawn["query_id"].map(self.queries), "document": drawn["doc_id"].map(texts)}).reset_index(
-            drop=True
+        if len(drawn) and not texts:
+            raise InputError(f"expected documents that are judged relevant, got none of them in {self.name}: other documents are there")
+        return pd.DataFrame({"query": drawn["query_id"].map(self.queries), "document": drawn["doc_id"].map(texts)}).dropna(
+            ignore_index=True
         )
 
     def judged(self) -> list[str]:
@@ -135,6 +153,13 @@ class Collection:
         candidates = None if self._candidates is None else lambda: of_kept(self.candidates)
         queries = {query_id: text for query_id, text in self.queries.items() if query_id in kept}
         return Collection(self.name, self.documents, queries, of_kept(self.qrels), candidates)
+
+
+def _docs_parent(name: str) -> str:
+    """The id that has the documents of `name`: the same for all ids that share them."""
+    import ir_datasets
+
+    return ir_datasets.docs_parent_id(name)
 
 
 def load(name_or_folder: str | Path) -> Collection:
@@ -245,7 +270,7 @@ def _fetching(name: str, kind: str) -> Iterator[None]:
     """Turn ir_datasets' bare download errors into one InputError that says which file, how big, and where to put it by hand."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"expected ir_datasets to provide the {kind} of {name}, got {type(error).__name__}: {str(error)[:200]}; "
             f"{_download_remedy(name, kind)} (or use rankmamba/tiny, which needs no network)"
@@ -301,8 +326,13 @@ def check_run(
     """
     for column in columns:
         names = list(dict.fromkeys(run[column]))
-        known = collection.queries if column == "query_id" else collection.documents.get_many(names)
-        unknown = [name for name in names if name not in known]
+        if column == "query_id":
+            unknown = [name for name in names if name not in collection.queries]
+        else:  # in pieces: a large run's texts would fill the memory
+            unknown = []
+            for start in range(0, len(names), 10_000):
+                known = collection.documents.get_many(names[start : start + 10_000])
+                unknown += [name for name in names[start : start + 10_000] if name not in known]
         if unknown:
             where = ""
             if path is not None:

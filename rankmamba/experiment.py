@@ -21,7 +21,7 @@ from tqdm.std import tqdm
 
 from .backbones import find, load_tokenizer
 from .candidates import BM25, candidates_of
-from .collection import UNIONS, load
+from .collection import UNIONS, check_run, load
 from .data.runs import write_run
 from .data.sources import say
 from .errors import InputError
@@ -88,6 +88,7 @@ class Experiment(StudyFolder):
         for part, run in runs.items():
             if run is None:
                 raise InputError(f"expected candidates that come with {self.split(part).name}, got none; rank with BM25 instead")
+            check_run(run, self.split(part))
         rows = self._keep_runs("first_stage", system, runs)
         result = {"documents": len(self.split("test").documents), "rows": rows}
         note = f"the candidates that come with {self.collection}, ranked by its authors"
@@ -186,8 +187,7 @@ class Experiment(StudyFolder):
             result["dev"] = {"weight": list(values), "value": values.mean().tolist(), "alone": alone}
         elif reranked is not None:
             run = interpolate(run, self.run(config["first_stage"], "test"), 1.0)
-        else:
-            run = run.assign(score=-run["rank"].astype(float))  # places as scores: nobody breaks its ties otherwise
+        run = run.assign(score=-run["rank"].astype(float))  # places as scores: other tools would break ties otherwise
         write_run(self.run_path(name, "evaluated"), run, slug(name))
         first_stage = self._last("first_stage", system, "test")
         note = first_stage["note"] if first_stage is not None else ""
@@ -202,6 +202,7 @@ class Experiment(StudyFolder):
         test = self.split("test")
         relevant = test.qrels[test.qrels["relevance"] > 0]
         texts = test.documents.get_many(set(relevant["doc_id"]))
+        relevant = relevant[relevant["doc_id"].isin(texts)]  # of some collections, judged documents are no longer there
         words = relevant["doc_id"].map(lambda doc_id: len(texts[doc_id].split()))
         result = {"words": words.groupby(relevant["query_id"]).max().to_dict(), "clusters": clusters(test.qrels)}
         if parts := UNIONS.get(test.name):

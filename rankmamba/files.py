@@ -50,8 +50,9 @@ def refusals(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed to `path`, on any error it is removed.
 
-    The temporary path does not exist yet: create a file or a folder there. Of a link, what it leads to is replaced. A file replaces an earlier one atomically;
+    The temporary path does not exist yet: create a file or a folder there. A file replaces an earlier one atomically;
     a folder replaces an earlier one in two renames, so a reader sees the old one, nothing, or the new one, never a mixture.
+    Of a link, what it leads to is replaced.
 
     Raises:
         InputError: the disk is full or may not be written, or a file would replace a folder.

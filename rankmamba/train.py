@@ -4,7 +4,7 @@ Each query comes as a group of 1 positive and G-1 BM25 negatives; the loss is th
 (arXiv 2101.08751; the recipe of arXiv 2403.18276).
 
 `python -m rankmamba.train --config FILE.yaml` trains one system; under `accelerate launch -m` or `torchrun -m` it runs on many
-devices, with the same groups, steps and loss.
+devices, with the same groups, steps and loss (where a backbone has dropout of its own, or LoRA's, each device draws its masks).
 """
 
 import argparse
@@ -171,6 +171,9 @@ def train(
         progress,
         teacher_scores(config.teacher, groups, collection, checkpoints.folder) if config.loss == "distil" else None,
     )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise InputError("expected no activation checkpointing by FSDP, got it; set gradient_checkpointing, which does the same")
+    torch.manual_seed(config.seed + processes.process_index)  # each device its own dropout
     if tensorboard is not None:
         callback = TensorBoardCallback()
         callback.logging_dir = str(tensorboard)
@@ -252,6 +255,7 @@ def _arguments(
         train_sampling_strategy="sequential",
         dataloader_pin_memory=False,  # its items are numbers
     )
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"  # whatever accelerate's launcher was told
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel, which would multiply the batch
     return arguments
 

@@ -19,6 +19,8 @@ from rankmamba.errors import InputError
 from rankmamba.reranker import Reranker
 from rankmamba.results import read_records
 from rankmamba.train import TrainConfig, main, train
+from rankmamba.training.distil import teacher_scores
+from rankmamba.training.groups import TrainingGroups
 
 # In a fork a second thread of OpenMP waits for ever for those that its parent had.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,6 +124,36 @@ def test_a_run_reranked_by_many_processes_is_the_run_of_one(system, tiny, tmp_pa
             assert (tmp_path / f"{rank}.run").read_bytes() == (tmp_path / "one.run").read_bytes()
 
 
+def test_a_teachers_scores_are_the_same_on_any_number_of_processes_which_share_the_work(tmp_path):
+    torch.manual_seed(0)
+    Reranker.from_pretrained("tiny-neox", max_length=64, max_query_length=16).save_pretrained(tmp_path / "teacher")
+    train_part = load("rankmamba/tiny/train")
+    inputs = Reranker.from_pretrained("tiny-neox", max_length=64, max_query_length=16).inputs
+    groups = TrainingGroups(train_part, train_part.candidates, inputs, 4, 0, count=7)
+
+    def work() -> None:
+        state, sizes, predict = PartialState(cpu=True), [], Reranker.predict
+        Reranker.predict = lambda self, pairs, **options: sizes.append(len(pairs)) or predict(self, pairs, **options)
+        place = tmp_path / str(state.num_processes)
+        scores = teacher_scores(str(tmp_path / "teacher"), groups, train_part, place)
+        np.save(tmp_path / f"{state.num_processes}-{state.process_index}.npy", scores)
+        assert sizes == [len(groups) * 4 // state.num_processes]
+        assert np.array_equal(teacher_scores(str(tmp_path / "teacher"), groups, train_part, place), scores) and len(sizes) == 1
+
+    for processes in (1, 2):
+        on_processes(processes, work)
+    one, *two = (np.load(tmp_path / f"{name}.npy") for name in ("1-0", "2-0", "2-1"))
+    assert one.shape == (7, 4) and np.array_equal(*two)
+    np.testing.assert_allclose(two[0], one, rtol=0, atol=2e-3)  # batches of other shapes, in bfloat16 where there is some
+
+
+def test_the_configuration_decides_the_precision_whatever_the_launcher_was_told(tiny, tmp_path, monkeypatch):
+    one, _ = trained_on(1, "tiny-mamba", tmp_path / "plain", tiny)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    told, _ = trained_on(1, "tiny-mamba", tmp_path / "told", tiny)
+    assert told["result"] == one["result"]
+
+
 class GpusAreCpus(type):
     """accelerate shards over GPUs and their like alone; with this in place of its list of devices, over CPU processes too."""
 
@@ -133,13 +165,12 @@ FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 
 
-@pytest.mark.parametrize("bf16, rounding", [(False, 1e-5), (True, 1e-2)])
-def test_weights_that_are_sharded_learn_the_same_and_go_on_from_a_checkpoint(bf16, rounding, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bf16, rounding, wrap", [(False, 1e-5, "NO_WRAP"), (True, 1e-2, "TRANSFORMER_BASED_WRAP")])
+def test_weights_that_are_sharded_learn_the_same_and_go_on_from_a_checkpoint(bf16, rounding, wrap, tmp_path, monkeypatch):
     config = TrainConfig(
         "tiny-mamba",
         epochs=10,
@@ -161,10 +192,18 @@ def test_weights_that_are_sharded_learn_the_same_and_go_on_from_a_checkpoint(bf1
 
     on_processes(1, lambda: work("one", 0))
     monkeypatch.setattr(accelerate.state, "DistributedType", GpusAreCpus("DistributedType", (), {}))
-    for name, value in FSDP.items():
+    for name, value in (FSDP | {"FSDP_AUTO_WRAP_POLICY": wrap}).items():
         monkeypatch.setenv(name, value)
     on_processes(2, lambda: work("sharded", 2))
     assert (tmp_path / "checkpoints" / "sharded" / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
+    with monkeypatch.context() as unsharded, pytest.raises(InputError, match="a training without FSDP, got one with it"):
+        unsharded.delenv("ACCELERATE_USE_FSDP")
+        PartialState._reset_state()
+        train(config, collection, tmp_path / "sharded")
+    with monkeypatch.context() as checkpointing, pytest.raises(AssertionError):
+        checkpointing.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+        on_processes(2, lambda: work("refused", 0))
+    assert not (tmp_path / "refused").exists()
     on_processes(2, lambda: work("sharded", 0))
     one, sharded = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "sharded"))
     assert {name: one[name] for name in one if name != "curve"} == {name: sharded[name] for name in sharded if name != "curve"}

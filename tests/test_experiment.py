@@ -1,5 +1,6 @@
 """What an experiment says of its runs."""
 
+import copy
 import shutil
 import threading
 
@@ -10,7 +11,7 @@ import pytest
 from rankmamba import study
 from rankmamba.collection import Collection, load
 from rankmamba.data.formats import write_documents, write_qrels, write_queries
-from rankmamba.data.runs import write_run
+from rankmamba.data.runs import read_run, write_run
 from rankmamba.errors import InputError
 from rankmamba.evaluate import clusters, per_query
 from rankmamba.experiment import Experiment
@@ -119,6 +120,19 @@ def test_the_run_behind_a_row_of_the_table_gives_other_tools_the_values_of_the_r
         run = list(ir_measures.read_trec_run(str(trained.run_path(record["system"], "evaluated"))))
         theirs = ir_measures.calc_aggregate([ir_measures.parse_measure(name) for name in ours], qrels, run)
         assert {str(measure): value for measure, value in theirs.items()} == pytest.approx(ours)
+
+
+def test_equal_scores_keep_their_places_in_other_tools(trained, tmp_path):
+    experiment = copy.copy(trained)
+    experiment.folder = tmp_path / "copy"
+    shutil.copytree(trained.folder, experiment.folder)
+    path = experiment.run_path("tiny-mamba", "test")
+    write_run(path, read_run(path).assign(score=0.0), "tied")
+    record = experiment.evaluate("tiny-mamba")
+    ours = {name: measure["mean"] for name, measure in record["result"]["measures"].items()}
+    kept = list(ir_measures.read_trec_run(str(experiment.run_path("tiny-mamba", "evaluated"))))
+    theirs = ir_measures.calc_aggregate([ir_measures.parse_measure(name) for name in ours], experiment.split("test").qrels, kept)
+    assert {str(measure): value for measure, value in theirs.items()} == pytest.approx(ours)
 
 
 def test_side_by_side_are_the_documents_of_the_query_that_is_ranked_most_differently_and_the_relevant_ones_have_a_tick(trained):

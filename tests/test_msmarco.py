@@ -92,6 +92,7 @@ def large_from_ten_documents_in_shards_of_sixteen_and_batches_of_five(monkeypatc
     monkeypatch.setattr(token_store, "LARGE", 10)
     monkeypatch.setattr(token_store, "SHARD", 16)
     monkeypatch.setattr(token_store, "BATCH", 5)
+    monkeypatch.setattr(IrDocuments, "published", DOCUMENTS)
 
 
 def test_the_original_files_are_read_through_the_real_ids(msmarco):
@@ -179,6 +180,46 @@ def test_a_byte_that_changed_on_the_disk_is_noticed_before_its_shard_is_read(sto
     (store.folder / "lookup.npy").unlink()
     with pytest.raises(InputError, match="lookup.npy"):
         TokenStore(store.folder)
+
+
+@pytest.mark.parametrize("ends", [[], [EOFError("ended before the end-of-stream marker")]], ids=["another file", "cut off"])
+def test_a_wrong_or_cut_file_of_documents_is_named_and_leaves_no_store(ends, msmarco, reranker, tmp_path):
+    def some():
+        yield from (SimpleNamespace(doc_id=f"D{n}", default_text=lambda: "a text") for n in range(1, 20))
+        for error in ends:
+            raise error
+
+    documents = IrDocuments(SimpleNamespace(docs_iter=some), "msmarco-document/dev")
+    with pytest.raises(InputError, match=r"put https://.*/msmarco-docs\.trec\.gz \(8,501\.8 MB\) at "):
+        TokenStore.build(documents, reranker.inputs, tmp_path / "tokens")
+    assert not (tmp_path / "tokens" / "manifest.json").exists()
+
+
+def test_collections_of_one_family_have_stores_of_their_own(reranker):
+    names = "lotte/technology/dev/search", "lotte/science/test/search", "lotte/science/test/forum", "hc4/ru", "hc4/zh"
+    places = {name: token_store.place(IrDocuments(ir_datasets.load(name), name).namespace, reranker.inputs) for name in names}
+    assert len(set(places.values())) == 4 and places[names[1]] == places[names[2]]  # those two share their documents
+
+
+def test_documents_that_are_judged_but_not_there_are_passed_over_and_candidates_that_are_not_are_refused_at_once(
+    msmarco, tmp_path, monkeypatch
+):
+    home = ir_datasets.util.home_path() / "msmarco-document"
+    judged, run = home / "trec-dl-2019" / "qrels", home / "dev" / "ms.run.gz"
+    before = judged.read_text(), run.read_bytes()
+    query_id = before[0].split()[0]
+    try:
+        judged.write_text(f"{before[0]}{query_id} 0 D99999 3\n")
+        experiment = Experiment(tmp_path, "msmarco-document", "paper")
+        assert query_id in experiment.describe_queries()["result"]["words"]
+        lines = gzip.decompress(before[1]).decode().splitlines()
+        lines[0] = lines[0].replace(lines[0].split()[2], "D99998")
+        run.write_bytes(gzip.compress("\n".join(lines).encode()))
+        with pytest.raises(InputError, match="every doc_id to be one of msmarco-document/dev, got 'D99998'"):
+            Experiment(tmp_path, "msmarco-document", "paper").given_first_stage("bm25")
+    finally:
+        judged.write_text(before[0])
+        run.write_bytes(before[1])
 
 
 def test_shards_of_other_documents_are_not_continued(store, reranker):
@@ -330,11 +371,18 @@ def test_no_run_asks_for_more_positions_than_its_system_has():
 def test_gigabytes_are_not_fetched_without_a_yes(nothing_fetched, capsys):
     assert study.main(["--scale", "paper", "--results", str(nothing_fetched / "results")]) == 1
     said = capsys.readouterr().err
-    assert "8,501.8 MB  msmarco-document/docs" in said and "hours on" in said and "--yes" in said
+    assert "8,501.8 MB  https://" in said and "/msmarco-docs.trec.gz -> " in said and "hours on" in said and "--yes" in said
     assert not (nothing_fetched / "results").exists()
     plan.announce(study.settle("paper"), yes=True)
     plan.announce(study.settle("quick"), yes=False)
     assert "scale quick: about" in plan.dry_run("quick", study.settle("quick"), {})
+
+
+@pytest.mark.parametrize("more", [{"max_length": 8192}, {"max_passages": 20}], ids=str)
+def test_more_of_a_document_than_is_kept_is_refused_before_anything_is_fetched_or_trained(more, nothing_fetched):
+    with pytest.raises(InputError, match="at most 4096 tokens of a document of a large collection"):
+        plan.announce(study.settle("paper") | more, yes=True)
+    plan.announce(study.settle("paper") | {"max_length": 4096, "max_passages": 1}, yes=True)
 
 
 @pytest.mark.parametrize("answer", ["Y", "yes", "", "n"])
@@ -403,6 +451,9 @@ def test_published_figures_are_of_msmarcos_documents_and_of_what_else_was_measur
 def test_a_study_at_scale_paper_runs_its_notebooks_on_the_miniature_with_both_trec_years_as_its_test(
     msmarco, tmp_path, monkeypatch
 ):
+    start = f"from rankmamba.collection import IrDocuments\n\nIrDocuments.published = {DOCUMENTS}\n"  # of each notebook's Python
+    (tmp_path / "sitecustomize.py").write_text(start)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     small = {"systems": ["tiny-mamba"], "batch_size": 2, "group_size": 4, "max_length": 64, "max_query_length": 16}
     study.run("paper", "01,02,03,04,07", small, tmp_path)
     experiment = Experiment(tmp_path, "msmarco-document", "paper", 0, 5193, 88)

@@ -409,6 +409,19 @@ def test_the_states_panel_shows_what_the_record_says_of_the_chosen_format(experi
     assert len(set(seen.values())) == len(seen) == 3  # int8 of half of the layers, too
 
 
+@pytest.mark.parametrize("system", ["tiny-mamba", "tiny-neox"])
+def test_states_that_the_disk_has_no_room_for_are_refused_before_any_is_computed(experiment, system, monkeypatch):
+    experiment.first_stage("bm25", k1=0.9, b=0.4)
+    experiment.train(dataclasses.replace(TINY, system=system, max_steps=2))
+    formats = ["float32", "float16"]
+    record = trials.trial(experiment, system, "bm25", 3, 2, formats, [])
+    wanted = sum(entry["bytes_per_document"] for entry in record["result"]["formats"].values()) * record["result"]["documents"]
+    monkeypatch.setattr(trials, "DocumentStates", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 0.9 * wanted}))
+    with pytest.raises(InputError, match="for the states of .* documents in . formats, got .* lower n_state_queries or top_k"):
+        trials.trial(experiment, system, "bm25", 4, 2, formats, [])
+
+
 def test_a_measurement_joins_the_table_and_one_that_does_not_fit_says_so():
     def measure(system, length, batch, stop, modes):
         (mode,) = modes

@@ -67,7 +67,7 @@ class Rate(NamedTuple):
 class Download(NamedTuple):
     """One file that a study needs: size in bytes, where it goes, whether it is there already."""
 
-    what: str
+    url: str
     size: int
     place: Path
     there: bool
@@ -94,7 +94,7 @@ def downloads(collections: Iterable[str]) -> list[Download]:
             key, file = download_of(name, kind)
             if "cache_path" in file:
                 place = ir_datasets.util.home_path() / name.split("/")[0] / file["cache_path"]
-                found[key] = Download(key, file.get("size_hint", 0), place, place.exists())
+                found[key] = Download(file.get("url", key), file.get("size_hint", 0), place, place.exists())
     return list(found.values())
 
 
@@ -112,11 +112,12 @@ def announce(settings: dict, yes: bool) -> None:
     Smaller collections are passed over silently. yes: do not ask; without a terminal, only `yes` lets the study go on.
 
     Raises:
-        InputError: the user did not agree.
+        InputError: the user did not agree, or it would read more of a document than is kept.
     """
     files = downloads(itertools.chain(*parts(settings).values()))
     if sum(file.size for file in files) < TELL:
         return
+    _check_reach(settings)
     missing = [file for file in files if not file.there]
     rates = measure({stand_in(system) for system in settings["systems"]}, settings["group_size"])
     hours = sum(estimate(system, settings["max_length"], rates, *pairs(settings, system)) for system in settings["systems"])
@@ -128,11 +129,24 @@ def announce(settings: dict, yes: bool) -> None:
     raise InputError("expected to be allowed to fetch these files, got no yes; give --yes, or put them there by hand")
 
 
+def _check_reach(settings: dict) -> None:
+    """Check that the study reads no more of a document than a store of tokens keeps."""
+    from ..data.token_store import LONGEST
+
+    passage = settings["max_length"] - settings["max_query_length"]
+    reach = passage + (settings["max_passages"] - 1) * passage // 2
+    if reach > LONGEST:
+        raise InputError(
+            f"expected to read at most {LONGEST} tokens of a document of a large collection, got {reach}; choose a smaller max_length or "
+            "fewer max_passages"
+        )
+
+
 def _to_fetch(missing: Sequence[Download]) -> list[str]:
     if not missing:
         return ["nothing to fetch but the checkpoints"]
     lines = [f"to fetch: {sum(file.size for file in missing) / 1e9:.1f} GB, and the checkpoints"]
-    return lines + [f"  {file.size / 1e6:>9,.1f} MB  {file.what} -> {file.place}" for file in missing]
+    return lines + [f"  {file.size / 1e6:>9,.1f} MB  {file.url} -> {file.place}" for file in missing]
 
 
 def dry_run(scale: str, settings: dict, overrides: Mapping[str, object]) -> str:
@@ -168,7 +182,8 @@ def dry_run(scale: str, settings: dict, overrides: Mapping[str, object]) -> str:
         hours = estimate(run.system, run.max_length, rates, training, scoring)
         total += hours
         lines.append(f"{hours:>10,.1f} {gigabytes(run.system):>7.1f}  {run.command(scale, overrides)}")
-    lines += ["", f"{total:,.0f} hours in all, one run after another; GB: the most that one takes while it trains"]
+    lines += ["", f"{total:,.0f} hours in all, one run after another; GB: the most that one takes while it trains",
+        "(notebook 06 then stores states, tenths of a GB to some tens, and says before it begins if there is no room)"]
     return "\n".join(lines)
 
 

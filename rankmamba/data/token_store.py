@@ -160,7 +160,7 @@ class _Selection(Mapping[str, np.ndarray]):
 
     def __init__(self, store: TokenStore, doc_ids: Sequence[str], limit: int):
         if limit > LONGEST:
-            raise InputError(f"expected at most {LONGEST} tokens of a document, got {limit}; choose a smaller max_length")
+            raise InputError(f"expected at most {LONGEST} tokens of a document, got {limit}; choose a smaller max_length or fewer passages")
         _refuse_unknown(doc_ids, store)
         self._store, self._doc_ids, self._limit = store, doc_ids, limit
 

@@ -14,7 +14,6 @@ from transformers.activations import GELUActivation
 from .. import scan
 from ..scan.precision import PRECISIONS
 
-
 HOOKS = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"  # of modules, as torch names them
 
 

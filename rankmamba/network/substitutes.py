@@ -33,6 +33,9 @@ def use_kernels(backbone: nn.Module) -> nn.Module:
                 module.before_products = name.endswith(".norm")  # a block's norm, not the one after all blocks
             if isinstance(module, ScanMixer):  # its block may read a `MambaState` a second time: a pass never changes it
                 backbone.get_submodule(name.rpartition(".")[0])._can_checkpoint_with_cache = True
+    # what FSDP keeps together is looked up by the names of classes: Mamba's blocks, no longer their mixers
+    names = {type(module).__name__ for module in backbone.modules()}
+    backbone._no_split_modules = [name for name in getattr(backbone, "_no_split_modules", None) or () if name in names]
     return backbone
 
 

@@ -14,10 +14,12 @@ from ..backbones import find
 from ..collection import Collection
 from ..evaluate import mean_interval, per_query
 from ..experiment import Experiment
-from ..files import alone
+from ..files import alone, check_room
 from ..reranker import Reranker
 from ..results import environment, find_record, fingerprint, leave_record
 from . import DocumentStates
+from .encoding import record_bytes
+from .kinds import kind_of
 
 FULL = "full scoring"
 MEASURE = "nDCG@10"  # by which formats are compared
@@ -61,13 +63,15 @@ def trial(
     candidates = candidates[candidates["query_id"].isin(test.queries) & (candidates["rank"] <= top_k)]
     texts = test.documents.get_many(sorted(set(candidates["doc_id"])))
 
+    wanted = list(_formats(reranker, dtypes))
     with _workspace(experiment.folder) as place:
+        _check_room(place, reranker, list(texts.values()), wanted)
         started = time.perf_counter()
         exact = DocumentStates.build(reranker, texts, place / "exact", show_progress_bar=True)
         build_seconds = time.perf_counter() - started
         stores = {
             name: exact if name == "float32" else exact.convert(place / name, dtype, layers)
-            for name, dtype, layers in _formats(reranker, dtypes)
+            for name, dtype, layers in wanted
         }
         runs, seconds = _in_turns({FULL: reranker} | stores, lambda ranker: ranker.rerank(candidates, test, top_k))
         full, full_seconds = runs.pop(FULL), seconds.pop(FULL)
@@ -120,6 +124,16 @@ def _formats(reranker: Reranker, dtypes: Sequence[str]):
         depth = reranker.model.backbone.config.num_hidden_layers
         kept = range((depth + 1) // 2)
         yield f"{dtypes[-1]}, {len(kept)} of {depth} layers", dtypes[-1], kept
+
+
+def _check_room(place: Path, reranker: Reranker, texts: Sequence[str], formats: Sequence[tuple]) -> None:
+    """Refuse to begin a trial whose stores, which exist at the same time, the disk has no room for."""
+    before = len(reranker.inputs.before)
+    tokens = [before + len(half) for half in reranker.inputs.documents(texts)]
+    kinds = [(dtype, kind_of(reranker, layers)) for _, dtype, layers in formats]
+    size = sum(record_bytes(dtype, kind.numbers(count)) for dtype, kind in kinds for count in tokens)
+    remedy = "free some space, or lower n_state_queries or top_k, or leave formats out of store_dtypes"
+    check_room(place, size, f"for the states of {len(texts):,} documents in {len(formats)} formats", remedy)
 
 
 def _compare(full: pd.DataFrame, run: pd.DataFrame, test: Collection) -> dict:

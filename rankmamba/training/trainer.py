@@ -206,7 +206,14 @@ class LCETrainer(Trainer):
             save_model(self.model, Path(output_dir) / SAFE_WEIGHTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
+        if weights.is_file() == self.is_fsdp_enabled:
+            with_it, without = ("with", "without") if self.is_fsdp_enabled else ("without", "with")
+            raise InputError(
+                f"expected a checkpoint of a training {with_it} FSDP, got one {without} it, {resume_from_checkpoint}; go on as it began, "
+                "or delete it"
+            )
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_model(self.model, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+            load_model(self.model, weights)
