@@ -179,20 +179,34 @@ class Search:
         judged = self.collection.qrels[self.collection.qrels["query_id"].isin(asked)]
         return dict(zip(judged["doc_id"], judged["relevance"], strict=True))
 
-    def occlusion(self, system: str, query: str, doc_id: str) -> pd.DataFrame:
-        """Which sentences of a document move its score: one row a sentence, in order.
+    def occlusion(
+        self,
+        system: str,
+        query: str,
+        doc_id: str,
+        on_scored: Callable[[int, int], None] = lambda done, total: None,
+        stop: threading.Event | None = None,
+    ) -> pd.DataFrame | None:
+        """Which sentences of a document move its score: one row a sentence, in order; None if `stop` was set meanwhile.
 
         Columns: sentence (text, up to the next one), difference (the document's score minus its score without the sentence:
-        above 0, the sentence speaks for the document), read (whether the model reads any of it before the cut at its length).
+        above 0, the sentence speaks for the document; 0 where it is not read), read (whether the model reads any of it before the cut
+        at its length). on_scored(done, total): counts sentences.
         """
         reranker, text = self.reranker(system), self.texts([doc_id])[doc_id]
         parts = sentences(text)
-        starts = np.cumsum([0, *map(len, parts)])
-        variants = [text] + ["".join(parts[:place] + parts[place + 1 :]) for place in range(len(parts))]
-        with self._lock:
-            scores = reranker.predict([(query, variant) for variant in variants])
-            end = read_until(reranker, text)
-        return pd.DataFrame({"sentence": parts, "difference": scores[0] - scores[1:], "read": starts[:-1] < end})
+        read = np.cumsum([0, *map(len, parts)])[:-1] < read_until(reranker, text)
+        variants = [text] + ["".join(parts[:place] + parts[place + 1 :]) for place in np.flatnonzero(read)]
+        scores = []
+        for start in range(0, len(variants), STEP):
+            if stop is not None and stop.is_set():
+                return None
+            with self._lock:
+                scores += reranker.predict([(query, variant) for variant in variants[start : start + STEP]]).tolist()
+            on_scored(len(scores) - 1, len(variants) - 1)
+        difference = np.zeros(len(parts))
+        difference[read] = scores[0] - np.array(scores[1:])
+        return pd.DataFrame({"sentence": parts, "difference": difference, "read": read})
 
 
 def sentences(text: str) -> list[str]:

@@ -25,7 +25,7 @@ from rankmamba.panels.pages import document_html, lists_html
 from rankmamba.panels.training import TrainingPanel, runs_table
 from rankmamba.reporting.style import FAMILIES, look
 from rankmamba.results import read_records
-from rankmamba.search import Ranking, Search, query_words, sentences
+from rankmamba.search import FIRST_STAGE, Ranking, Search, query_words, sentences
 from rankmamba.states import trials
 from rankmamba.train import TrainConfig
 
@@ -242,6 +242,14 @@ def test_only_what_stands_before_the_cut_counts_as_read(experiment):
     search.texts = lambda doc_ids: {"long": "Ten. " * limit}
     table = search.occlusion("tiny-bert", "a query", "long")
     assert table["read"].sum() == limit // 2  # "ten" and "." are a token each
+    assert not table["difference"][~table["read"]].any()
+    stop, seen = threading.Event(), []
+
+    def on_scored(done, total):
+        seen.append((done, total))
+        stop.set()
+
+    assert search.occlusion("tiny-bert", "a query", "long", on_scored, stop) is None and seen == [(15, limit // 2)]
 
 
 def test_a_stopped_ranking_gives_nothing_and_says_so(experiment):
@@ -300,6 +308,44 @@ def test_the_ranking_panel_answers_a_typed_query_from_every_system(experiment):
     panel._open()
     panel.query.value = "zzzz qqqq"
     wait_for(lambda: "No document has a word" in panel.lists.value)
+    panel.query.value = "of the and"
+    wait_for(lambda: "BM25 looks for none of these words" in panel.lists.value)
+    panels.close()
+
+
+def test_while_another_query_is_ranked_no_document_of_the_last_one_stands_below(experiment):
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")}, experiment.folder / "states")
+    panel = panels.RankingPanel(search, [], top_k=5)
+    panel.query.value = "the metal of a planet"
+    wait_for(lambda: panel.text.value)
+    ranks, rerank, displayed = threading.Event(), search.rerank, []
+
+    def waiting(*arguments):
+        wait_for(lambda: FIRST_STAGE in panel._answer.lists and panel.below.layout.display == "none")
+        displayed.append(panel.below.layout.display)
+        ranks.set()
+        return rerank(*arguments)
+
+    search.rerank = waiting
+    panel.query.value = "a river"
+    wait_for(ranks.is_set)
+    wait_for(lambda: panel.below.layout.display == "" and panel.text.value)
+    assert displayed == ["none"]
+    panels.close()
+
+
+def test_the_training_panel_trains_with_the_very_settings_it_was_given_and_every_value_has_a_label_of_its_own():
+    short = dataclasses.replace(TINY, learning_rate=2e-4, max_length=160, max_query_length=50)
+    configs = {"tiny-bert": short, "tiny-neox": dataclasses.replace(short, system="tiny-neox", learning_rate=1.25e-4)}
+    trained = []
+    panel = TrainingPanel(configs, lambda config, on_step, stop: trained.append(config), list)
+    for system, config in configs.items():
+        panel.system.value = system
+        panel.controls.begin()
+        wait_for(lambda: panel.controls.job.ended.is_set())
+        assert trained[-1] == config
+    for slider in (panel.learning_rate, panel.max_length):
+        assert len(set(slider._options_labels)) == len(slider.options)
     panels.close()
 
 

@@ -30,6 +30,7 @@ CSS = """<style>
 .rm-document { max-width: 860px; font-size: 13.5px; line-height: 1.75; margin: 6px 0 8px; }
 .rm-document .rm-sentence { padding: 2px 0; border-radius: 2px; }
 .rm-document sup { font-size: 10px; font-variant-numeric: tabular-nums; padding: 0 3px; font-weight: 600; }
+.rm-document .rm-sentence, .rm-document sup, .rm-lists .rm-text { unicode-bidi: isolate; }
 .rm-document .rm-unread { opacity: .45; }
 </style>"""
 SHOWN = 10  # documents of each list
@@ -80,7 +81,7 @@ def _column(system, ranking, texts, judged, words, read, before, names) -> str:
         if relevant:
             head.append('<span class="rm-tick">✓ relevant</span>')
         head.append(f'<span class="rm-score">{score:.{digits}f}</span>')
-        text = f'<div class="rm-text">{marked(texts[doc_id][:240], words)}</div>'
+        text = f'<div class="rm-text" dir="auto">{marked(texts[doc_id][:240], words)}</div>'
         rows.append(f'<li class="{" ".join(classes)}"><div class="rm-head">{"".join(head)}</div>{text}</li>')
     heading = f'<h4 style="border-color:{ink(look(system).color)}">{escape(system)}</h4><div class="rm-note">{said}</div>'
     return f"<section>{heading}<ol>{''.join(rows)}</ol></section>"
@@ -101,9 +102,9 @@ def document_html(parts: pd.DataFrame, words: Collection[str], system: str) -> s
         f"The number at a sentence: {escape(system)}'s score minus its score without that sentence. "
         f'<span style="background:rgba({SPEAKS_FOR},.3)">blue</span> speaks for the document, '
         f'<span style="background:rgba({SPEAKS_AGAINST},.35)">orange</span> against it'
-        + ("." if parts["read"].all() else "; pale text is beyond the cut: it is read only when something before it is left out.")
+        + ("." if parts["read"].all() else "; pale text is beyond the cut and not read.")
     )
-    return f'{CSS}<div class="rm-document">{"".join(pieces)}</div><div class="rm-note" style="max-width:860px">{note}</div>'
+    return f'{CSS}<div class="rm-document" dir="auto">{"".join(pieces)}</div><div class="rm-note" style="max-width:860px">{note}</div>'
 
 
 def _sentence(row, largest: float, words: Collection[str]) -> str:
@@ -112,7 +113,7 @@ def _sentence(row, largest: float, words: Collection[str]) -> str:
     shade = f"background:rgba({color},{strength:.3f})"
     unread = "" if row.read else " rm-unread"
     body = marked(row.sentence.strip(), words)
-    return f'<span class="rm-sentence{unread}" style="{shade}">{body}<sup>{row.difference:+.{_digits(largest)}f}</sup></span> '
+    return f'<span class="rm-sentence{unread}" style="{shade}">{body}<sup dir="ltr">{row.difference:+.{_digits(largest)}f}</sup></span> '
 
 
 def _digits(size: float) -> int:

@@ -31,7 +31,7 @@ class RankingPanel(Panel):
     """
 
     def __init__(self, search: Search, queries: Sequence[str], top_k: int = 20):
-        self._search, self._answer, self._known, self._offering = search, None, {}, False
+        self._search, self._answer, self._known, self._offering, self._offered = search, None, {}, False, None
         wide, narrow = widgets.Layout(width="540px"), widgets.Layout(width="340px")
         self.pick = widgets.SelectionSlider(
             options=[("", ""), *((text, text) for text in queries)],
@@ -65,13 +65,13 @@ class RankingPanel(Panel):
         self.storing_takes = widgets.HTML()
         self.storing_takes.add_class("rm-note")
         self.stored = widgets.VBox([self.storing.row(), self.storing_takes, self.storing.error])
-        self.below = widgets.VBox([self.document, self.judge, self.reading.error, self.text])
+        self.below = widgets.VBox([self.document, self.judge, self.reading.row(), self.reading.error, self.text])
         self.below.layout.display = "none"
         self.pick.observe(self._pick, "value")
         for widget in (self.query, self.top_k, *self.systems):
             widget.observe(self._ask, "value")
         for box in self.systems:
-            box.observe(lambda change: self._offer_storing(), "value")
+            box.observe(self._tick, "value")
         for widget in (self.document, self.judge):
             widget.observe(self._open, "value")
         systems = in_row([widgets.Label("rerank with", layout=widgets.Layout(margin="0 10px 0 16px")), *self.systems])
@@ -79,6 +79,10 @@ class RankingPanel(Panel):
         super().__init__(
             [*asking, self.ranking.error, self.stored, self.lists, self.below], [self.ranking, self.reading, self.storing]
         )
+        self._offer_storing()
+
+    def _tick(self, change) -> None:
+        self.storing.error.value = ""  # "tick one" has been heard
         self._offer_storing()
 
     def _pick(self, change) -> None:
@@ -165,9 +169,12 @@ class RankingPanel(Panel):
         if answer is None or FIRST_STAGE not in answer.lists:
             return
         if not answer.lists[FIRST_STAGE].doc_ids:
-            nothing = "No document has a word of this query: try another one." if answer.query else "Pick a query, or type one."
-            self.lists.value, self.below.layout.display = nothing, "none"
+            common = "BM25 looks for none of these words, which are in nearly every text: add another one."
+            nothing = "No document has a word of this query: try another one." if answer.words else common
+            self.lists.value, self.below.layout.display = nothing if answer.query else "Pick a query, or type one.", "none"
             return
+        if answer.query != self._offered:
+            self.below.layout.display = "none"  # it is about another query
         if job.ended.is_set():  # even where a system failed: what is shown below must belong to these lists, not to earlier ones
             self._offer(answer)
             self._offer_storing()
@@ -191,6 +198,7 @@ class RankingPanel(Panel):
             self.document.value = wanted
         finally:
             self._offering = False
+        self._offered = answer.query
         self.below.layout.display = ""
         self._open()
 
@@ -199,11 +207,13 @@ class RankingPanel(Panel):
         listed = self._answer is not None and FIRST_STAGE in self._answer.lists
         if listed and not self._offering and self.document.value and self.judge.value:
             self._show_lists()
+            self.text.value = ""
             self.reading.begin()
 
-    def _read(self, job: Job) -> tuple:
-        system = self.judge.value
-        return self._search.occlusion(system, self._answer.query, self.document.value), self._answer.words, system
+    def _read(self, job: Job) -> tuple | None:
+        system, answer = self.judge.value, self._answer
+        parts = self._search.occlusion(system, answer.query, self.document.value, job.report, job.stop)
+        return None if parts is None else (parts, answer.words, system)
 
     def _draw_document(self, job: Job) -> None:
         if job.result is not None:

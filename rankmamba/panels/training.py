@@ -35,19 +35,21 @@ class TrainingPanel(Panel):
         first = next(iter(self._configs.values()))
         wide = {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="420px")}
         self.system = choice(self._configs, "backbone")
-        self.learning_rate = widgets.FloatLogSlider(
-            first.learning_rate, min=-6, max=-1, step=0.05, description="learning rate", readout_format=".2g", **wide
+        # steps on a scale that has the configured values: a numeric slider would move these to its own steps
+        rates = {float(f"{10**power:.2g}") for power in np.arange(-6, -0.99, 0.05)}
+        rates |= {config.learning_rate for config in self._configs.values()}
+        self.learning_rate = widgets.SelectionSlider(
+            options=[(f"{rate:g}", rate) for rate in sorted(rates)],
+            value=first.learning_rate,
+            description="learning rate",
+            **wide,
         )
         self.group_size = widgets.IntSlider(
             first.group_size, min=2, max=max(16, first.group_size), description="group size", **wide
         )
-        self.max_length = widgets.IntSlider(
-            first.max_length,
-            min=first.max_query_length + 8,
-            max=max(512, first.max_length),
-            step=8,
-            description="length, tokens",
-            **wide,
+        lengths = {*range(8 * (first.max_query_length // 8 + 1), 513, 8), first.max_length}
+        self.max_length = widgets.SelectionSlider(
+            options=sorted(lengths), value=first.max_length, description="length, tokens", **wide
         )
         self.steps = widgets.BoundedIntText(first.max_steps, min=0, max=1_000_000, description="steps (0: all)", **wide)
         self.seed = widgets.BoundedIntText(first.seed, min=0, max=1_000_000, description="seed", **wide)
