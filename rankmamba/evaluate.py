@@ -18,7 +18,7 @@ MEASURES = ("nDCG@10", "RR@10", "RR@100", "AP@100")
 PRIMARY = "RR@100"
 BASELINE = "bm25"
 RESAMPLES = 10_000
-FEW_CLUSTERS = 10
+FEW_CLUSTERS, MANY_CLUSTERS = 3, 100  # fewer allow no test by clusters; from so many on t's quantiles are the normal ones to 1%
 POWER = 0.8  # of a difference that counts as detectable
 ROUNDING = 1e-12  # smaller differences count as none
 MAX_RELEVANCE = 1_000  # trec_eval allocates an array of this length
@@ -103,14 +103,16 @@ def clusters(qrels: pd.DataFrame) -> dict[str, int]:
 def clustered(query_ids: Sequence[str], given: Mapping[str, int] | None) -> np.ndarray:
     """The clusters of these queries, int (n,), numbered from 0; a query without a given cluster is one of its own.
 
-    Where chains of graded judgements join most queries, the effective number of clusters (of equal ones that would vary alike: n
-    squared over the sum of the squared sizes) is below `FEW_CLUSTERS`. Tests and intervals by clusters then err by far, so each query
-    is one of its own.
+    Where chains of graded judgements join nearly all queries, so that fewer than `FEW_CLUSTERS` are left (`effective`), there is no test
+    by clusters: each query is one of its own, and what is found holds for other queries about these documents only.
     """
     found = pd.factorize(np.array([(given or {}).get(query_id, query_id) for query_id in query_ids], dtype=object))[0]
-    if len(found) ** 2 < FEW_CLUSTERS * (np.bincount(found) ** 2).sum():
-        return np.arange(len(found))
-    return found
+    return found if effective(found) >= FEW_CLUSTERS else np.arange(len(found))
+
+
+def effective(cluster: np.ndarray) -> float:
+    """How many clusters of one size would make a mean vary as these do: n squared over the sum of the squared sizes."""
+    return len(cluster) ** 2 / (np.bincount(cluster) ** 2).sum()
 
 
 def bootstrap_means(
@@ -177,8 +179,18 @@ def _mean_intervals(samples: list[np.ndarray], cluster: np.ndarray | None) -> li
     for sample in samples:
         if sample.size == 0 or not np.isfinite(sample).all():
             raise InputError(f"expected finite values, got {sample.size}, of them {(~np.isfinite(sample)).sum()} not finite")
-    low, high = np.quantile(bootstrap_means(samples, cluster=cluster), BOUNDS, axis=0)
-    return [(float(sample.mean()), float(low[k]), float(high[k])) for k, sample in enumerate(samples)]
+    means = np.array([sample.mean() for sample in samples])
+    low, high = _bounds(bootstrap_means(samples, cluster=cluster), means, len(samples[0]), cluster)
+    return list(zip(means.tolist(), low.tolist(), high.tolist(), strict=True))
+
+
+def _bounds(resampled: np.ndarray, mean: np.ndarray, queries: int, cluster: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The interval from resampled means (resamples, K) around the means (K,): their percentiles, as much further out as t's are than the
+    normal distribution's where clusters are few; percentiles alone hold 87 to 93% there (LOG.md)."""
+    low, high = np.quantile(resampled, BOUNDS, axis=0)
+    groups = queries if cluster is None else effective(cluster)
+    wider = stats.t.ppf(BOUNDS[1], groups - 1) / stats.norm.ppf(BOUNDS[1]) if 1 < groups < MANY_CLUSTERS else 1.0
+    return mean - wider * (mean - low), mean + wider * (high - mean)
 
 
 def standard_error(differences: np.ndarray, cluster: np.ndarray | None = None) -> np.ndarray:
@@ -196,11 +208,11 @@ def standard_error(differences: np.ndarray, cluster: np.ndarray | None = None) -
 def paired_p(differences: np.ndarray, cluster: np.ndarray | None = None) -> np.ndarray:
     """Two-sided p of the paired t-test of differences (..., n queries); 1 where all are 0 or there is only one query.
 
-    cluster: as in `standard_error`; t then has as many degrees of freedom as there are clusters, less one.
+    cluster: as in `standard_error`; t then has as many degrees of freedom as there are `effective` clusters, less one.
     """
     differences = np.asarray(differences, dtype=np.float64)
-    groups = differences.shape[-1] if cluster is None else len(np.unique(cluster))
-    if groups < 2:
+    groups = differences.shape[-1] if cluster is None else effective(cluster)
+    if groups <= 1:
         return np.ones(differences.shape[:-1])
     mean, error = differences.mean(axis=-1), standard_error(differences, cluster)
     mean, error = (np.where(np.abs(found) < ROUNDING, 0.0, found) for found in (mean, error))
@@ -246,11 +258,11 @@ def compare(
     reference = samples.pop(baseline)
     cluster = clustered(tables[baseline][0].index, shared)
     means = bootstrap_means([reference, *samples.values()], cluster=cluster)
-    low, high = np.quantile(means[:, 1:] - means[:, :1], BOUNDS, axis=0)
     differences = np.array([sample.mean(axis=1) - reference.mean(axis=1) for sample in samples.values()])
     differences = differences.reshape(len(samples), len(reference))  # holds if there is only the baseline, too
     differences[np.abs(differences) < ROUNDING] = 0.0  # rounding in the mean over seeds is not a win
     mean = differences.mean(axis=1)
+    low, high = _bounds(means[:, 1:] - means[:, :1], mean, len(reference), cluster)
     spread = differences.std(axis=1, ddof=1) if len(reference) > 1 else np.zeros_like(mean)
     p = paired_p(differences, cluster)
     return pd.DataFrame(
@@ -326,7 +338,7 @@ def detectable_difference(differences, alpha: float = 0.05, cluster: np.ndarray 
         InputError: fewer than two queries, or clusters.
     """
     differences = np.asarray(differences, dtype=np.float64)
-    groups = len(differences) if cluster is None else len(np.unique(cluster))
-    if groups < 2:
-        raise InputError(f"expected at least 2 queries that share no relevant document, got {groups}")
+    groups = len(differences) if cluster is None else effective(cluster)
+    if groups <= 1:
+        raise InputError(f"expected at least 2 queries that share no relevant document, got {groups:.0f}")
     return float(stats.t.ppf([1 - alpha / 2, POWER], groups - 1).sum() * standard_error(differences, cluster))

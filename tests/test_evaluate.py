@@ -95,7 +95,7 @@ def test_measures_equal_ir_measures_pytrec_eval_and_the_formulas(scores, judged)
 
 def test_the_defaults_are_what_the_study_reports():
     assert (MEASURES, PRIMARY, BASELINE) == (("nDCG@10", "RR@10", "RR@100", "AP@100"), "RR@100", "bm25")
-    values = reciprocal_ranks(60, 22)
+    values = reciprocal_ranks(100, 22)
     means = bootstrap_means([values[:, None]], 10_000, seed=0)
     assert np.array_equal(bootstrap_means([values[:, None]]), means)
     assert mean_interval(values)[1:] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist(), abs=1e-12)
@@ -178,7 +178,7 @@ def test_queries_are_of_one_cluster_if_a_chain_of_shared_relevant_documents_join
     assert {frozenset(q for q in found if found[q] == number) for number in found.values()} == {frozenset(q) for q, _ in joined}
 
 
-@pytest.mark.parametrize("joined, alone", [(200, 50), (80, 20), (53, 0)])
+@pytest.mark.parametrize("joined, alone", [(200, 30), (80, 20), (53, 0)])
 def test_where_chains_join_most_queries_each_is_tested_alone_and_no_more_is_found_than_there_is(joined, alone):
     names = [f"q{n}" for n in range(joined + alone)]
     cluster = clustered(names, dict.fromkeys(names[:joined], 0))
@@ -187,6 +187,22 @@ def test_where_chains_join_most_queries_each_is_tested_alone_and_no_more_is_foun
     assert 0.04 <= (paired_p(differences, cluster) < 0.05).mean() <= 0.06
     many = dict.fromkeys(names[: joined // 10], 0)
     assert len(set(clustered(names, many))) == joined + alone - joined // 10 + 1
+
+
+@pytest.mark.parametrize("sizes", [[20] * 5, [10] * 9, [33] + [1] * 67, [40, 30, 10] + [2] * 10, [1] * 10], ids=lambda sizes: len(sizes))
+@pytest.mark.parametrize("together", [0.0, 0.3])
+def test_few_clusters_are_tested_with_few_degrees_of_freedom_and_intervals_are_as_much_wider(sizes, together):
+    generator, names = np.random.default_rng(4), [f"q{n}" for n in range(sum(sizes))]
+    cluster = clustered(names, dict(zip(names, np.repeat(range(len(sizes)), sizes).tolist(), strict=True)))
+    assert cluster.max() + 1 == len(sizes)
+    shape = 600, len(sizes)
+    same, own = generator.normal(0, 1, shape)[:, cluster], generator.normal(0, 1, (600, len(names)))
+    differences = np.sqrt(together) * same + np.sqrt(1 - together) * own
+    assert (paired_p(differences, cluster) < 0.05).mean() <= 0.1
+    baseline = pd.DataFrame({"RR@100": np.zeros(len(names))}, index=names)
+    values = {"none": baseline} | {str(k): baseline + row[:, None] for k, row in enumerate(differences[:300])}
+    table = compare(values, "none", shared=dict(zip(names, cluster.tolist(), strict=True)))
+    assert ((table["low"] <= 0) & (0 <= table["high"])).mean() >= 0.92
 
 
 def test_false_positive_rate_is_the_nominal_one_where_queries_of_a_cluster_go_together():

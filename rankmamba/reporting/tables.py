@@ -231,8 +231,8 @@ def caption(table: pd.DataFrame) -> str:
             )
         elif first["apart"]:
             lines.append(
-                "Most queries share relevant documents with others, directly or through others, so clusters of them would be too few: p "
-                "and the intervals take each alone."
+                "Nearly all queries share relevant documents with others, directly or through others, so clusters of them are too few: p "
+                "and the intervals take each alone, which holds for other queries about these documents only."
             )
         elif first["clusters"] < first["queries"]:
             lines.append(
@@ -240,6 +240,7 @@ def caption(table: pd.DataFrame) -> str:
             )
     if (table["seeds"] > 1).any():
         lines.append("Intervals: 95%, bootstrap over queries and seeds; p is of the means over these seeds.")
+        shown = "Intervals know other seeds, p the number of tests: shown is a difference with p below 0.05 and 0 outside its interval."
         once = table.loc[(table["seeds"] == 1) & table["tokens"].notna(), "system"]  # a first stage has no seeds
         if len(once):
             lines.append(
@@ -247,7 +248,8 @@ def caption(table: pd.DataFrame) -> str:
             )
     else:
         lines.append("Intervals: 95%, bootstrap over queries; what another seed would give is not in them.")
-    lines.append("Intervals are not corrected for the number of tests, p is: where they disagree, go by p.")
+        shown = "Intervals are not corrected for the number of tests, p is: where they disagree, go by p."
+    lines.append(shown)
     lines.append(
         "params: outside the embeddings. Tokens and minutes of training, pairs/s: mean over seeds. X + Y: their scores mixed."
     )
