@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -94,6 +95,22 @@ def python_problem():
     return None
 
 
+def venv_problem():
+    """Return why .venv cannot be made or brought up to date and what to do, or None."""
+    remedy = "rename or delete it, then start again"
+    if not os.access(str(ROOT / "pyproject.toml"), os.W_OK):
+        return f"you may not write in {ROOT}: copy this folder to one of your own, then start again"
+    if not VENV.parent.is_dir() or VENV.is_file():
+        return f"{ROOT / '.venv'} is no folder and leads to none: {remedy}"
+    if PYTHON.exists() and not read_stamp() and not venv_works():
+        return f"{VENV} was made by something else and has no working pip: {remedy}"
+    settings = VENV / "pyvenv.cfg"
+    version = re.search(r"^version\w* *= *(\d+)\.(\d+)", settings.read_text() if settings.is_file() else "", re.MULTILINE)
+    if version and not PYTHONS[0] <= tuple(map(int, version.groups())) <= PYTHONS[1]:
+        return f"{VENV} is of Python {version[1]}.{version[2]}, which rankmamba does not run on: {remedy}"
+    return None
+
+
 def disk_problem(needed_gb):
     """Return that the disk has less than `needed_gb` free and what to do, or None."""
     free_gb = shutil.disk_usage(ROOT).free / 1e9
@@ -119,8 +136,8 @@ def install(extra):
     """Bring .venv up to date with this folder; at once when it is."""
     if up_to_date(extra):
         return
-    if PYTHON.exists() and not read_stamp() and not venv_works():
-        stop(f"{VENV} was made by something else and has no working pip: rename or delete it, then start again")
+    if venv_problem():
+        stop(venv_problem())
     with open(str(ROOT / "pyproject.toml"), "r+") as lock:
         if fcntl:
             try:
@@ -166,7 +183,7 @@ def update(extra):
 
 def fingerprint():
     """Return a hash of everything that decides what is installed, the place included: a moved .venv does not work."""
-    digest = hashlib.sha256(str(ROOT).encode())
+    digest = hashlib.sha256(os.fsencode(str(ROOT)))
     native = sorted(path for path in ROOT.glob("rankmamba/scan/**/*") if path.suffix in (".cpp", ".h"))
     for path in [*(ROOT / name for name in INSTALLED), *native]:
         if path.exists():
@@ -184,7 +201,7 @@ def read_stamp():
     """Return what an earlier start has noted in .venv, {} if nothing."""
     try:
         return json.loads(STAMP.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
         return {"unfinished": True}
@@ -295,7 +312,9 @@ def doctor():
         "compiler": next(filter(None, map(shutil.which, compilers)), None)
         or "none found: Mamba runs on the portable scan, not the native one (Debian, Ubuntu: sudo apt-get install g++)",
         "disk": disk_problem(3) or f"{shutil.disk_usage(ROOT).free / 1e9:.1f} GB free at {ROOT}",
-        ".venv": "up to date" if up_to_date(None) else "made or brought up to date by `python3 run.py study`",
+        ".venv": "up to date"
+        if up_to_date(None)
+        else venv_problem() or "made or brought up to date by `python3 run.py study`",
     }
     for name, finding in findings.items():
         print(f"{name:<24}{finding}", flush=True)

@@ -1,4 +1,4 @@
-"""A saved reranker inside sentence-transformers: `CrossEncoder(folder, trust_remote_code=True)` gives the scores of `Reranker`.
+"""A saved reranker inside sentence-transformers: `CrossEncoder(folder, trust_remote_code=True)` gives the scores of `Reranker` in float32.
 
 `trust_remote_code` is needed because the pairs are read by a class that is not sentence-transformers' own: the installed one below, no
 code from the folder. Without it a causal model would be given a template that it was not trained with.

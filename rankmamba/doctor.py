@@ -110,8 +110,9 @@ def findings() -> Iterator[tuple[str, str]]:
             yield f"extra {extra}" if extra else "requirements", "lacks " + ", ".join(lacking) if lacking else "complete"
     except importlib.metadata.PackageNotFoundError:
         yield "requirements", "rankmamba is not installed here: `python3 run.py study`, or pip install --editable ."
-    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    data = Path(os.environ.get("IR_DATASETS_HOME", "~/.ir_datasets")).expanduser()
+    # not Path.expanduser, which fails for a user without a home
+    hub = Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface")))
+    data = Path(os.path.expanduser(os.environ.get("IR_DATASETS_HOME", "~/.ir_datasets")))
     for what, folder in (("data", data), ("hub cache", hub), ("results", ROOT / "results")):
         yield what, f"{folder}, {size_mb(folder)} MB" if folder.is_dir() else f"{folder}, not there yet"
 

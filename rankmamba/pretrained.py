@@ -39,8 +39,8 @@ what `Reranker.from_pretrained("{name}")` loads and what the study fine-tunes; e
 trained it on Natural Questions among others, the same for every nano system.
 """
 WIKI = (
-    "introductions of Wikipedia articles; queries made from their descriptions and sentences, nobody's searches, and nothing of the "
-    "collections that the study tests on"
+    "introductions of Wikipedia articles; queries made from their descriptions and sentences, nobody's searches and none that the study "
+    "tests on; a few articles share sentences with the collections that it tests on, for all systems alike"
 )
 
 

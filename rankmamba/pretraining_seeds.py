@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         compared = pairs(records, clusters(study.split("dev").qrels)).drop(columns=["effect", "detectable"])
         compared["p_holm"] = compared["p_holm"].map(p_value)
         print("\n" + compared.to_string(index=False, float_format="{:.3f}".format))
+        print("p is about other queries; the intervals are about other pre-trainings, too: go by these")
     if len(set(options.seeds)) > 1 and len(before["systems"]) > 1:
         within, between = spreads(found[PRIMARY])
         print(f"\nstandard deviation of {PRIMARY}: {within:.3f} between the seeds of a system, {between:.3f} between systems")

@@ -154,7 +154,7 @@ class Reranker:
         A model in training mode is put into evaluation mode, as CrossEncoder does: dropout would make the scores random.
 
         batch_tokens: tokens computed at a time after padding (on a CPU in one batch per thread), default `self.batch_tokens`; it
-        changes speed and memory, not the scores.
+        changes speed and memory, not the scores (in bfloat16 their last digits).
         cross_encoder: further keywords of `CrossEncoder.predict`, see `cross_encoder.conversion`; with them the scores may be a tensor.
 
         Raises:

@@ -35,6 +35,14 @@ PROJECT = ["--no-deps torch", "--require-hashes --requirement requirements.txt",
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in for Python is a shell script")
 
 
+def loaded(folder):
+    """run.py of a folder, as a module."""
+    spec = importlib.util.spec_from_file_location("run_of_checkout", folder / "run.py")
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    return run
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout of its own, its run.py imported as `.run`, a stand-in as its Python. `.calls()`: what that was asked to do."""
@@ -43,9 +51,7 @@ def checkout(tmp_path, monkeypatch):
     python = tmp_path / "fake_python"
     python.write_text(FAKE_PYTHON.format(folder=tmp_path))
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    spec = importlib.util.spec_from_file_location("run_of_checkout", tmp_path / "run.py")
-    run = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run)
+    run = loaded(tmp_path)
     monkeypatch.setattr(run.sys, "executable", str(python))
     monkeypatch.setattr(run, "cpu_index", lambda: [])
     monkeypatch.setattr(run, "has_chromium", lambda: False)
@@ -144,6 +150,45 @@ def test_a_venv_without_pip_that_is_not_ours_is_left_alone(checkout, capsys):
     checkout.run.PYTHON.chmod(0o755)
     assert sentence_of(checkout, "study", capsys).endswith("has no working pip: rename or delete it, then start again.")
     assert checkout.run.PYTHON.exists()
+
+
+@pytest.mark.parametrize(
+    "break_it, said",
+    [
+        (lambda folder: (folder / ".venv").write_text(""), "is no folder and leads to none"),
+        (lambda folder: (folder / ".venv").symlink_to(folder / "unmounted" / "venv"), "is no folder and leads to none"),
+        (lambda folder: made_with(folder, "3.10.12"), "is of Python 3.10, which rankmamba does not run on"),
+    ],
+    ids=["a file", "a link to a disk that is not mounted", "another Python's"],
+)
+def test_a_venv_that_cannot_be_used_is_one_sentence_before_anything_is_installed_and_doctor_has_it_too(
+    break_it, said, checkout, capsys
+):
+    break_it(checkout.folder)
+    run = loaded(checkout.folder)  # where the link leads is found out at the start
+    with pytest.raises(SystemExit):
+        run.main(["study"])
+    assert f"{said}: rename or delete it" in capsys.readouterr().err and checkout.calls() == []
+    run.doctor()
+    assert said in capsys.readouterr().out
+
+
+def made_with(folder, version):
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(folder / "fake_python", folder / ".venv" / "bin" / "python")
+    (folder / ".venv" / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {version}\n")
+
+
+def test_a_folder_that_may_not_be_written_is_said(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(checkout.run.os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(SystemExit):
+        checkout.run.main(["study"])
+    assert "you may not write in" in capsys.readouterr().err and checkout.calls() == []
+
+
+def test_a_folder_whose_name_is_no_text_has_a_fingerprint(checkout, monkeypatch):
+    monkeypatch.setattr(checkout.run, "ROOT", Path(os.fsdecode(b"/caf\xe9")))
+    assert len(checkout.run.fingerprint()) == 64
 
 
 def test_two_starts_at_once_do_not_install_at_once(checkout):

@@ -281,7 +281,8 @@ def test_an_empty_or_hostile_sweep_is_one_clear_error(text, tmp_path):
         (["-f", "s.yaml", "--jobs", "0"], "--jobs of at least 1"),
         (["-f", "s.yaml", "-p", "seed=3"], "either as -p or in s.yaml"),
         (["-f", "s.yaml", "-p", "sed=3"], "sed"),
-        (["-f", "s.yaml", "--submitit", "memory=3"], "memory"),
+        (["-f", "s.yaml", "--submitit", "cluster=local", "memory=3"], "memory"),
+        (["-f", "s.yaml", "--submitit", "slurm_partition=gpu"], "expected Slurm, found no sbatch here"),
     ],
 )
 def test_a_wrong_argument_of_a_sweep_is_named_and_nothing_starts(arguments, says, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ Why submitit: the clusters this is for run Slurm, the records are on a disk that
 package without daemons. Ray would bring a cluster of its own, which nothing here needs.
 """
 
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -48,19 +49,23 @@ class Job:
 def starter(settings: dict, folder: Path) -> Callable[[list[str], Path], Job]:
     """Return a function that submits a study, given its arguments and its log.
 
-    settings: of submitit's AutoExecutor, such as timeout_min, cpus_per_task or slurm_partition; "cluster" may be "slurm" or "local".
+    settings: of submitit's AutoExecutor, such as timeout_min, cpus_per_task or slurm_partition; cluster="local" stays on this machine.
     folder: for submitit's own files.
 
     Raises:
-        InputError: submitit is not installed, or does not know a setting.
+        InputError: submitit is not installed, or does not know a setting, or there is no Slurm here.
     """
     try:
         import submitit
     except ImportError as error:
         raise InputError("expected the package submitit, found none; run `pip install 'rankmamba[cluster]'`") from error
     settings = {"name": "rankmamba", "timeout_min": 24 * 60} | settings  # submitit's own limit is five minutes
+    cluster = settings.pop("cluster", "slurm")
+    if cluster == "slurm" and not shutil.which("sbatch"):
+        remedy = "start it on a machine of the cluster, say cluster=local, or leave --submitit out"
+        raise InputError(f"expected Slurm, found no sbatch here; {remedy}")
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=settings.pop("cluster", None))
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**settings)
     except (NameError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"expected settings of submitit's AutoExecutor, got {settings}: {error}") from error

@@ -21,7 +21,8 @@ from .shapes import depth_of
 
 TOKENS = "random tokens"  # ends the collection of a record of speed
 FIXED = 16  # pairs of a batch where batches are made in the given order
-MACHINE = ("cpu", "device", "threads", "torch", "glibc_tunables")  # where one differs, a measurement is made again
+# where one differs, a measurement is made again; of a GPU only the first two: its host's processor hardly matters
+MACHINE = ("device", "torch", "cpu", "threads", "glibc_tunables")
 
 
 def speed(folder: str | Path, scale: str, systems: Sequence[str], cases: Sequence[tuple[int, int]], **settings) -> list[dict]:
@@ -121,7 +122,7 @@ def texts(
 
 
 def _machine(environment: dict) -> tuple:
-    return tuple(environment.get(key, "") for key in MACHINE)
+    return tuple(environment.get(key, "") for key in (MACHINE if environment["device"] == "cpu" else MACHINE[:2]))
 
 
 def _found(folder, system: str, collection: str, config: dict) -> dict | None:
