@@ -171,6 +171,12 @@ def test_a_measurement_stops_between_two_passes():
         measure("tiny-mamba", 64, batch=3, group_size=2)
 
 
+def test_a_gpu_is_one_machine_whatever_its_hosts_threads():
+    (gpu,) = measurements.recorded([ROOT / "data" / "gpu"])
+    assert len({record["environment"]["threads"] for record in gpu}) > 1
+    assert "mamba2-130m against the fastest Transformer of its size" in profile_tables.verdict(gpu)
+
+
 def records(speeds):
     """Records of one machine: {(system, has a scan): {length: tokens/s in training}}."""
     for (system, scans), by_length in speeds.items():

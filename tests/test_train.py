@@ -14,6 +14,7 @@ from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.data.runs import write_run
 from rankmamba.errors import InputError
 from rankmamba.experiment import Experiment
+from rankmamba.network.nano import NANO
 from rankmamba.reranker import Reranker
 from rankmamba.train import TrainConfig, main, train
 from rankmamba.training.distil import teacher_scores
@@ -193,12 +194,12 @@ def test_candidates_of_another_split_or_none_at_all_are_refused(part, said, tmp_
     assert not part or f"{tmp_path / 'first.run'}:1" in error
 
 
-def test_state_space_parameters_are_not_decayed():
-    model = Reranker.from_pretrained("tiny-mamba").model
-    trainer = LCETrainer.__new__(LCETrainer)
-    decayed = trainer.get_decay_parameter_names(model)
-    assert not [name for name in decayed if "A_log" in name or name.endswith(".D") or "bias" in name]
-    assert any("in_proj.weight" in name for name in decayed)
+@pytest.mark.parametrize("system", [f"tiny-{name}" for name in NANO])
+def test_weights_of_products_alone_are_decayed_in_every_family(system):
+    model = Reranker.from_pretrained(system).model
+    decayed = LCETrainer.__new__(LCETrainer).get_decay_parameter_names(model)
+    kinds = {name.removesuffix(".weight"): parameter.dim() for name, parameter in model.named_parameters() if name in decayed}
+    assert kinds and set(kinds.values()) <= {2, 3}  # no vector; 3: the convolution
 
 
 def test_training_pads_at_most_a_quarter_and_loses_no_pair():

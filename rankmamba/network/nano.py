@@ -1,7 +1,8 @@
 """The nano backbones: one budget (3.1 to 3.3 M parameters outside the embeddings), one vocabulary, a different sequence mixer each.
 
 Nothing else differs intentionally: no dropout (but before the reranker's head), the same width, 2048 positions where a family counts
-them. The same functions make the tiny backbones of the tests.
+them. The first weights are drawn as each family's own code does, those of the shared input layer, too: five times as large for a Mamba
+as for BERT; drawn alike, pre-training ends where it did (LOG.md). The same functions make the tiny backbones of the tests.
 """
 
 from collections.abc import Callable

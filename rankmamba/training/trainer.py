@@ -23,6 +23,7 @@ from .losses import accuracy, distil_loss, lce_loss
 from .progress import Progress
 
 _log = logging.getLogger(__name__)
+NOT_DECAYED = "A_log", ".D", "dt_bias", "norm_f.weight"  # of Mamba; the Trainer knows the norms of others by their names
 
 
 def like_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
@@ -47,7 +48,7 @@ def like_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
 
 
 class LCETrainer(Trainer):
-    """The Trainer with our loss, groups in their given order, and no weight decay on a state-space model's own parameters.
+    """The Trainer with our loss, groups in their given order, and no weight decay on a state-space model's own parameters and last norm.
 
     Its items are indices of groups; a step makes its batch from them, so that it can make smaller chunks if memory runs out.
     """
@@ -176,7 +177,7 @@ class LCETrainer(Trainer):
         return [count > 0 for count in self.accelerator.reduce(counts, "sum").tolist()]
 
     def get_decay_parameter_names(self, model):
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(("A_log", ".D", "dt_bias"))]
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(NOT_DECAYED)]
 
     def floating_point_ops(self, inputs):
         return 0  # a step's inputs are indices of groups
