@@ -105,7 +105,8 @@ def venv_problem():
     if PYTHON.exists() and not read_stamp() and not venv_works():
         return f"{VENV} was made by something else and has no working pip: {remedy}"
     settings = VENV / "pyvenv.cfg"
-    version = re.search(r"^version\w* *= *(\d+)\.(\d+)", settings.read_text() if settings.is_file() else "", re.MULTILINE)
+    said = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
+    version = re.search(r"^version\w* *= *(\d+)\.(\d+)", said, re.MULTILINE)
     if version and not PYTHONS[0] <= tuple(map(int, version.groups())) <= PYTHONS[1]:
         return f"{VENV} is of Python {version[1]}.{version[2]}, which rankmamba does not run on: {remedy}"
     return None

@@ -151,7 +151,7 @@ def _draw(generator: np.random.Generator, rows: int, size: int) -> np.ndarray:
 
 
 def mean_interval(values) -> tuple[float, float, float]:
-    """(mean, low, high: 95%) of values (n queries,) or (n queries, seeds): percentile bootstrap over queries and, if several, seeds.
+    """(mean, low, high: 95%) of values (n queries,) or (n queries, seeds): bootstrap over queries and, if several, seeds.
 
     Each query counts as independent.
 
@@ -181,7 +181,8 @@ def _mean_intervals(samples: list[np.ndarray], cluster: np.ndarray | None) -> li
             raise InputError(f"expected finite values, got {sample.size}, of them {(~np.isfinite(sample)).sum()} not finite")
     means = np.array([sample.mean() for sample in samples])
     low, high = _bounds(bootstrap_means(samples, cluster=cluster), means, len(samples[0]), cluster)
-    return list(zip(means.tolist(), low.tolist(), high.tolist(), strict=True))
+    least, most = np.array([(sample.min(), sample.max()) for sample in samples]).T  # no mean is beyond
+    return list(zip(means.tolist(), low.clip(least).tolist(), high.clip(max=most).tolist(), strict=True))
 
 
 def _bounds(resampled: np.ndarray, mean: np.ndarray, queries: int, cluster: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ REMEDIES = {
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EROFS: "choose a place that can be written",
+    errno.EROFS: "choose a folder that can be written",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EACCES: "choose a name in a folder that you may write",
     errno.EPERM: "choose a name in a folder that you may write",

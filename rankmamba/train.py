@@ -38,7 +38,7 @@ from .training.distil import teacher_scores
 from .training.groups import TrainingGroups
 from .training.lora import add_lora, merge_lora
 from .training.progress import Progress, Stopped
-from .training.trainer import LCETrainer
+from .training.trainer import NOT_DECAYED, LCETrainer
 
 OPTIMIZER = "adamw_torch_fused"  # one kernel for all weights, also on a CPU
 _log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def train(
     groups = TrainingGroups(
         collection, candidates, reranker.inputs, config.group_size, config.seed, count=steps * config.batch_size, stop=stop
     )
-    made_with = config.settings() | {"data": groups.digest(), "weights": weights_digest(reranker.model)}
+    made_with = config.settings() | {"not decayed": NOT_DECAYED, "data": groups.digest(), "weights": weights_digest(reranker.model)}
     checkpoints = Checkpoints(Path(folder).parent / "checkpoints" / Path(folder).name, made_with)
     (resume,) = broadcast_object_list([checkpoints.newest() if processes.is_main_process else None])
     progress = Progress(on_step, stop, checkpoint_seconds, checkpoint_steps)

@@ -71,7 +71,7 @@ def test_a_text_keeps_its_beginning_whatever_side_its_tokenizer_cuts():
 
 
 def test_a_budget_without_bounds_is_one_batch():
-    assert [batch.tolist() for batch in token_batches([3, 5, 4], 10**15, 0)] == [[1, 2, 0]]
+    assert [batch.tolist() for batch in token_batches([3, 5, 4], 10**15, 64)] == [[1, 2, 0]]
 
 
 @pytest.mark.parametrize("kind, head", [("encoder", []), ("causal", ["document", ":"]), ("encoder-decoder", [])])

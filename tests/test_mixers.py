@@ -150,7 +150,6 @@ def test_padding_anywhere_touches_neither_tokens_nor_states(model):
         torch.testing.assert_close(continued[row, asked], expected, rtol=1e-5, atol=1e-5)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("shape", [(2, 1, 7, 7), (2, 7, 7), (2, 6)], ids=str)
 def test_a_mask_that_is_none_of_the_tokens_is_refused(shape):
     layer = use_kernels(lively("mamba")).layers[0].mixer
@@ -166,13 +165,30 @@ def test_second_derivatives_of_a_model_are_those_in_float64(family):
         (gradient,) = torch.autograd.grad(loss(hidden(model, ids)), [model.embeddings.weight], create_graph=True)
         return torch.autograd.grad(gradient.pow(2).sum(), [model.layers[0].mixer.A_log, model.layers[1].mixer.in_proj.weight])
 
-    exact = penalty(copy.deepcopy(model).double())
+    double = copy.deepcopy(model).double()
+    exact = penalty(double)
     with forced("portable"):
         found = penalty(model)
     for got, expected in zip(found, exact, strict=True):
         assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
 
+    def norm() -> float:
+        """What was differentiated, from first derivatives."""
+        (gradient,) = torch.autograd.grad(loss(hidden(double, ids)), [double.embeddings.weight])
+        return gradient.pow(2).sum().item()
 
+    for parameter, derivative in zip((double.layers[0].mixer.A_log, double.layers[1].mixer.in_proj.weight), exact, strict=True):
+        direction, steps = torch.randn_like(parameter), []
+        for step in (1e-3, -1e-3):
+            with torch.no_grad():
+                parameter.add_(step * direction)
+            steps.append(norm())
+            with torch.no_grad():
+                parameter.sub_(step * direction)
+        assert (derivative * direction).sum().item() == pytest.approx((steps[0] - steps[1]) / 2e-3, rel=0.01)
+
+
+@torch.no_grad()
 def test_a_forward_pass_never_changes_the_state_it_reads(model):
     state = MambaState()
     hidden(model, tokens(2, 9), cache=state)

@@ -668,6 +668,9 @@ def test_cuda_calls_fit_and_continue_a_prefix_rightly(cuda):
     check("rms_norm", "cuda", norm, 1e-6, 4e-6, epsilon=1e-5, groups=2)
     check("rms_norm", "cuda", norm | {"z": None}, 1e-6, 4e-6, epsilon=1e-5, groups=2)
     assert dispatch._cuda() is sys.modules["rankmamba.scan.cuda"]
+    u = tensors.pop("u").requires_grad_()
+    with scan.forced("cuda"), pytest.raises(InputError, match="expected first derivatives, got create_graph=True"):
+        torch.autograd.grad(scan.selective_scan(u, **tensors).pow(2).sum(), u, create_graph=True)
 
 
 def test_a_forced_kernel_holds_inside_the_block_and_not_behind_it_even_after_an_error():

@@ -289,6 +289,7 @@ def test_a_wrong_argument_of_a_sweep_is_named_and_nothing_starts(arguments, says
     from rankmamba import study
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: None)  # a machine without Slurm
     Path("s.yaml").write_text("seed: [1, 2]")
     assert study.main(["--scale", "tiny", "--results", "out", *arguments]) == 1
     assert says in capsys.readouterr().err and not list(Path("out").glob("*=*"))

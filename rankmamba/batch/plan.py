@@ -182,8 +182,8 @@ def dry_run(scale: str, settings: dict, overrides: Mapping[str, object]) -> str:
         hours = estimate(run.system, run.max_length, rates, training, scoring)
         total += hours
         lines.append(f"{hours:>10,.1f} {gigabytes(run.system):>7.1f}  {run.command(scale, overrides)}")
-    lines += ["", f"{total:,.0f} hours in all, one run after another; GB: the most that one takes while it trains",
-        "(notebook 06 then stores states, tenths of a GB to some tens, and says before it begins if there is no room)"]
+    lines += ["", f"{total:,.0f} hours in all, one run after another; GB: the most that one takes while it trains"]
+    lines += ["(notebook 06 then stores states, some GB to some tens, and says before it begins if there is no room)"]
     return "\n".join(lines)
 
 

@@ -169,7 +169,7 @@ class RankingPanel(Panel):
         if answer is None or FIRST_STAGE not in answer.lists:
             return
         if not answer.lists[FIRST_STAGE].doc_ids:
-            common = "BM25 looks for none of these words, which are in nearly every text: add another one."
+            common = "BM25 looks for none of these: common words, single characters or signs. Add another word."
             nothing = "No document has a word of this query: try another one." if answer.words else common
             self.lists.value, self.below.layout.display = nothing if answer.query else "Pick a query, or type one.", "none"
             return

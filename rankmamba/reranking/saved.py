@@ -91,7 +91,7 @@ def load_saved(folder: Path, limits: dict[str, int]) -> tuple[RerankerModel, Pre
 def _version(folder: Path) -> tuple[int, int] | None:
     """What changes when another folder takes this one's place; None while there is none."""
     with suppress(FileNotFoundError):
-        found = folder.stat()
+        found = (folder / "config.json").stat()
         return found.st_ino, found.st_ctime_ns
 
 

@@ -11,10 +11,12 @@ from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
 from . import portable
+from .gradients import with_first_derivatives
 
 CHUNK = 64  # tokens at a time in the part of the scan that the kernel lacks; (B, CHUNK, E, N) float32 in memory
 
 
+@with_first_derivatives
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, return_final_state=False):
     """See `rankmamba.scan.selective_scan`."""
     delta, B, C = (t.to(u.dtype) for t in (delta, B, C))
@@ -78,6 +80,7 @@ def _decayed(step, A, C, state):
     return torch.cat(parts, 1), torch.exp(step.sum(1)[..., None] * A)
 
 
+@with_first_derivatives
 def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
     """See `rankmamba.scan.causal_conv1d`."""
     taps = weight.shape[1]
@@ -97,6 +100,7 @@ def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=F
     return (y, torch.cat([past, x[:, 1 - taps :]], 1)[:, 1 - taps :]) if return_final_state else y
 
 
+@with_first_derivatives
 def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):
     """See `rankmamba.scan.ssd_scan`."""
     y, final_state = mamba_chunk_scan_combined(
@@ -113,6 +117,7 @@ def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=F
     return (y, final_state.float()) if return_final_state else y
 
 
+@with_first_derivatives
 def rms_norm(y, weight, z, epsilon, groups, dtype):
     """See `rankmamba.scan.rms_norm`."""
     out = rmsnorm_fn(y, weight, None, z=z, eps=epsilon, group_size=y.shape[-1] // groups, norm_before_gate=False)

@@ -66,9 +66,9 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx, dy, dh):
         u, delta, A, B, C, *starts = ctx.saved_tensors
         if torch.is_grad_enabled() and starts and not torch.compiler.is_compiling():  # create_graph=True
-            inputs = [t for t, needed in zip((u, delta, A, B, C, starts[0]), ctx.needs_input_grad, strict=True) if needed]
-            outputs = _recurrence(u, delta, A, B, C, starts[0])
-            gradients = iter(torch.autograd.grad(outputs, inputs, (dy, dh), create_graph=True))
+            inputs = [t.view_as(t) for t in (u, delta, A, B, C, starts[0])]  # so that no gradient goes on to what they were made of
+            learnt = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+            gradients = iter(torch.autograd.grad(_recurrence(*inputs), learnt, (dy, dh), create_graph=True))
             return tuple(next(gradients) if needed else None for needed in ctx.needs_input_grad)
         du, ddelta, dB, dC = (torch.empty_like(t) for t in (u, delta, B, C))
         dA = torch.zeros_like(A)

@@ -18,7 +18,7 @@ from ..files import alone, check_room
 from ..reranker import Reranker
 from ..results import environment, find_record, fingerprint, leave_record
 from . import DocumentStates
-from .encoding import record_bytes
+from .encoding import ids_bytes, record_bytes
 from .kinds import kind_of
 
 FULL = "full scoring"
@@ -128,10 +128,11 @@ def _formats(reranker: Reranker, dtypes: Sequence[str]):
 
 def _check_room(place: Path, reranker: Reranker, texts: Sequence[str], formats: Sequence[tuple]) -> None:
     """Refuse to begin a trial whose stores, which exist at the same time, the disk has no room for."""
-    before = len(reranker.inputs.before)
+    before, marked = len(reranker.inputs.before), bool(reranker.inputs.marked)
     tokens = [before + len(half) for half in reranker.inputs.documents(texts)]
-    kinds = [(dtype, kind_of(reranker, layers)) for _, dtype, layers in formats]
-    size = sum(record_bytes(dtype, kind.numbers(count)) for dtype, kind in kinds for count in tokens)
+    stores = {("float32", None), *((dtype, layers) for _, dtype, layers in formats)}  # all are made from exact ones
+    kinds = [(dtype, kind_of(reranker, layers)) for dtype, layers in stores]
+    size = sum(record_bytes(dtype, kind.numbers(count)) + marked * ids_bytes(count) for dtype, kind in kinds for count in tokens)
     remedy = "free some space, or lower n_state_queries or top_k, or leave formats out of store_dtypes"
     check_room(place, size, f"for the states of {len(texts):,} documents in {len(formats)} formats", remedy)
 

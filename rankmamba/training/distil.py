@@ -30,11 +30,11 @@ def teacher_scores(teacher: str, groups: TrainingGroups, collection: Collection,
     ours = np.array_split(np.arange(len(pairs)), processes.num_processes)[processes.process_index]
     texts = collection.documents.get_many({pairs[place][1] for place in ours})
     scores = torch.zeros(len(pairs), device=processes.device)
-    scores[ours] = Reranker.from_pretrained(teacher, processes.device).predict(
+    found = Reranker.from_pretrained(teacher, processes.device).predict(
         [(collection.queries[query_id], texts[doc_id]) for query_id, doc_id in (pairs[place] for place in ours)],
         show_progress_bar=processes.is_main_process,
-        convert_to_tensor=True,
     )
+    scores[ours] = torch.from_numpy(found).to(scores.device)
     scores = reduce(scores, "sum").view(len(groups), -1).cpu().numpy()
     if processes.is_main_process:
         with replacing(path) as temporary, open(temporary, "wb") as file:
