@@ -178,6 +178,18 @@ def test_a_polite_kill_of_a_sweep_ends_its_studies_too(tmp_path):
         process.kill()
 
 
+@pytest.mark.parametrize("loses, code", [(1, 5), (9, -signal.SIGKILL)], ids=["asked again", "killed"])
+def test_a_study_that_loses_the_kill_is_asked_again_and_then_ended(loses, code, monkeypatch):
+    monkeypatch.setattr(sweep, "PATIENCE", 0.5)
+    deaf = f"asked = iter(range({loses})); signal.signal(15, lambda *_: next(asked, None) is None and sys.exit(5)); print(1, flush=True)"
+    command = [sys.executable, "-c", f"import signal, sys, time; {deaf}; time.sleep(60); time.sleep(60)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.terminate()
+    sweep.insist([process])
+    assert process.wait(timeout=10) == code
+
+
 def test_sets_that_differ_in_the_seed_alone_are_reported_together(start, tmp_path):
     text = "- {seed: 1}\n- {seed: 2}\n- {rate: 0.1, seed: 1}\n"
     _, out, _ = finish(start(text, "--jobs", "2"))

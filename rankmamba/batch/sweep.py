@@ -30,6 +30,7 @@ from .parameters import ROOT, check, known, notebooks, parse_yaml, settle
 if TYPE_CHECKING:
     import pandas as pd
 
+PATIENCE = 10  # seconds in which a study that was asked to end does so
 
 @dataclass(frozen=True)
 class Run:
@@ -151,7 +152,18 @@ def carry_out(runs: list[Run], start: Callable, jobs: int) -> dict[str, str]:
     finally:  # when interrupted, end the others too
         for _, process, _ in running:
             process.terminate()
+        insist([process for _, process, _ in running if isinstance(process, subprocess.Popen)])
     return failed
+
+
+def insist(processes: list[subprocess.Popen]) -> None:
+    """Wait for processes that were asked to end. Python can lose an interrupt, in the middle of an import, say: ask again, then kill."""
+    for once_more in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        end = time.monotonic() + PATIENCE
+        while (left := [process for process in processes if process.poll() is None]) and time.monotonic() < end:
+            time.sleep(0.1)
+        for process in left:
+            once_more(process)
 
 
 def reason(run: Run, code: int) -> str:
