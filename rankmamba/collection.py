@@ -28,8 +28,10 @@ class IrDocuments(Documents):
     """The documents of an ir_datasets dataset, looked up in its document store (built by ir_datasets on first use)."""
 
     def __init__(self, dataset, name: str):
+        import ir_datasets
+
         self._dataset, self._name = dataset, name
-        self.namespace = _docs_parent(name)
+        self.namespace = ir_datasets.docs_parent_id(name)  # the same for all ids that share documents
 
     @cached_property
     def _store(self):
@@ -153,13 +155,6 @@ class Collection:
         candidates = None if self._candidates is None else lambda: of_kept(self.candidates)
         queries = {query_id: text for query_id, text in self.queries.items() if query_id in kept}
         return Collection(self.name, self.documents, queries, of_kept(self.qrels), candidates)
-
-
-def _docs_parent(name: str) -> str:
-    """The id that has the documents of `name`: the same for all ids that share them."""
-    import ir_datasets
-
-    return ir_datasets.docs_parent_id(name)
 
 
 def load(name_or_folder: str | Path) -> Collection:

@@ -107,12 +107,12 @@ def clustered(query_ids: Sequence[str], given: Mapping[str, int] | None) -> np.n
     by clusters: each query is one of its own, and what is found holds for other queries about these documents only.
     """
     found = pd.factorize(np.array([(given or {}).get(query_id, query_id) for query_id in query_ids], dtype=object))[0]
-    return found if effective(found) >= FEW_CLUSTERS else np.arange(len(found))
+    return found if effective(found, len(found)) >= FEW_CLUSTERS else np.arange(len(found))
 
 
-def effective(cluster: np.ndarray) -> float:
-    """How many clusters of one size would make a mean vary as these do: n squared over the sum of the squared sizes."""
-    return len(cluster) ** 2 / (np.bincount(cluster) ** 2).sum()
+def effective(cluster: np.ndarray | None, queries: int) -> float:
+    """How many clusters of one size would make a mean vary as these do: n squared over the sum of the squared sizes; without any, n."""
+    return queries if cluster is None else queries**2 / (np.bincount(cluster) ** 2).sum()
 
 
 def bootstrap_means(
@@ -181,15 +181,15 @@ def _mean_intervals(samples: list[np.ndarray], cluster: np.ndarray | None) -> li
             raise InputError(f"expected finite values, got {sample.size}, of them {(~np.isfinite(sample)).sum()} not finite")
     means = np.array([sample.mean() for sample in samples])
     low, high = _bounds(bootstrap_means(samples, cluster=cluster), means, len(samples[0]), cluster)
-    least, most = np.array([(sample.min(), sample.max()) for sample in samples]).T  # no mean is beyond
+    least, most = np.array([(sample.min(), sample.max()) for sample in samples]).T  # percentiles never are beyond
     return list(zip(means.tolist(), low.clip(least).tolist(), high.clip(max=most).tolist(), strict=True))
 
 
 def _bounds(resampled: np.ndarray, mean: np.ndarray, queries: int, cluster: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """The interval from resampled means (resamples, K) around the means (K,): their percentiles, as much further out as t's are than the
-    normal distribution's where clusters are few; percentiles alone hold 87 to 93% there (LOG.md)."""
+    normal distribution's where clusters are few and percentiles too narrow."""
     low, high = np.quantile(resampled, BOUNDS, axis=0)
-    groups = queries if cluster is None else effective(cluster)
+    groups = effective(cluster, queries)
     wider = stats.t.ppf(BOUNDS[1], groups - 1) / stats.norm.ppf(BOUNDS[1]) if 1 < groups < MANY_CLUSTERS else 1.0
     return mean - wider * (mean - low), mean + wider * (high - mean)
 
@@ -212,7 +212,7 @@ def paired_p(differences: np.ndarray, cluster: np.ndarray | None = None) -> np.n
     cluster: as in `standard_error`; t then has as many degrees of freedom as there are `effective` clusters, less one.
     """
     differences = np.asarray(differences, dtype=np.float64)
-    groups = differences.shape[-1] if cluster is None else effective(cluster)
+    groups = effective(cluster, differences.shape[-1])
     if groups <= 1:
         return np.ones(differences.shape[:-1])
     mean, error = differences.mean(axis=-1), standard_error(differences, cluster)
@@ -339,7 +339,7 @@ def detectable_difference(differences, alpha: float = 0.05, cluster: np.ndarray 
         InputError: fewer than two queries, or clusters.
     """
     differences = np.asarray(differences, dtype=np.float64)
-    groups = len(differences) if cluster is None else effective(cluster)
+    groups = effective(cluster, len(differences))
     if groups <= 1:
         raise InputError(f"expected at least 2 queries that share no relevant document, got {groups:.0f}")
     return float(stats.t.ppf([1 - alpha / 2, POWER], groups - 1).sum() * standard_error(differences, cluster))

@@ -201,9 +201,7 @@ def test_collections_of_one_family_have_stores_of_their_own(reranker):
     assert len(set(places.values())) == 4 and places[names[1]] == places[names[2]]  # those two share their documents
 
 
-def test_documents_that_are_judged_but_not_there_are_passed_over_and_candidates_that_are_not_are_refused_at_once(
-    msmarco, tmp_path, monkeypatch
-):
+def test_documents_that_are_judged_but_not_there_are_passed_over_and_candidates_that_are_not_are_refused_at_once(msmarco, tmp_path):
     home = ir_datasets.util.home_path() / "msmarco-document"
     judged, run = home / "trec-dl-2019" / "qrels", home / "dev" / "ms.run.gz"
     before = judged.read_text(), run.read_bytes()

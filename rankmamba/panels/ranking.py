@@ -169,9 +169,13 @@ class RankingPanel(Panel):
         if answer is None or FIRST_STAGE not in answer.lists:
             return
         if not answer.lists[FIRST_STAGE].doc_ids:
-            common = "BM25 looks for none of these: common words, single characters or signs. Add another word."
-            nothing = "No document has a word of this query: try another one." if answer.words else common
-            self.lists.value, self.below.layout.display = nothing if answer.query else "Pick a query, or type one.", "none"
+            if not answer.query:
+                self.lists.value = "Pick a query, or type one."
+            elif not answer.words:
+                self.lists.value = "BM25 looks for none of these: common words, single characters or signs. Add another word."
+            else:
+                self.lists.value = "No document has a word of this query: try another one."
+            self.below.layout.display = "none"
             return
         if answer.query != self._offered:
             self.below.layout.display = "none"  # it is about another query

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .precision import wide, without_autocast
+from .reference import recurrence
 
 CHUNK = 1 << 19  # (token, channel, state) triples computed together
 
@@ -33,12 +34,9 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
 
 
 def _recurrence(u, delta, A, B, C, h):
-    """`_SelectiveScan` token by token in torch's operations: slow, but all of torch's derivatives go through it."""
-    outputs = [u[:, :0]]
-    for t in range(u.shape[1]):
-        h = torch.exp(delta[:, t, None] * A) * h + (delta[:, t] * u[:, t])[:, None] * B[:, t, :, None]
-        outputs.append(C[:, t, None] @ h)
-    return torch.cat(outputs, 1), h
+    """`_SelectiveScan` token by token: slow, but all of torch's derivatives go through it."""
+    y, h = recurrence(u, delta, A.mT, B, C, h.mT)
+    return y, h.mT
 
 
 class _SelectiveScan(torch.autograd.Function):

@@ -11,19 +11,23 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_s
     """Mamba's selective scan (arXiv 2312.00752, algorithm 2 and equation 2a); see `rankmamba.scan.selective_scan`."""
     if delta_bias is not None:
         delta = delta + delta_bias
-    delta = F.softplus(delta)
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
-    outputs = []
-    for u_t, delta_t, B_t, C_t in zip(u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True):
-        decay = torch.exp(delta_t[..., None] * A)  # (B, E, N): zero-order hold of A
-        h = decay * h + (delta_t * u_t)[..., None] * B_t[:, None]  # Euler for B, as in the released code
-        outputs.append((h * C_t[:, None]).sum(-1))
-    y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
+    y, h = recurrence(u, F.softplus(delta), A, B, C, h)
     if D is not None:
         y = y + D * u
     if z is not None:
         y = y * F.silu(z)
     return (y, h) if return_final_state else y
+
+
+def recurrence(u, delta, A, B, C, h):
+    """What is recurrent in it: (B, L, E) and the last state (B, E, N), given the step itself, after softplus, and the first state h."""
+    outputs = []
+    for u_t, delta_t, B_t, C_t in zip(u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        decay = torch.exp(delta_t[..., None] * A)  # (B, E, N): zero-order hold of A
+        h = decay * h + (delta_t * u_t)[..., None] * B_t[:, None]  # Euler for B, as in the released code
+        outputs.append((h * C_t[:, None]).sum(-1))
+    return torch.stack(outputs, 1) if outputs else torch.zeros_like(u), h
 
 
 def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=False, activation=None):
