@@ -24,6 +24,7 @@ def fork(work: Callable[[], object], on_operation: Callable[[str, tuple], None] 
         return process
     status = 1
     try:
+        os.setpgid(0, 0)  # here too: whichever comes first, or a fork that kills its group early would kill the tests' own
         gc.freeze()  # what the parent left to be collected may wait for a thread to end, and no thread of the parent lives in a fork
         torch.set_num_threads(1)
         tqdm.set_lock(threading.RLock())  # its own is shared by forks, and one that is killed would keep it for all
