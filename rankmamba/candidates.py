@@ -15,6 +15,7 @@ from .collection import Collection
 from .data.formats import Documents
 from .data.runs import head_of, sort_run
 from .errors import InputError
+from .evaluate import per_query
 
 # bm25s imports JAX where it is installed, and JAX would reserve three quarters of a GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -109,25 +110,18 @@ def tune_bm25(
     grid: Sequence[tuple[float, float]] = GRID,
     top_k: int = 100,
 ) -> pd.DataFrame:
-    """Try BM25 with each (k1, b) of the grid on development queries: a table k1, b, RR@k, R@k for k = `top_k`, best RR first.
-
-    RR is the mean, over the judged queries, of 1 / rank of the first relevant document; R is the mean share of the relevant
-    documents found.
-    """
-    relevant = qrels[(qrels["relevance"] > 0) & qrels["query_id"].isin(list(queries))]
-    if relevant.empty:
+    """Try BM25 with each (k1, b) of the grid on development queries: a table k1, b, RR@k, R@k for k = `top_k`, best RR first."""
+    judged = qrels[qrels["query_id"].isin(list(queries))]
+    if not (judged["relevance"] > 0).any():
         raise InputError("expected qrels with a relevant document for at least one of the queries, got none")
-    judged = qrels.loc[qrels["query_id"].isin(list(queries)), "query_id"].nunique()
-    per_query = relevant.groupby("query_id").size()
+    asked, measures = {i: queries[i] for i in judged["query_id"].unique()}, [f"RR@{top_k}", f"R@{top_k}"]
     doc_ids, tokens = _tokenise(documents)
     rows = []
     for k1, b in grid:
-        run = BM25._from_tokens(doc_ids, tokens, k1, b).search({i: queries[i] for i in per_query.index}, top_k)
-        hits = run.merge(relevant, on=["query_id", "doc_id"]).groupby("query_id")["rank"]
-        recall = (hits.size() / per_query).sum() / judged
-        rows.append((k1, b, (1 / hits.min()).sum() / judged, recall))
-    table = pd.DataFrame(rows, columns=["k1", "b", f"RR@{top_k}", f"R@{top_k}"])
-    return table.sort_values(f"RR@{top_k}", ascending=False, kind="stable", ignore_index=True)
+        run = BM25._from_tokens(doc_ids, tokens, k1, b).search(asked, top_k)
+        rows.append((k1, b, *per_query(run, judged, measures).mean()))
+    table = pd.DataFrame(rows, columns=["k1", "b", *measures])
+    return table.sort_values(measures[0], ascending=False, kind="stable", ignore_index=True)
 
 
 def candidates_of(collection: Collection) -> pd.DataFrame:

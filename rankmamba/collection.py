@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .data.formats import QRELS_COLUMNS, Documents, read_documents, read_qrels, read_queries
+from .data.formats import QRELS_COLUMNS, Documents, JsonlDocuments, read_qrels, read_queries
 from .data.lines import read_lines, refuse_duplicates
 from .data.runs import RUN_COLUMNS, read_run, sort_run
 from .errors import InputError
@@ -214,7 +214,7 @@ def _union(name: str, parts: Sequence[Collection]) -> Collection:
 
 def _from_folder(folder: Path) -> Collection:
     documents, queries, qrels, candidates = (folder / name for name in FILES)
-    collection = Collection(str(folder), read_documents(documents), read_queries(queries), read_qrels(qrels))
+    collection = Collection(str(folder), JsonlDocuments(documents), read_queries(queries), read_qrels(qrels))
     check_run(collection.qrels, collection, qrels)
     if candidates.exists():
         collection._candidates = read_run(candidates)

@@ -26,8 +26,8 @@ from .states import DocumentStates
 from .states.encoding import record_bytes
 from .states.kinds import kind_of
 from .states.reader import MANIFEST
+from .training.progress import Stopped
 
-FIRST_STAGE = "bm25"
 STEP = 16  # documents scored between two checks whether to stop
 STORED = "float16"  # half of float32's bytes, and the rankings of full scoring except for near ties
 
@@ -40,10 +40,6 @@ class Ranking(NamedTuple):
     scores: list[float]
     seconds: float
     from_states: bool = False
-
-
-class Stopped(Exception):
-    """Storing states was asked to stop."""
 
 
 class Search:

@@ -36,7 +36,7 @@ from .training.checkpoints import Checkpoints
 from .training.config import TrainConfig, read_config
 from .training.distil import teacher_scores
 from .training.groups import TrainingGroups
-from .training.lora import add_lora, merge_lora
+from .training.lora import add_lora
 from .training.progress import Progress, Stopped
 from .training.trainer import NOT_DECAYED, LCETrainer
 
@@ -194,7 +194,7 @@ def train(
         if processes.is_main_process:
             reranker.model.load_state_dict(weights)
     if adapted is not None:
-        merge_lora(adapted)
+        adapted.merge_and_unload()
     reranker.model.eval()
     seconds = progress.seconds
     if processes.is_main_process:
@@ -208,7 +208,7 @@ def train(
 
 
 def _student(config: TrainConfig, device: torch.device):
-    """Load the model to be trained; returns the reranker, and what `merge_lora` takes or None."""
+    """Load the model to be trained; returns the reranker, and with LoRA what `add_lora` returned, else None."""
     set_seed(config.seed)
     dtype = {None: None, True: torch.bfloat16, False: torch.float32}[config.bf16]
     limits = {"max_length": config.max_length, "max_query_length": config.max_query_length}

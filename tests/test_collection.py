@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rankmamba import collection
 from rankmamba.collection import Collection, check_run, digest_of, load
-from rankmamba.data.formats import read_documents, read_qrels, read_queries, write_documents, write_qrels, write_queries
+from rankmamba.data.formats import JsonlDocuments, read_qrels, read_queries, write_documents, write_qrels, write_queries
 from rankmamba.data.runs import read_run, sort_run, write_run
 from rankmamba.errors import InputError
 
@@ -45,7 +45,7 @@ def test_documents_come_back_as_written_in_order_whatever_their_text(tmp_path_fa
     path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
     for written in (texts, texts.items()):
         write_documents(path, written)
-        documents = read_documents(path)
+        documents = JsonlDocuments(path)
         assert list(documents.pairs()) == list(texts.items())
     assert documents.get_many([*texts, "no such id"]) == texts
 
@@ -125,14 +125,14 @@ def test_a_run_with_nan_repeated_documents_or_ids_that_are_no_strings_is_refused
         (read_run, b"q1 Q0 d1 1 2.5 t\nq1 Q0 d2 2 1_5 t\n", "a finite number as score, got '1_5'"),
         (read_run, b"q1 Q0 d1 1 2.5 t\nq1 Q0 d2 second 1.5 t\n", "a whole number as rank, got 'second'"),
         (read_run, b"q1 Q0 d1 1 2.5 t\nq1 Q0 d1 2 1.5 t\n", "'d1' again for query 'q1'"),
-        (read_documents, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d2", "text": "x"\n', "one JSON object in the line"),
-        (read_documents, b'{"doc_id": "d1", "text": ""}\n["d2", "x"]\n', 'an object with "doc_id" and "text", got list'),
-        (read_documents, b'{"doc_id": "d1", "text": ""}\n{"id": "d2", "text": "x"}\n', r"got \['id', 'text'\]"),
-        (read_documents, b'{"doc_id": "d1", "text": ""}\n{"doc_id": 2, "text": "x"}\n', "a string as doc_id, got 2"),
-        (read_documents, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d2", "text": null}\n', "a string as text, got None"),
-        (read_documents, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d2", "text": "\\ud800"}\n', "half a surrogate pair"),
-        (read_documents, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d1", "text": "x"}\n', "each doc_id once, got 'd1' again"),
-        (read_documents, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d2", "text": "\xff"}\n', "UTF-8 text, got byte 0xff"),
+        (JsonlDocuments, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d2", "text": "x"\n', "one JSON object in the line"),
+        (JsonlDocuments, b'{"doc_id": "d1", "text": ""}\n["d2", "x"]\n', 'an object with "doc_id" and "text", got list'),
+        (JsonlDocuments, b'{"doc_id": "d1", "text": ""}\n{"id": "d2", "text": "x"}\n', r"got \['id', 'text'\]"),
+        (JsonlDocuments, b'{"doc_id": "d1", "text": ""}\n{"doc_id": 2, "text": "x"}\n', "a string as doc_id, got 2"),
+        (JsonlDocuments, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d2", "text": null}\n', "a string as text, got None"),
+        (JsonlDocuments, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d2", "text": "\\ud800"}\n', "half a surrogate pair"),
+        (JsonlDocuments, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d1", "text": "x"}\n', "each doc_id once, got 'd1' again"),
+        (JsonlDocuments, b'{"doc_id": "d1", "text": ""}\n{"doc_id": "d2", "text": "\xff"}\n', "UTF-8 text, got byte 0xff"),
     ],
 )
 def test_a_malformed_line_is_refused_with_its_file_and_line(tmp_path, read, content, message):
@@ -143,7 +143,7 @@ def test_a_malformed_line_is_refused_with_its_file_and_line(tmp_path, read, cont
     assert f"{path}:2" in str(error.value)
 
 
-@pytest.mark.parametrize("read", [read_queries, read_qrels, read_documents])
+@pytest.mark.parametrize("read", [read_queries, read_qrels, JsonlDocuments])
 def test_an_empty_or_missing_file_is_refused(tmp_path, read):
     with pytest.raises(InputError, match="a readable file, got No such file"):
         read(tmp_path / "missing")
@@ -161,7 +161,7 @@ def test_windows_line_ends_byte_order_mark_and_empty_lines_change_nothing(tmp_pa
     (tmp_path / "queries.tsv").write_bytes(b"\xef\xbb\xbfq1\tcat\r\n\r\nq2\tdog\r\n")
     assert read_queries(tmp_path / "queries.tsv") == {"q1": "cat", "q2": "dog"}
     (tmp_path / "documents.jsonl").write_bytes(b'\xef\xbb\xbf{"doc_id": "d1", "text": "x"}\r\n\r\n{"doc_id": "d2", "text": "y"}')
-    assert dict(read_documents(tmp_path / "documents.jsonl").pairs()) == {"d1": "x", "d2": "y"}
+    assert dict(JsonlDocuments(tmp_path / "documents.jsonl").pairs()) == {"d1": "x", "d2": "y"}
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
@@ -192,7 +192,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
 
 def test_a_title_goes_before_the_text(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"doc_id": "d", "title": "Cats", "text": "They purr.", "url": "ignored"}\n')
-    assert read_documents(tmp_path / "d.jsonl")["d"] == "Cats They purr."
+    assert JsonlDocuments(tmp_path / "d.jsonl")["d"] == "Cats They purr."
 
 
 def test_a_folder_of_our_own_is_a_collection_and_an_empty_document_is_legal(folder):
@@ -252,7 +252,7 @@ def test_a_run_that_names_an_unknown_document_or_query_is_refused(folder):
 def test_a_document_of_fifty_thousand_words_is_read_whole(tmp_path):
     text = " ".join(np.random.default_rng(0).choice(list(string.ascii_lowercase), 50_000))
     write_documents(tmp_path / "documents.jsonl", [("long", text), ("short", "x")])
-    assert read_documents(tmp_path / "documents.jsonl")["long"] == text
+    assert JsonlDocuments(tmp_path / "documents.jsonl")["long"] == text
 
 
 def test_an_unknown_name_is_refused_with_names_like_it():

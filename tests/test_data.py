@@ -1,7 +1,5 @@
-"""data/: the defects that are guarded by tests that exist, the published figures with their sources."""
+"""data/: the published figures with their sources."""
 
-import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -11,24 +9,6 @@ from rankmamba.results import read_records
 from rankmamba.systems import SYSTEMS
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-
-
-def test_every_defect_of_the_original_code_names_a_test_that_exists():
-    section = README.partition("## What we do differently")[2].partition("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| in the original")]
-    assert len(rows) >= 15
-    for row in rows:
-        file, _, name = re.search(r"`(test_\w+\.py)::(test_\w+)`", row)[0].strip("`").partition("::")
-        functions = [
-            node.name for node in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(node, ast.FunctionDef)
-        ]
-        assert name in functions, row
-
-
-def test_every_file_that_the_readme_of_the_data_names_exists():
-    for path in re.findall(r"`(rankmamba/\w+\.py)`", README):
-        assert (ROOT / path).is_file(), path
 
 
 def test_every_published_figure_has_a_source_says_how_sure_it_is_and_stands_once():

@@ -15,7 +15,7 @@ from rankmamba.files import sha256
 from rankmamba.reranker import Reranker
 from rankmamba.systems import SYSTEMS
 from rankmamba.train import TrainConfig, train
-from rankmamba.training.lora import add_lora, merge_lora
+from rankmamba.training.lora import add_lora
 
 TINY = sorted(name for name in SYSTEMS if name.startswith("tiny-"))
 SMALL = dict(batch_size=2, group_size=4, max_length=64, max_query_length=16)
@@ -54,7 +54,7 @@ def test_every_adapted_map_receives_gradients_and_merging_keeps_the_scores(syste
     reranker.model.eval()
     unmerged = reranker.predict(PAIRS)
     assert np.abs(unmerged - before).max() > 1e-3
-    merge_lora(adapted)
+    adapted.merge_and_unload()
     np.testing.assert_allclose(reranker.predict(PAIRS), unmerged, rtol=0, atol=1e-5)
     assert [name for name, _ in reranker.model.named_parameters()] == names
 

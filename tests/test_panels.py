@@ -17,6 +17,7 @@ from rankmamba import panels
 from rankmamba.collection import load
 from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.errors import InputError
+from rankmamba.evaluate import BASELINE
 from rankmamba.experiment import Experiment
 from rankmamba.panels.controls import CSS, Controls, ink
 from rankmamba.panels.curves import Run, learning_curves
@@ -25,7 +26,7 @@ from rankmamba.panels.pages import document_html, lists_html
 from rankmamba.panels.training import TrainingPanel, runs_table
 from rankmamba.reporting.style import FAMILIES, look
 from rankmamba.results import read_records
-from rankmamba.search import FIRST_STAGE, Ranking, Search, query_words, sentences
+from rankmamba.search import Ranking, Search, query_words, sentences
 from rankmamba.states import trials
 from rankmamba.train import TrainConfig
 
@@ -321,7 +322,7 @@ def test_while_another_query_is_ranked_no_document_of_the_last_one_stands_below(
     ranks, rerank, displayed = threading.Event(), search.rerank, []
 
     def waiting(*arguments):
-        wait_for(lambda: FIRST_STAGE in panel._answer.lists and panel.below.layout.display == "none")
+        wait_for(lambda: BASELINE in panel._answer.lists and panel.below.layout.display == "none")
         displayed.append(panel.below.layout.display)
         ranks.set()
         return rerank(*arguments)

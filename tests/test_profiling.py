@@ -13,11 +13,10 @@ from rankmamba import profiling, scan
 from rankmamba.collection import load
 from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.errors import InputError
-from rankmamba.inputs import token_batches
 from rankmamba.profiling import MODES, Subject, build, measure, measurements
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.profiling.flops import forward_flops
-from rankmamba.profiling.parts import TextPass, breakdown, padded_tokens
+from rankmamba.profiling.parts import TextPass, breakdown
 from rankmamba.profiling.shapes import size_of
 from rankmamba.results import fingerprint, read_records
 
@@ -101,18 +100,6 @@ def test_a_crossover_lies_where_two_known_curves_meet():
 @pytest.mark.parametrize("ours", [1.0, 3.0])
 def test_curves_that_do_not_cross_have_no_crossover(ours):
     assert profile_tables.crossover(LENGTHS, [ours] * 4, [2.0] * 4) is None
-
-
-@pytest.mark.parametrize("size", [4, 16, 32])
-def test_batches_by_length_pad_no_more_than_as_many_shuffled_pairs_at_a_time(size):
-    for seed in range(30):
-        lengths = np.random.default_rng(seed).lognormal(4.6, 0.6, 320).astype(int) + 1
-        budget = size * int(np.median(lengths))
-        assert (
-            lengths.sum()
-            <= padded_tokens(lengths, token_batches(lengths, budget, 64))
-            <= padded_tokens(lengths, np.split(np.arange(320), range(size, 320, size)))
-        )
 
 
 def test_a_slow_first_pass_counts_for_scoring_and_never_for_training_which_gets_memory_in_it(monkeypatch):

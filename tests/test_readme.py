@@ -18,6 +18,7 @@ from rankmamba.states import trials
 from rankmamba.study import NOTEBOOKS, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
 EVIDENCE = (ROOT / "data" / "study" / "README.md").read_text(encoding="utf-8")
 NAMES = {"BERT": "bert", "GPT-NeoX": "neox", "OPT": "opt", "T5": "t5", "Mamba": "mamba", "Mamba-2": "mamba2", "hybrid": "hybrid"}
 
@@ -141,9 +142,13 @@ def test_every_command_of_run_py_in_it_exists():
     assert {"study", "test"} <= commands <= {*run.MODULE, "doctor"}
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)|`((?:data|notebooks|rankmamba)/[\w./]+)`", README))))
-def test_every_file_it_names_exists(path):
-    assert (ROOT / (path[0] or path[1])).exists()
+NAMED = {path for both in re.findall(r"\]\(([^)#:]+)\)|`((?:data|notebooks|rankmamba)/[\w./]+)`", README) for path in both if path}
+NAMED |= set(re.findall(r"`(rankmamba/[\w/]+\.py)`", DATA))
+
+
+@pytest.mark.parametrize("path", sorted(NAMED))
+def test_every_file_that_it_and_the_readme_of_the_data_name_exists(path):
+    assert (ROOT / path).exists()
 
 
 def test_every_notebook_is_in_its_list():
@@ -154,8 +159,7 @@ def test_every_notebook_is_in_its_list():
 def test_the_committed_rates_are_printed_by_the_commands_that_are_named_and_nothing_is_trained(tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "data" / "rates" / "full", tmp_path / "learning_rates")
     monkeypatch.setattr(learning_rates.Experiment, "train", None)
-    named = (ROOT / "data" / "README.md").read_text(encoding="utf-8").splitlines()
-    commands = [shlex.split(line)[3:] for line in named if line.startswith("python -m rankmamba.learning_rates --scale full")]
+    commands = [shlex.split(line)[3:] for line in DATA.splitlines() if line.startswith("python -m rankmamba.learning_rates --scale full")]
     for command in commands:
         assert learning_rates.main([*command, "--results", str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("nano-")]

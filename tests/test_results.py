@@ -1,7 +1,6 @@
 import gzip
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -154,15 +153,6 @@ def test_a_later_record_of_the_same_run_replaces_it_and_another_run_never_does(t
     (tmp_path / "records" / "data-a-b-set-test-seed0.json").write_text("{")
     write_record(tmp_path, record(system="a/b", result={"value": 3}))
     assert read_records(tmp_path)[0]["result"]["value"] == 3
-
-
-def test_an_interrupted_write_leaves_the_earlier_record(tmp_path, monkeypatch):
-    write_record(tmp_path, record(result={"value": 1}))
-    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_record(tmp_path, record(result={"value": 2}))
-    assert read_records(tmp_path)[0]["result"]["value"] == 1
-    assert len(list((tmp_path / "records").iterdir())) == 1
 
 
 def test_every_truncation_of_a_record_is_an_input_error_that_names_the_file(tmp_path):

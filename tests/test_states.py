@@ -312,7 +312,7 @@ def test_documents_behind_those_of_a_finished_store_are_added_while_it_is_read(m
     assert before.rank("which river", list(first)) == ranked == states.rank("which river", list(first))
     if dtype == "float32":
         assert np.abs(from_states(states, "which river") - full(mamba, "which river")).max() <= 1e-5
-    states.verify()
+    assert len(states.rank("which river", list(DOCUMENTS))) == len(DOCUMENTS)  # every state is as it was written
     assert len(states) == len(DOCUMENTS) == len(DocumentStates.open(tmp_path / "s", mamba))
 
 
@@ -411,11 +411,8 @@ def test_a_truncated_and_an_altered_file_are_found(name, mamba, tmp_path):
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     with pytest.raises(InputError, match=f"{name}|as it was written"):
         DocumentStates.open(tmp_path / "s", mamba).rank("which river", list(DOCUMENTS))
-    if name == "states.bin":  # only what is read is checked, and everything on demand
-        states = DocumentStates.open(tmp_path / "s", mamba)
-        assert len(states.rank("which river", ["empty"])) == 1
-        with pytest.raises(InputError, match="as it was written"):
-            states.verify()
+    if name == "states.bin":  # only what is read is checked
+        assert len(DocumentStates.open(tmp_path / "s", mamba).rank("which river", ["empty"])) == 1
 
 
 def test_a_batch_of_keys_and_values_is_as_large_as_its_bytes_allow_and_no_larger(tmp_path, monkeypatch):

@@ -95,17 +95,16 @@ def load_yaml(text: str, where: str | Path):
     return loader.construct_object(node, deep=True)
 
 
-def read_yaml(path: Path):
-    """Read a YAML file as plain values.
+def file_text(path: Path) -> str:
+    """The text of a YAML file.
 
     Raises:
-        InputError: it cannot be read, or as in `parse_yaml`.
+        InputError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"expected a readable YAML file, got {path}: {error}") from error
-    return load_yaml(text, path)
 
 
 def notebooks(only: str | None = None) -> list[Path]:
@@ -144,7 +143,7 @@ def read_scale(name: str) -> dict:
         )
     if name not in known:
         raise InputError(f"expected a scale among {', '.join(known)}, got {name!r}")
-    scale = read_yaml(path)
+    scale = load_yaml(file_text(path), path)
     parts = isinstance(scale, dict) and set(scale) == {"parameters", "minutes"}
     if not parts or not all(isinstance(part, dict) for part in scale.values()):
         raise InputError(f"expected the two mappings 'parameters' and 'minutes' in {path}, got {scale!r:.200}")

@@ -25,7 +25,7 @@ from ..files import replacing, slug, write_text
 from ..study import REPORT, clock, record_config
 from ..study import run as run_study
 from .cluster import starter
-from .parameters import ROOT, check, known, notebooks, parse_yaml, settle
+from .parameters import ROOT, check, file_text, known, notebooks, parse_yaml, settle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,11 +56,7 @@ def read_sweep(path: str | Path, fits: dict[str, tuple]) -> list[dict]:
         InputError: the file cannot be read, is neither a grid nor a list of sets, holds a set twice, or names an unknown
             parameter or a value of another type; with the line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"expected a sweep file, got {path}: {error}") from error
-    root, loader = parse_yaml(text, path)
+    root, loader = parse_yaml(file_text(Path(path)), path)
 
     def where(node) -> str:
         return f"{path}:{node.start_mark.line + 1}"

@@ -89,11 +89,6 @@ class JsonlDocuments(Documents):
         return _document(self._bytes[begin:end].decode(), str(self._path))[1]
 
 
-def read_documents(path: str | Path) -> JsonlDocuments:
-    """Open a JSONL file of documents; see `JsonlDocuments`."""
-    return JsonlDocuments(path)
-
-
 def write_documents(path: str | Path, documents: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
     """Write {doc_id: text}, or such pairs, as JSONL.
 

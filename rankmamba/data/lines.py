@@ -49,21 +49,17 @@ def numbers(texts: list[str], kind: type, expected: str, path: str | Path) -> np
 
     The texts are those of the file's non-empty lines, in order, so that the message can name the line of a wrong one.
     """
-    try:
-        values = np.array(list(map(kind, texts)), dtype=np.float64 if kind is float else np.int64)
-        if np.isfinite(values).all() and not any("_" in text for text in texts):
-            return values
-    except (ValueError, OverflowError):
-        pass
-
-    def wrong(text: str) -> bool:
+    values = []
+    for text in texts:
         try:
-            return "_" in text or not math.isfinite(kind(text)) or (kind is int and abs(int(text)) >= 2**63)
-        except (ValueError, OverflowError):
-            return True
-
-    row = next(row for row, text in enumerate(texts) if wrong(text))
-    raise InputError(f"expected {expected}, got {texts[row][:80]!r} ({path}:{_line_of_row(path, row)})")
+            value = kind(text)
+            fits = "_" not in text and (abs(value) < 2**63 if kind is int else math.isfinite(value))
+        except ValueError:
+            fits = False
+        if not fits:
+            raise InputError(f"expected {expected}, got {text[:80]!r} ({path}:{_line_of_row(path, len(values))})")
+        values.append(value)
+    return np.array(values, dtype=np.float64 if kind is float else np.int64)
 
 
 def _line_of_row(path: str | Path, row: int) -> int:

@@ -7,8 +7,9 @@ from html import escape
 import numpy as np
 import pandas as pd
 
+from ..evaluate import BASELINE
 from ..reporting.style import look
-from ..search import FIRST_STAGE, Ranking
+from ..search import Ranking
 from .controls import ink
 
 CSS = """<style>
@@ -54,7 +55,7 @@ def lists_html(
 
     judged: {doc_id: relevance}, empty where nothing was judged for the query. read: the document that is open below.
     """
-    before = {doc_id: place for place, doc_id in enumerate(lists[FIRST_STAGE].doc_ids, 1)}
+    before = {doc_id: place for place, doc_id in enumerate(lists[BASELINE].doc_ids, 1)}
     names = {doc_id: f"rm-d{place}" for doc_id, place in before.items()}
     columns = [_column(system, ranking, texts, judged, words, read, before, names) for system, ranking in lists.items()]
     together = "".join(
@@ -76,7 +77,7 @@ def _column(system, ranking, texts, judged, words, read, before, names) -> str:
         relevant = judged.get(doc_id, 0) > 0
         classes = [names[doc_id], *(["rm-relevant"] if relevant else []), *(["rm-read"] if doc_id == read else [])]
         head = [f"<b>{place}</b>"]
-        if system != FIRST_STAGE:
+        if system != BASELINE:
             head.append(_movement(before[doc_id] - place))
         if relevant:
             head.append('<span class="rm-tick">✓ relevant</span>')

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import ipywidgets as widgets
 
 from ..errors import InputError
-from ..search import FIRST_STAGE, Ranking, Search, query_words
+from ..evaluate import BASELINE
+from ..search import Ranking, Search, query_words
 from .controls import Controls, Panel, choice, in_row
 from .job import Job
 from .pages import SHOWN, document_html, lists_html
@@ -99,7 +100,7 @@ class RankingPanel(Panel):
         answer = self._answer = Answer(query, query_words(query), self._search.judgements(query))
         first = self._search.candidates(query, top_k)
         answer.texts |= self._search.texts(first.doc_ids)
-        answer.lists[FIRST_STAGE] = first
+        answer.lists[BASELINE] = first
         scored, total = 0, len(systems) * len(first.doc_ids)
 
         def on_scored(count: int) -> None:
@@ -166,9 +167,9 @@ class RankingPanel(Panel):
 
     def _draw_lists(self, job: Job) -> None:
         answer = self._answer
-        if answer is None or FIRST_STAGE not in answer.lists:
+        if answer is None or BASELINE not in answer.lists:
             return
-        if not answer.lists[FIRST_STAGE].doc_ids:
+        if not answer.lists[BASELINE].doc_ids:
             if not answer.query:
                 self.lists.value = "Pick a query, or type one."
             elif not answer.words:
@@ -208,7 +209,7 @@ class RankingPanel(Panel):
 
     def _open(self, change=None) -> None:
         # not before BM25 has answered, nor after it failed
-        listed = self._answer is not None and FIRST_STAGE in self._answer.lists
+        listed = self._answer is not None and BASELINE in self._answer.lists
         if listed and not self._offering and self.document.value and self.judge.value:
             self._show_lists()
             self.text.value = ""

@@ -1,7 +1,7 @@
 """Where the time goes when a system reads texts: events of torch's profiler, assigned to the parts of a reranker."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,12 +36,6 @@ PARTS = {
 OTHER = "norms and other"
 
 
-def padded_tokens(lengths: Sequence[int], batches: Iterable[np.ndarray]) -> int:
-    """Count the tokens computed when each batch is padded to its longest sequence."""
-    lengths = np.asarray(lengths)
-    return sum(int(len(batch) * lengths[batch].max()) for batch in batches)
-
-
 class TextPass:
     """One scoring, or one training step, of pairs of texts, tokenisation included.
 
@@ -70,7 +64,8 @@ class TextPass:
                 self._optimizer.zero_grad()
 
     def padded_tokens(self) -> int:
-        return padded_tokens(self.lengths, self._indices())
+        """Count the tokens computed: each batch is padded to its longest sequence."""
+        return sum(int(len(batch) * np.take(self.lengths, batch).max()) for batch in self._indices())
 
     def _indices(self) -> list[np.ndarray]:
         if self.fixed:

@@ -131,14 +131,6 @@ class DocumentStates:
         """The size of all states on disk, in bytes."""
         return self._reader.manifest["done"]["states.bin"]
 
-    def verify(self) -> None:
-        """Read everything and compare it with its checksums; scoring checks only what it reads, the first time.
-
-        Raises:
-            InputError: a state was altered.
-        """
-        self._reader.verify()
-
     def rank(self, query: str, doc_ids: Iterable[str], top_k: int | None = None) -> list[dict]:
         """Rank documents for a query: [{'doc_id', 'score'}] best first; equal scores keep the given order.
 

@@ -91,27 +91,13 @@ class Reader:
         record = self._states[start : start + size]
         if not self._checked[row]:
             if len(record) < size or zlib.crc32(record) != self.names.table["crc"][row]:
-                raise self._altered(row)
+                place = f"{self.folder / STATES}, byte {start}"
+                raise InputError(
+                    f"expected the state of {self.names[row]!r} as it was written, got other bytes ({place}); delete the folder, build again"
+                )
             self._checked[row] = True
         ids = record[end_of_state:].view("<i4")[:tokens] if self._marked else None
         return record[:end_of_state], ids
-
-    def verify(self) -> None:
-        """Check every record now.
-
-        Raises:
-            InputError: one was altered.
-        """
-        ends = np.append(self.names.table["offset"][1:], self.manifest["done"][STATES])
-        for row, (start, end) in enumerate(zip(self.names.table["offset"], ends, strict=True)):
-            if zlib.crc32(self._states[int(start) : int(end)]) != self.names.table["crc"][row]:
-                raise self._altered(row)
-
-    def _altered(self, row: int) -> InputError:
-        place = f"{self.folder / STATES}, byte {self.names.table['offset'][row]}"
-        return InputError(
-            f"expected the state of {self.names[row]!r} as it was written, got other bytes ({place}); delete the folder, build again"
-        )
 
 
 def read_profile(folder: Path, shapes: Sequence[Sequence[int]]) -> Profile:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..batch.parameters import ROOT, read_yaml
+from ..batch.parameters import ROOT, file_text, load_yaml
 from ..errors import InputError
 from ..files import sha256
 
@@ -134,9 +134,7 @@ def read_config(path: str | Path) -> tuple[TrainConfig, dict]:
         InputError: there is no such file, or it lacks a name, has an unknown one, or a value of the wrong type.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"expected a YAML file with a training's configuration, got {path}, which is not a file")
-    values = read_yaml(path)
+    values = load_yaml(file_text(path), path)
     if not isinstance(values, dict):
         raise InputError(f"expected names and values, got {values!r:.80} ({path})")
     where = {"collection": str, "folder": str, "candidates": str}

@@ -12,7 +12,8 @@ SINGLE_STEP = r"(.*\.)?decoder\..*(SelfAttention\.(q|k)|self_attn\.(q|k)_proj)"
 def add_lora(model: RerankerModel, r: int, alpha: int):
     """Freeze the backbone and put LoRA of rank r, scaled by alpha / r, beside its linear maps; the head is trained whole.
 
-    The model changes in place. Returns what `merge_lora` takes.
+    The model changes in place. Returns the adapted model of peft, whose `merge_and_unload` makes it an ordinary
+    one again, with the same scores.
 
     Raises:
         InputError: peft is not installed.
@@ -37,8 +38,3 @@ def add_lora(model: RerankerModel, r: int, alpha: int):
     )
     model.score.requires_grad_(True)
     return adapted
-
-
-def merge_lora(adapted) -> None:
-    """Add the updates to the weights they stand beside; the model is then an ordinary one, with the same scores."""
-    adapted.merge_and_unload()

@@ -41,7 +41,6 @@ from ..formats import (
     QRELS_COLUMNS,
     Documents,
     JsonlDocuments,
-    read_documents,
     read_qrels,
     read_queries,
     write_documents,
@@ -95,7 +94,7 @@ def _tiny_version() -> str:
 
 def _make_tiny(folder: Path) -> None:
     """Copy the documents and assign queries to splits by the first word of their ids: train-1, dev-1, test-1."""
-    documents, queries = read_documents(TINY / "documents.jsonl"), read_queries(TINY / "queries.tsv")
+    documents, queries = JsonlDocuments(TINY / "documents.jsonl"), read_queries(TINY / "queries.tsv")
     qrels = read_qrels(TINY / "qrels.txt")
     parts = {split: {i: text for i, text in queries.items() if i.startswith(f"{split}-")} for split in SPLITS}
     _write(folder, documents, {"all": queries, **parts}, {part: qrels for part in ("all", *SPLITS)}, {"source": "data/tiny"})
@@ -168,9 +167,7 @@ _SETS = {
 }
 
 
-@lru_cache(maxsize=4)
-def _open(path: Path) -> JsonlDocuments:
-    return read_documents(path)
+_open = lru_cache(maxsize=4)(JsonlDocuments)
 
 
 class _DocsIter:
