@@ -283,7 +283,7 @@ def child(command, **streams):
     path = os.pathsep.join([str(PYTHON.parent), os.environ.get("PATH", os.defpath)])
     environment = {**SETTINGS, **os.environ, "PATH": path, "VIRTUAL_ENV": str(VENV), "PIP_USER": "0"}
     # pip leaves modules uncompiled: unless the first import keeps what it compiles, every notebook compiles all of it again
-    for name in ("PYTHONHOME", "PYTHONDONTWRITEBYTECODE"):
+    for name in ("PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PYTHONOPTIMIZE"):  # the last would take the docstrings that --help prints
         environment.pop(name, None)
     process = subprocess.Popen([str(part) for part in command], cwd=str(ROOT), env=environment, **streams)
     try:

@@ -131,7 +131,7 @@ class CrossEncoderModule(nn.Module):
     def preprocess(
         self, inputs: Sequence[tuple[str, str]], prompt: str | None = None, processing_kwargs: dict | None = None, **kwargs
     ) -> dict[str, torch.Tensor]:
-        """Tokenise pairs (query, document) with the reranker's template and limits.
+        """Tokenise pairs (query, document), or single texts as documents, with the reranker's template and limits.
 
         Raises:
             InputError: a prompt or another processing is asked for.
@@ -139,7 +139,8 @@ class CrossEncoderModule(nn.Module):
         if prompt or processing_kwargs:
             got = f"prompt={prompt!r:.80}, processing_kwargs={processing_kwargs!r:.80}"
             raise InputError(f"expected no prompt and no processing_kwargs, got {got}; a reranker has its template instead")
-        queries, documents = zip(*inputs, strict=True)
+        # sentence-transformers counts the tokens of single texts, for a model's card
+        queries, documents = zip(*(("", text) if isinstance(text, str) else text for text in inputs), strict=True)
         tokenizer = self._reranker.inputs
         halves = zip(tokenizer.queries(queries), tokenizer.documents(documents), strict=True)
         return tokenizer.collate([tokenizer.join(query, document) for query, document in halves])

@@ -7,9 +7,9 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from .errors import InputError
 REMEDIES = {
     errno.ENOSPC: "free some space on that disk",
     errno.EDQUOT: "free some of your quota",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EROFS: "choose a folder that can be written",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -28,6 +29,9 @@ REMEDIES = {
     errno.ENOTDIR: "choose a folder that is not a file",
     errno.EEXIST: "choose a folder that is not a file",
 }
+
+
+_workspaces: set[Path] = set()  # those of this process that are in use
 
 
 @contextmanager
@@ -70,12 +74,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
                         os.fsync(handle.fileno())
             if path.is_dir() and not temporary.is_dir():
                 raise InputError(f"expected the name of a file to write, got the folder {path}; name a file in it")
+            if path.exists():
+                shutil.copymode(path, temporary)  # what is private stays so
             if path.is_dir():
                 os.rename(path, _replaced(workspace, path))
             os.replace(temporary, path)
         finally:
             _give_back(workspace, path)
             shutil.rmtree(workspace, ignore_errors=True)
+            _workspaces.discard(workspace)
 
 
 def _workspace(path: Path) -> Path:
@@ -83,10 +90,15 @@ def _workspace(path: Path) -> Path:
     mine = f".{path.name}.{platform.node()}-"
     for left_over in path.parent.glob(f"{glob.escape(mine)}*"):
         process = left_over.name.removeprefix(mine).partition("-")[0]
-        if process.isdigit() and not _runs(int(process)):
+        # a container that is started again has its predecessor's name and process ids
+        lost = left_over not in _workspaces if process == str(os.getpid()) else process.isdigit() and not _runs(int(process))
+        if lost:
             _give_back(left_over, path)
             shutil.rmtree(left_over, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=path.parent))
+    workspace = path.parent / f"{mine}{os.getpid()}-{secrets.token_hex(4)}"
+    _workspaces.add(workspace)  # before it is there, so that no other thread takes it for a lost one
+    workspace.mkdir(mode=0o700)
+    return workspace
 
 
 def _replaced(workspace: Path, path: Path) -> Path:

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from . import scan
+from .errors import InputError
 from .network.embeddings import FixedWordEmbedding
 from .network.last_layer import LastLayer
 from .network.substitutes import use_kernels
@@ -97,7 +99,13 @@ class RerankerModel(PreTrainedModel):
 
         input_ids, attention_mask, token_type_ids: int64 (B, L). dropout_mask: float32 (B, D), 0 or 1 / (1 - p), the factors of
         the head's dropout; drawn here if not given. Returns logits float32 (B, num_labels).
+
+        Raises:
+            InputError: it is given another tensor, which it would not read.
         """
+        ignored = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name != "num_items_in_batch"]
+        if ignored:
+            raise InputError(f"expected input_ids, attention_mask, token_type_ids and labels, got {ignored[0]}; leave it out")
         positions = pooled_positions(input_ids, attention_mask, self.config.kind)
         logits = self.score_hidden(lambda: self._hidden(input_ids, attention_mask, token_type_ids), positions, dropout_mask)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -116,16 +124,16 @@ class RerankerModel(PreTrainedModel):
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions]
         with torch.autocast(hidden.device.type, enabled=False):
             kept = self.dropout(pooled.float()) if dropout_mask is None else pooled.float() * dropout_mask
-            if type(self.score) is not nn.Linear:  # an adapter or a quantised layer: only its own call is right
-                return self.score(kept)
-            return nn.functional.linear(kept, self.score.weight.float(), self.score.bias.float())
+            if type(self.score) is nn.Linear and self.score.weight.dtype != torch.float32:
+                return nn.functional.linear(kept, self.score.weight.float(), self.score.bias.float())
+            return self.score(kept)
 
     def _hidden(self, input_ids, attention_mask, token_type_ids):
         kind, inputs = self.config.kind, {"input_ids": input_ids, "attention_mask": attention_mask}
         if kind == "causal":
             # A causal model cannot see padding to the right of the last real token, so it needs no mask, and without one the
             # attention runs its fast causal kernel.
-            if attention_mask is not None and bool(attention_mask[:, 0].all()):
+            if attention_mask is not None and not scan.plain() and _ends_with_padding(attention_mask):
                 del inputs["attention_mask"]
             inputs["use_cache"] = False
         elif kind == "encoder-decoder":
@@ -162,6 +170,11 @@ def weights_digest(network: nn.Module) -> str:
         if hasattr(module, "merged_adapters"):
             digest.update(f"{name} {module.active_adapters} {module.disable_adapters} {module.merged_adapters}".encode())
     return digest.hexdigest()
+
+
+def _ends_with_padding(attention_mask: torch.Tensor) -> bool:
+    """Whether all that a mask (B, L) hides stands behind the last real token of each sequence."""
+    return bool(attention_mask[:, 0].all() and (attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def pooled_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, kind: str) -> torch.Tensor:

@@ -4,12 +4,13 @@ Figures are unknown to pyplot: none has to be closed, none leaks between cells. 
 has X's colour and an open marker.
 """
 
+import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn
@@ -32,24 +33,43 @@ from .evaluate import BASELINE, PRIMARY, Tables, by_seed, seeds_of, summarise
 from .files import replacing
 from .reporting.style import STYLE, base, brief, look, mixed, order
 
-styled = matplotlib.rc_context(STYLE)  # decorates what draws a figure
+
+def in_style():
+    """The context that figures are drawn and written in: matplotlib's own settings and ours, none of the user's."""
+    return matplotlib.style.context(["default", STYLE])
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorate what draws a figure: in the one style; who cannot see it is told the first sentence of the function's docstring."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs) -> Figure:
+        with in_style():
+            figure = draw(*args, **kwargs)
+        figure.alt = draw.__doc__.partition("\n")[0]
+        return figure
+
+    return drawn
 
 
 class Chart(Figure):
     """A figure that notebooks show by themselves (IPython knows plain ones only once pyplot has chosen its backend)."""
 
+    alt = ""  # what it shows, in words
+
     def _repr_png_(self) -> tuple[bytes, dict]:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=160)
+        with in_style():
+            self.savefig(buffer, format="png", dpi=160)
         width, height = self.get_size_inches()
-        return buffer.getvalue(), {"width": round(80 * width), "height": round(80 * height)}
+        return buffer.getvalue(), {"width": round(80 * width), "height": round(80 * height), "alt": self.alt}
 
 
 def save(figure: Figure, folder: str | Path, name: str) -> Path:
     """Write <folder>/<name>.png (150 dots per inch) and .svg, each wholly or not at all; returns the path of the PNG."""
     for kind in ("svg", "png"):
         path = Path(folder) / f"{name}.{kind}"
-        with replacing(path) as temporary, matplotlib.rc_context(STYLE):
+        with replacing(path) as temporary, in_style():
             figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return path
 
@@ -180,7 +200,8 @@ def wins_and_losses(values: Mapping[str, Tables], measure: str = PRIMARY, system
         axes.text(0.97, 0.08, f"worse\n{lost:.0%}", ha="right")
         if 1 - won - lost > 0.2:
             axes.text((won + 1 - lost) / 2, 0.08, f"same\n{1 - won - lost:.0%}", ha="center")
-        axes.set(title=f"{brief(system)}: {differences.mean():+.3f}", ylim=(-1.05, 1.05), xlim=(0, 1), xticks=(0, 0.5, 1))
+        name = brief(system) + (": " if len(system) < 25 else ":\n")
+        axes.set(title=f"{name}{differences.mean():+.3f}", ylim=(-1.05, 1.05), xlim=(0, 1), xticks=(0, 0.5, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.tick_params(labelbottom=place + columns >= len(systems))
     for axes in panels[len(systems) :]:
@@ -193,7 +214,7 @@ def wins_and_losses(values: Mapping[str, Tables], measure: str = PRIMARY, system
 
 @styled
 def document_lengths(lengths: Sequence[int], limit: int) -> Figure:
-    """How many tokens the documents have; those longer than `limit` are hatched. The last bar holds the longest hundredth."""
+    """How many tokens the documents have; those longer than the limit are hatched. The last bar holds the longest hundredth."""
     lengths = np.asarray(lengths)
     whole, end = (lengths <= limit).mean(), max(np.quantile(lengths, 0.99), 1.5 * limit)
     width = math.ceil(end / 40)
@@ -352,11 +373,16 @@ def end_labels(axes: Axes, values: Mapping[str, float], gap: float = 0.06) -> No
 
 
 def _spread(values: list[float], gap: float) -> list[float]:
-    """Sorted values, moved to be at least `gap` apart: those that would touch are spaced evenly around their mean."""
+    """Sorted values, moved to be at least `gap` apart: those that would touch are spaced evenly around their mean, within the panel."""
+
+    def middle(group: list[float]) -> float:
+        half = gap * (len(group) - 1) / 2
+        return min(max(np.mean(group), half), max(half, 1 - half))
+
     groups: list[list[float]] = []
     for value in values:
         groups.append([value])
-        while len(groups) > 1 and np.mean(groups[-1]) - np.mean(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2:
+        while len(groups) > 1 and middle(groups[-1]) - middle(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2:
             last = groups.pop()
             groups[-1] += last
-    return [np.mean(group) + gap * (k - (len(group) - 1) / 2) for group in groups for k in range(len(group))]
+    return [middle(group) + gap * (k - (len(group) - 1) / 2) for group in groups for k in range(len(group))]

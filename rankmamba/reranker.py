@@ -263,6 +263,7 @@ class Reranker:
         """
         if self.model.training:
             self.model.eval()
+        at_once(self.device)  # a thread that has not computed yet gets its number of torch's threads here, see `threads`
         return autocast(self.device, self.dtype)
 
     @torch.no_grad()

@@ -95,7 +95,8 @@ def write_record(folder: str | Path, record: Mapping) -> Path:
     paths are written as plain JSON; floats keep all their digits.
 
     Raises:
-        InputError: a key is missing or of the wrong type, a value is NaN, infinite or not JSON, or another run has that file name.
+        InputError: a key is missing or of the wrong type, a value is NaN, infinite, not JSON or a text that cannot be shown, or another
+            run has that file name.
     """
     record = _plain(record, "")
     _check(record, "the record")
@@ -131,7 +132,8 @@ def read_records(folder: str | Path, kind: str | None = None) -> list[dict]:
     Where a record exists twice, gzipped and plain, the gzipped one is older and is left out.
 
     Raises:
-        InputError: the folder is missing, or a file is truncated, not JSON, lacks a key, has a wrong type or another record's name.
+        InputError: the folder is missing, or a file is truncated, not JSON, lacks a key, has a wrong type, a text that cannot be
+            shown or another record's name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -175,6 +177,10 @@ def _check(record: object, where: str) -> None:
         _check_keys(record[part], needed, f"{part}.", where)
     if not isinstance(record.get("note", ""), str):
         raise InputError(f"expected text as 'note', got {record['note']!r} ({where})")
+    for key in (*(key for key, kind in FIELDS.items() if kind is str), "note"):
+        text = record.get(key, "")
+        if not text.isprintable() or "<" in text:  # tables, reports and terminals show it as it is
+            raise InputError(f"expected printable text without '<' as '{key}', got {text!r:.80} ({where})")
     for part in ("measures", "per_query") if record["kind"] == "evaluate" else ():
         measures = record["result"][part]
         _check_keys(measures, dict.fromkeys(measures, dict), f"result.{part}.", where)

@@ -6,6 +6,8 @@ for many sets of parameters (`sweep`).
 """
 
 import argparse
+import os
+import re
 import signal
 import sys
 import threading
@@ -25,12 +27,13 @@ REPORT = "07_report"
 clock = tqdm.format_interval  # mm:ss, or h:mm:ss
 # The final table has eleven columns, which must fit the window and the printed page, where nothing scrolls.
 REPORT_STYLE = """
-#notebook-container { width: auto; max-width: 1300px }
+div#notebook-container { width: auto; max-width: 1300px; padding: 2ex }
+div.output_subarea { max-width: 100% }
 .rendered_html table { font-size: 10px }
 @media print {
   @page { size: A4; margin: 12mm }
   body, .rendered_html { font-size: 10pt }
-  #notebook-container { width: 100%; padding: 0; box-shadow: none }
+  div#notebook-container { width: 100%; padding: 0; box-shadow: none }
   div.cell, div.output, div.output_area, div.output_wrapper { display: block; break-inside: auto; padding: 0 }
   div.output_subarea { max-width: 100%; overflow: visible }
   .rendered_html table { font-size: 6.5pt; width: 100%; table-layout: auto }
@@ -92,6 +95,10 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
 
     try:
         with refusals(output):
+            # the kernel of this Python, and there this rankmamba, whatever else this user has installed
+            os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+            others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(ROOT))]
+            os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
             papermill.execute_notebook(
                 str(notebook),
                 str(output),
@@ -111,6 +118,8 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
             f"{notebook.name} failed in cell {error.exec_count}: {reason}\n  the copy up to there: {output}"
         ) from error
     except RuntimeError as error:  # what the client raises when the kernel is gone
+        if "before replying" in str(error):
+            raise InputError(f"{notebook.name} did not begin: its Python process ended ({error}); see what it said above") from error
         raise InputError(
             f"{notebook.name} ended early: the Python process that ran it died ({error}); if the machine was out of memory, close "
             f"other programs or choose smaller batches, and start the same command again\n  the copy up to there: {output}"
@@ -139,13 +148,16 @@ def leave_record(folder: Path, scale: str, only: str | None, settings: dict, sec
 
 
 def export_report(executed: Path, target: Path) -> None:
-    """Write an executed notebook as one self-contained HTML file: its text, tables and figures, without the code."""
+    """Write an executed notebook as one self-contained HTML file: its text, tables and figures, without the code and without scripts."""
+    import nbformat
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(template_name="classic", exclude_input=True, embed_images=True)
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
-    exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = ""
-    body, _ = exporter.from_filename(str(executed))
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata["title"] = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+    body, _ = exporter.from_notebook_node(notebook)
+    body = re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL)  # they would ask servers elsewhere for more
     write_text(target, body.replace("</head>", f"<style>{REPORT_STYLE}</style></head>", 1))
 
 

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXModel, Lla
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from rankmamba import scan
+from rankmamba.errors import InputError
 from rankmamba.network.native_attention import NATIVE
 from rankmamba.network.native_attention import native_attention as attend
 from rankmamba.network.substitutes import use_kernels
@@ -281,3 +282,27 @@ def test_torchs_default_precision_does_not_reach_the_mask(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(after, before)
+
+
+Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8)
+MISFITS = {
+    "key heads that do not divide": {"key": torch.zeros(2, 3, 7, 8), "value": torch.zeros(2, 3, 7, 8)},
+    "more key heads": {"key": torch.zeros(2, 8, 7, 8), "value": torch.zeros(2, 8, 7, 8)},
+    "keys of another batch": {"key": torch.zeros(1, 2, 7, 8), "value": torch.zeros(1, 2, 7, 8)},
+    "wider keys": {"key": torch.zeros(2, 2, 7, 9), "value": torch.zeros(2, 2, 7, 9)},
+    "fewer values": {"value": torch.zeros(2, 2, 6, 8)},
+    "a shorter mask": {"seen": torch.ones(2, 6)},
+    "angles beyond a head": {"rotary": (torch.zeros(1, 5, 32),) * 2 + (torch.zeros(1, 7, 32),) * 2},
+    "too few angles": {"rotary": (torch.zeros(1, 4, 8),) * 2 + (torch.zeros(1, 7, 8),) * 2},
+}
+
+
+@compiled
+@pytest.mark.parametrize("misfit", MISFITS.values(), ids=MISFITS)
+def test_what_would_lead_the_kernel_beyond_its_memory_is_refused(misfit):
+    from rankmamba.scan import native
+
+    fits = {"query": Q, "key": K, "value": K, "seen": None, "causal": False, "scale": 1.0}
+    assert native.attention(**fits).shape == (2, 5, 4, 8)
+    with pytest.raises(InputError, match="expected"):
+        native.attention(**fits | misfit)

@@ -3,6 +3,8 @@
 A message on the browser's console fails the test. What the page looked like when a test failed is kept in results/browser/.
 """
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -151,22 +153,22 @@ def server(tmp_path_factory, results):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]  # or another, if it is taken by now
     options += [f"--ServerApp.root_dir={home}", "--expose-app-in-browser"]
     options += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
     with open(home / "server.log", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log, start_new_session=True
         )
-    url = f"http://127.0.0.1:{port}"
-    status = urllib.request.Request(f"{url}/api/status", headers={"Authorization": "token token"})
-    for _ in range(300):
-        try:
+    running, end = home / "runtime" / f"jpserver-{process.pid}.json", time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError, ValueError):  # not written yet, or only half, or not answering
+            url = f"http://127.0.0.1:{json.loads(running.read_text())['port']}"
+            status = urllib.request.Request(f"{url}/api/status", headers={"Authorization": "token token"})
             urllib.request.urlopen(status, timeout=1)
             break
-        except OSError:
-            assert process.poll() is None, (home / "server.log").read_text()
-            time.sleep(0.1)
+        assert process.poll() is None and time.monotonic() < end, (home / "server.log").read_text()
+        time.sleep(0.1)
     yield url
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(20)

@@ -99,6 +99,14 @@ def test_sentence_transformers_max_length_holds_and_what_our_folder_has_not_is_r
             refused()
 
 
+def test_a_single_text_is_a_document_for_the_trainer_that_counts_its_tokens(tmp_path):
+    lively("tiny-mamba").save_pretrained(tmp_path / "saved")
+    encoder = CrossEncoder(str(tmp_path / "saved"), device="cpu", trust_remote_code=True)
+    texts = ["ab", "the river and its bridges"]
+    single, pairs = (encoder.preprocess(given)["input_ids"] for given in (texts, [("", text) for text in texts]))
+    assert torch.equal(single, pairs)
+
+
 def test_the_keywords_of_cross_encoder_mean_the_same_here():
     reranker, documents = lively("tiny-mamba"), [text for _, text in PAIRS]
     raw = reranker.predict(PAIRS)

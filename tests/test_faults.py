@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -78,6 +79,8 @@ def read_only_disk(tmp_path: Path):
     """A folder that nobody may write to, root neither; without the right to mount one, by its permissions."""
     with mounted(tmp_path / "read-only", "size=64k") as folder:
         if folder is None:
+            if os.geteuid() == 0:
+                pytest.skip("root ignores permissions, and may not mount here")
             folder = tmp_path / "read-only"
             folder.chmod(0o555)
         else:
@@ -160,11 +163,21 @@ def test_what_killed_processes_left_is_removed_and_what_a_living_one_writes_is_n
     with replacing(tmp_path / "file") as temporary:
         temporary.write_text("in the making")
         left_over = tmp_path / temporary.parent.name.replace(f"-{os.getpid()}-", f"-{int(dead.stdout)}-")
-        left_over.mkdir()
+        same_number = tmp_path / f"{temporary.parent.name.rpartition('-')[0]}-before"  # where a container was started again
+        left_over.mkdir(), same_number.mkdir()
         write_text(tmp_path / "file", "another writer's")
-        assert not left_over.exists() and temporary.is_file()
+        assert not left_over.exists() and not same_number.exists() and temporary.is_file()
     assert (tmp_path / "file").read_text() == "in the making"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_was_private_is_private_when_it_has_been_replaced(tmp_path):
+    for name, mode, make in (("queries.tsv", 0o600, Path.touch), ("model", 0o700, Path.mkdir)):
+        make(tmp_path / name)
+        (tmp_path / name).chmod(mode)
+        with replacing(tmp_path / name) as temporary:
+            make(temporary)
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
 @pytest.mark.parametrize("name", ["model", "replaced"])
@@ -343,6 +356,15 @@ def test_a_file_of_a_store_cannot_be_a_link_to_elsewhere(name, reranker, tmp_pat
     (tmp_path / "s" / name).symlink_to(tmp_path / name)
     with pytest.raises(InputError, match=f"{name}, found none in that folder"):
         DocumentStates.open(tmp_path / "s", reranker)
+
+
+def test_states_are_never_written_through_a_link(reranker, tmp_path):
+    (tmp_path / "thesis").write_text("years of work")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "states.bin").symlink_to(tmp_path / "thesis")
+    with pytest.raises(InputError, match=r"or one of states, got .*states\.bin in it"):
+        DocumentStates.build(reranker, DOCUMENTS, tmp_path / "s")
+    assert (tmp_path / "thesis").read_text() == "years of work"
 
 
 # -------------------------------------------------------------------------------------------------------- clock and kernel

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ipywidgets.widgets.widget import _instances
 
 from rankmamba import panels
 from rankmamba.collection import load
@@ -140,6 +141,15 @@ def test_a_new_panel_ends_the_job_of_the_one_before_it():
     assert second.controls.job.state == "stopped" and second.comm is None
 
 
+def test_a_closed_panel_leaves_no_widget_that_would_keep_its_models(experiment):
+    search = Search(experiment.split("test"), {"tiny-bert": experiment.model_path("tiny-bert")}, experiment.folder / "states")
+    before = set(_instances)
+    panel = panels.RankingPanel(search, ["a query"])
+    assert len(_instances) > len(before) + 10
+    panel.close()
+    assert set(_instances) <= before
+
+
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     experiment = Experiment(tmp_path_factory.mktemp("study"), "rankmamba/tiny", "tiny")
@@ -265,6 +275,7 @@ def test_the_curves_are_one_well_formed_picture_in_the_colours_of_the_figures():
     runs = [Run("nano-bert", curve, False), Run("nano-mamba", curve[:400], True), Run("a<b>&c", [], False)]
     root = ElementTree.fromstring(learning_curves(runs, 800, 8))
     lines = root.findall(".//polyline")
+    assert len({line.get("stroke-dasharray") for line in lines} - {None}) == 2  # one for each system, as in the figures
     assert {line.get("stroke") for line in lines} == {ink(look("nano-bert").color), ink(look("nano-mamba").color)}
     points = np.array([[float(number) for number in point.split(",")] for line in lines for point in line.get("points").split()])
     width, height = map(float, root.get("viewBox").split()[2:])

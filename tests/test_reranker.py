@@ -543,3 +543,39 @@ def test_a_trace_sees_no_kernel_that_it_could_not_follow():
     with torch.no_grad():
         traced = torch.jit.trace(logits, first, check_trace=False)
         assert torch.allclose(traced(second), logits(second), atol=1e-5)
+
+
+def test_a_token_that_the_mask_hides_affects_no_score_wherever_it_stands(reranker):
+    ids = torch.randint(200, 900, (2, 12))
+    other, mask = ids.clone(), torch.ones_like(ids)
+    other[:, 4:7] += 1
+    with torch.no_grad():
+        seen = reranker.model(input_ids=ids, attention_mask=mask).logits
+        mask[:, 4:7] = 0
+        hidden, same = (reranker.model(input_ids=given, attention_mask=mask).logits for given in (ids, other))
+    assert torch.equal(hidden, same) and not torch.allclose(hidden, seen)
+
+
+def test_what_acts_on_the_head_acts_on_the_score():
+    model = Reranker.from_pretrained("tiny-mamba", dtype=torch.float32).model
+    ids = torch.randint(200, 900, (2, 12))
+    plain, pooled = model(input_ids=ids).logits, []
+    model.score.register_forward_pre_hook(lambda module, given: pooled.append(given[0]))
+    model.score.register_forward_hook(lambda module, given, output: -output)
+    assert torch.equal(model(input_ids=ids).logits, -plain) and pooled[0].shape == (2, model.score.in_features)
+
+
+def test_a_tensor_that_the_network_would_not_read_is_refused():
+    model = Reranker.from_pretrained("tiny-neox").model
+    with pytest.raises(InputError, match="got position_ids"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), position_ids=torch.tensor([[2, 1, 0]]))
+
+
+def test_torch_exports_a_network_with_its_mask(reranker):
+    ids = torch.randint(200, 900, (2, 12))
+    features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    features["attention_mask"][1, 7:] = 0
+    model = reranker.model.eval()
+    with torch.no_grad():
+        exported = torch.export.export(model, (), features).module()
+        assert torch.allclose(exported(**features).logits, model(**features).logits, atol=1e-5)

@@ -476,3 +476,14 @@ def test_queries_that_share_a_document_widen_the_final_tables_intervals_and_the_
     joined = dict.fromkeys(shared, 0)
     write_record(tmp_path, record("queries", "relevant documents", result={"words": {}, "clusters": joined}))
     assert "take each alone" in (said := caption(final_table(read_records(tmp_path)))) and "too few" in said
+
+
+@pytest.mark.parametrize("text", ["nano-<img src=x onerror=alert(1)>", "nano\x1b[2Jbert", "nano-bert\u202etxt"])
+def test_a_text_that_would_change_what_shows_it_is_neither_written_nor_read(tmp_path, text):
+    for key in ("system", "collection", "scale", "note"):
+        with pytest.raises(InputError, match=f"printable text without '<' as '{key}'"):
+            write_record(tmp_path, record() | {key: text})
+    path = write_record(tmp_path, record(note="plain"))
+    path.write_text(path.read_text().replace('"plain"', json.dumps(text)))
+    with pytest.raises(InputError, match=f"printable text.*{path.name}"):
+        read_records(tmp_path)

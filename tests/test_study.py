@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 
 import nbformat
 import papermill
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, MambaConfig, MambaModel
 
-from rankmamba import study
+from rankmamba import files, study
 from rankmamba.batch import parameters
 from rankmamba.data.packages import package_folder
 from rankmamba.errors import InputError
@@ -141,8 +140,9 @@ def test_a_results_folder_that_is_a_file_is_refused(tmp_path, capsys):
     assert "choose a folder that is not a file" in capsys.readouterr().err and (tmp_path / "notes").read_text() == "mine"
 
 
-def test_two_studies_in_one_folder_go_one_after_another(tmp_path, capsys):
-    order = []
+def test_two_studies_in_one_folder_go_one_after_another(tmp_path, monkeypatch):
+    order, waits = [], threading.Event()
+    monkeypatch.setattr(files, "print", lambda text, **_: text == "waits" and waits.set(), raising=False)
 
     def other():
         with alone(tmp_path / ".lock", "waits"):
@@ -151,10 +151,10 @@ def test_two_studies_in_one_folder_go_one_after_another(tmp_path, capsys):
     with alone(tmp_path / ".lock", "waits"):
         thread = threading.Thread(target=other)
         thread.start()
-        time.sleep(0.3)
+        assert waits.wait(60)
         order.append("first")
     thread.join()
-    assert order == ["first", "other"] and capsys.readouterr().err == "waits\n"
+    assert order == ["first", "other"]
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_a_polite_kill_of_a_sweep_ends_its_studies_too(tmp_path):
 
 @pytest.mark.parametrize("loses, code", [(1, 5), (9, -signal.SIGKILL)], ids=["asked again", "killed"])
 def test_a_study_that_loses_the_kill_is_asked_again_and_then_ended(loses, code, monkeypatch):
-    monkeypatch.setattr(sweep, "PATIENCE", 0.5)
+    monkeypatch.setattr(sweep, "PATIENCE", 3 if loses == 1 else 0.5)  # on a busy machine two requests might be one
     deaf = f"asked = iter(range({loses})); signal.signal(15, lambda *_: next(asked, None) is None and sys.exit(5)); print(1, flush=True)"
     command = [sys.executable, "-c", f"import signal, sys, time; {deaf}; time.sleep(60); time.sleep(60)"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -230,9 +230,10 @@ def test_jobs_share_the_threads_of_the_machine(monkeypatch, tmp_path):
     for jobs in (1, 4, 8):
         sweep.start_here(jobs)([], tmp_path / "log")
     assert seen == ["6", "1", "1"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "")  # as good as unset
-    sweep.start_here(1)([], tmp_path / "log")
-    assert int(seen[-1]) >= 1
+    for nothing in ("", "abc"):  # as good as unset
+        monkeypatch.setenv("OMP_NUM_THREADS", nothing)
+        sweep.start_here(1)([], tmp_path / "log")
+        assert int(seen[-1]) >= 1
 
 
 FITS = {"seed": ("int", 0), "rate": ("float", 0.5), "names": ("list", [])}

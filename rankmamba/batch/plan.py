@@ -83,9 +83,17 @@ def paper_runs() -> list[Run]:
 
 
 def downloads(collections: Iterable[str]) -> list[Download]:
-    """List the files that ir_datasets fetches for some ids; our own collections have none."""
-    import ir_datasets
+    """List the files that ir_datasets fetches for some ids; our own collections have none.
 
+    Raises:
+        InputError: ir_datasets has no folder to keep files in.
+    """
+    try:
+        import ir_datasets
+    except (OSError, RuntimeError) as error:  # it makes its folder when it is imported
+        raise InputError(
+            f"expected a folder for collections that may be written, got: {error}; name one: export IR_DATASETS_HOME=FOLDER"
+        ) from error
     from ..collection import download_of
 
     found = {}

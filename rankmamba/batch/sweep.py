@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -116,7 +117,8 @@ def finished(run: Run) -> bool:
 def start_here(jobs: int) -> Callable[[list[str], Path], subprocess.Popen]:
     """Return a function that starts a study, given its arguments and its log, as a local process with its share of the threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])  # the other numbers are for nested regions
+    asked = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))  # further numbers are for nested regions
+    threads = int(asked[1]) if asked else cores
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // jobs))}
 
     def start(arguments: list[str], log: Path) -> subprocess.Popen:
@@ -214,7 +216,7 @@ def report_seeds(runs: list[Run], scale: str, only: str | None, overrides: dict,
     reports = []
     for group in alike.values():
         records = [path for run in group if finished(run) for path in (run.folder / "records").iterdir()]
-        if len({path.parent for path in records}) < 2:
+        if len({path.parent for path in records if path.name.startswith("evaluate-")}) < 2:
             continue
         seeds, given = [run.config["parameters"]["seed"] for run in group], _without_seed(group[0].given)
         place = folder / _name({"seeds": seeds} | given, [only, seeds, given | overrides])

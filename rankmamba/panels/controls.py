@@ -47,12 +47,21 @@ class Panel(widgets.VBox):
         _open[kind] = self
 
     def close(self) -> None:
-        """End what the panel is doing, wait for it, and remove the panel."""
+        """End what the panel is doing, wait for it, and remove the panel with all that is in it: ipywidgets keeps what is not closed."""
         for controls in self._controls:
             controls.cancel()
         if _open.get(type(self).__name__) is self:
             del _open[type(self).__name__]
+        for part in (*self.children, self.layout):
+            _close(part)
         super().close()
+
+
+def _close(widget: widgets.Widget) -> None:
+    for part in (*getattr(widget, "children", ()), getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if part is not None:
+            _close(part)
+    widget.close()
 
 
 def close() -> None:

@@ -85,13 +85,21 @@ class _Axes:
             raw = " ".join("{:.1f},{:.1f}".format(*self.at(steps[i], run.curve[i][name])) for i in kept)
             parts.append(f'<polyline points="{raw}" fill="none" stroke="{color}" stroke-width="1" opacity=".25"/>')
         points = " ".join("{:.1f},{:.1f}".format(*self.at(steps[i], values[i])) for i in kept)
-        look_of_line = 'stroke-width="2.6"' if run.now else 'stroke-width="1.3" opacity=".55"'
+        stroke = 2.6 if run.now else 1.3
+        look_of_line = f'stroke-width="{stroke}" stroke-dasharray="{_dashes(run.system, stroke)}"' + ("" if run.now else ' opacity=".55"')
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-linejoin="round" {look_of_line}/>')
         if run.now:
             x, y = self.at(steps[-1], values[-1])
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>')
             parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{color}" font-weight="700">{values[-1]:.2f}</text>')
         return "".join(parts)
+
+
+def _dashes(system: str, stroke: float) -> str:
+    """The line style of a system's figures as SVG has it, for lines `stroke` wide."""
+    line = look(system).line
+    dashes = {"-": (), "--": (3.7, 1.6), "-.": (6.4, 1.6, 1, 1.6)}[line] if isinstance(line, str) else line[1]
+    return " ".join(f"{stroke * part:.1f}" for part in dashes) or "none"
 
 
 def _smooth(curve: Sequence[dict], name: str) -> np.ndarray:

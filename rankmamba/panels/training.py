@@ -142,9 +142,7 @@ def runs_table(records: list[dict], now: str | None = None) -> str:
         cells = [
             f'<i style="background:{ink(look(record["system"]).color)}"></i>{escape(record["system"])}',
             f"{config['learning_rate']:.2g}",
-            config["group_size"],
-            config["max_length"],
-            config["seed"],
+            *(escape(str(config[name])) for name in ("group_size", "max_length", "seed")),
             f"{result['steps']:,}" + (" (partial)" if result["partial"] else ""),
             f"{np.mean([row['loss'] for row in last]):.3f}" if last else "",
             f"{np.mean([row['accuracy'] for row in last]):.0%}" if last else "",

@@ -57,7 +57,10 @@ def throughput(table: pd.DataFrame) -> Figure:
 
 @styled
 def memory(table: pd.DataFrame) -> Figure:
-    """Peak memory of a pass against length, panels as in `throughput`. table: `profiling.tables.speed_table`."""
+    """Peak memory of a pass against length, a row of panels a size, training left and inference right.
+
+    table: `profiling.tables.speed_table`.
+    """
 
     def draw(axes: Axes, part: pd.DataFrame) -> None:
         axes.set(yscale="linear", ylim=(0, 1.15 * part["peak_mib"].max()))  # from 0, so that what hardly changes looks flat
@@ -76,6 +79,14 @@ def _panels(table: pd.DataFrame, draw, ylabel: str) -> Figure:
             part = table[(table["size"] == row) & (table["mode"] == mode)]
             lengths = sorted(set(part["length"]))
             axes.set(xscale="log", yscale="log", title=f"{row}, {mode}", xlabel="tokens of a pair", ylabel=ylabel)
+            room = 1.15 if len(lengths) > 1 else 2
+            axes.set_xlim(lengths[0] / room, lengths[-1] * room)
+            axes.tick_params(axis="x", labelsize=10)  # lengths may stand close together
+            if part["tokens_per_s"].isna().all():
+                axes.text(0.5, 0.5, "out of memory", transform=axes.transAxes, ha="center")
+                axes.set(xticks=[], yticks=[])
+                axes.minorticks_off()
+                continue
             draw(axes, part)
             axes.xaxis.set(
                 major_locator=FixedLocator(lengths), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}")

@@ -84,3 +84,5 @@ def side_by_side(
             yield places[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        with _BEGINNING:
+            torch.set_num_threads(threads)  # after Ctrl-C, workers may have begun since

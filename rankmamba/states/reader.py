@@ -91,9 +91,9 @@ class Reader:
         record = self._states[start : start + size]
         if not self._checked[row]:
             if len(record) < size or zlib.crc32(record) != self.names.table["crc"][row]:
-                place = f"{self.folder / STATES}, byte {start}"
                 raise InputError(
-                    f"expected the state of {self.names[row]!r} as it was written, got other bytes ({place}); delete the folder, build again"
+                    f"expected the state of {self.names[row]!r} as it was written, got other bytes ({self.folder / STATES}, byte {start}); "
+                    "delete the folder, build again"
                 )
             self._checked[row] = True
         ids = record[end_of_state:].view("<i4")[:tokens] if self._marked else None
@@ -174,5 +174,5 @@ def compare_headers(ours: dict, theirs: dict, what: str, remedy: str) -> None:
 
 
 def _short(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
     return text[:12] if len(text) == 64 and isinstance(value, str) else text

@@ -58,7 +58,7 @@ def check_folder(folder: Path) -> None:
         InputError: it is a file, or holds something else.
     """
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    others = sorted(name for name in names if name not in FILES and not name.startswith("."))
+    others = sorted(name for name in names if name not in FILES and not name.startswith(".") or (folder / name).is_symlink())
     if folder.is_file() or others:
         found = f"{others[0]} in it" if others else "a file"
         raise InputError(f"expected a new folder, or one of states, got {folder} ({found}); choose another folder")

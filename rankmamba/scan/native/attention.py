@@ -2,6 +2,7 @@
 
 import torch
 
+from ...errors import InputError
 from ..gradients import once_differentiable
 from ..precision import without_autocast
 from .library import Attention, Rotation, as_plain, as_rows, call, empty, pointer, rows, tracked, workers
@@ -23,13 +24,37 @@ def attention(
     key is hidden. causal: the last query sees all keys, each before it one less. A query that sees no key gets zeros. bias: (1, H, L, K);
     gets no gradient. rotary: cosines and sines for the queries, (B or 1, L, R), and for the keys, (B or 1, K, R), of R / 2 angles, twice;
     the first R numbers of each query and key are rotated by them first, in pairs R / 2 apart (arXiv 2104.09864). No gradient either.
+
+    Raises:
+        InputError: a tensor has another shape.
     """
+    _check(query, key, value, seen, rotary)
     hidden = None if seen is None else as_plain(torch.where(seen.bool(), 0.0, -torch.inf))
     if bias is not None:
         bias = as_plain(bias.expand(1, *query.shape[1:3], key.shape[2]))
     angles = (as_plain(part[..., : part.shape[-1] // 2]) for part in rotary or ())
     run = _Attention.apply if tracked((query, key, value)) else _forward
     return run(query, key, value, causal, scale, hidden, bias, *angles)
+
+
+def _check(query, key, value, seen, rotary):
+    """Check the shapes: the kernel believes them, and a checkpoint's configuration may say anything."""
+    (batch, heads, length, width), (_, shared, keys, _) = query.shape, key.shape
+    wanted = {"key": (key, (batch, shared, keys, width)), "value": (value, key.shape)}
+    if seen is not None:
+        wanted["seen"] = (seen, (batch, keys))
+    for place, part in enumerate(rotary or ()):
+        wanted[f"rotary[{place}]"] = (part, (batch if len(part) > 1 else 1, keys if place > 1 else length, rotary[0].shape[-1]))
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise InputError(f"expected {name} {tuple(shape)} for queries {tuple(query.shape)}, got {tuple(tensor.shape)}")
+    wrong = None
+    if not shared or heads % shared:
+        wrong = f"expected a number of key heads that divides {heads} query heads, got {shared}"
+    elif rotary is not None and rotary[0].shape[-1] > width:
+        wrong = f"expected to rotate at most the {width} numbers of a head, got {rotary[0].shape[-1]}"
+    if wrong is not None:
+        raise InputError(f"{wrong}; correct the model's configuration")
 
 
 class _Attention(torch.autograd.Function):
