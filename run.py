@@ -51,7 +51,7 @@ EXTRA = {"study": None, "lab": "lab", "test": "test"}
 MODULE = {
     "study": ["rankmamba.study"],
     "lab": ["jupyterlab", f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks"],
-    "test": ["pytest", "-q", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile"],
+    "test": ["pytest", "-q", "--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"],
 }
 
 

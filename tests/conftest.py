@@ -37,7 +37,10 @@ FORKING = ("test_kill.py", "test_resume.py", "test_distributed.py")
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that fork come first: a lock that another thread of the parent holds at that moment would be held for ever in the fork."""
+    """Tests that fork come first: a lock that another thread of the parent holds at that moment would be held for ever in the fork.
+
+    `run.py test` gives --no-loadscope-reorder for that: pytest-xdist would begin with the largest files.
+    """
     items.sort(key=lambda item: item.path.name not in FORKING)
 
 

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 THIS_PYTHON = sys.executable
-PYTEST = "-m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile"
+PYTEST = "-m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder"
 FAKE_PYTHON = """#!/bin/sh
 cd {folder}
 echo "$@" >> calls
