@@ -23,9 +23,9 @@ from rankmamba import plots, scan
 from rankmamba.doctor import import_problem
 from rankmamba.errors import InputError
 from rankmamba.profiling import plots as profile_plots
-from rankmamba.profiling.measurements import speed
+from rankmamba.profiling.measurements import machine, recorded, speed
 from rankmamba.profiling.tables import fastest_attention, one_batch, speed_table, verdict
-from rankmamba.results import environment, new_record, read_records, write_record
+from rankmamba.results import environment, new_record, write_record
 from rankmamba.scan import reference
 
 GROUP = 8
@@ -133,7 +133,8 @@ def main() -> int:
             speed(options.results, "gpu", [system], cases, group_size=group)
         except InputError as error:
             print(f"  left out: {error}")
-    records = read_records(options.results, "profile")
+    here = machine(environment())  # another GPU's records may lie in the folder
+    records = [record for of in recorded([options.results]) for record in of if machine(record["environment"]) == here]
     table = one_batch(speed_table(records))
     shown = ["system", "mode", "length", "batch", "tokens_per_s", "peak_mib", "share"]
     print(table[shown].to_string(index=False, float_format="{:,.3g}".format))

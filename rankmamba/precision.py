@@ -24,7 +24,9 @@ def autocast_dtype(device: torch.device | str, asked: torch.dtype | str | None =
             )
         return asked, f"{NAMES[asked]}: asked for"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        with torch.cuda.device(device):  # it asks the current one
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if supported:
             return torch.bfloat16, f"bf16: {torch.cuda.get_device_name(device)} has bfloat16 tensor cores"
         return torch.float32, f"fp32: {torch.cuda.get_device_name(device)} has no bfloat16 tensor cores"
     if device.type == "cpu":

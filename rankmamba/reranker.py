@@ -69,6 +69,8 @@ class Reranker:
         """device: default CUDA if available, else the CPU. dtype: of matrix products; the default depends on the device
         (`precision.autocast_dtype`). Weights stay as they are."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device == torch.device("cuda"):  # the current one, for threads as well, which have their own
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype, self.precision = autocast_dtype(self.device, dtype)
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
         self.attention = choose_attention(model.backbone, self.device, self.dtype)

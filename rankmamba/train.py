@@ -28,6 +28,7 @@ from .collection import Collection, check_run, load
 from .data.runs import read_run
 from .errors import InputError
 from .files import check_room
+from .memory import out_of_memory
 from .model import weights_digest
 from .reranker import Reranker
 from .reranking.saved import check_target
@@ -184,6 +185,10 @@ def train(
         except Stopped:
             if progress.curve:
                 trainer.keep_last_step()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise InputError(f"expected weights, gradients and AdamW's moments to fit into memory, got: {error}; use lora_r") from error
     if not progress.curve:
         raise Stopped
     setup = reranker.setup | {"optimizer": OPTIMIZER, "processes": processes.num_processes}

@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from transformers import GPTNeoXModel
 
 from rankmamba import profiling, scan
 from rankmamba.collection import load
 from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.errors import InputError
-from rankmamba.profiling import MODES, Subject, build, measure, measurements
+from rankmamba.profiling import MODES, Subject, build, measure, measurements, parts
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.profiling.flops import forward_flops
 from rankmamba.profiling.parts import TextPass, breakdown
 from rankmamba.profiling.shapes import size_of
-from rankmamba.results import fingerprint, read_records
+from rankmamba.results import fingerprint, read_records, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 D, E, K = 768, 1536, 4
@@ -81,11 +84,36 @@ def test_the_parts_of_a_pass_add_up_to_its_time_and_name_what_the_system_is_made
     run = TextPass(mode, build(system, 96), [(f"who was {i}", "a river " * (1 + 3 * i)) for i in range(8)], 256, group_size=4)
     run()
     monkeypatch.setattr("rankmamba.profiling.parts.timed", lambda *_: 2.0)
-    parts = breakdown(run)
-    assert sum(parts.values()) == pytest.approx(2.0)
+    spent = breakdown(run)
+    assert sum(spent.values()) == pytest.approx(2.0)
     own = {"tiny-bert": {"attention"}, "tiny-mamba": {"scan", "convolution"}, "tiny-mamba2": {"scan", "convolution"}}[system]
     expected = own | {"projections", "tokeniser", "padding"} | ({"optimizer"} if mode == "training" else set())
-    assert {part for part, seconds in parts.items() if seconds > 0} == expected | {"norms and other"}
+    assert {part for part, seconds in spent.items() if seconds > 0} == expected | {"norms and other"}
+
+
+@pytest.mark.parametrize(
+    "label, part",
+    [("SelectiveScanFn", "scan"), ("MambaChunkScanCombinedFn", "scan"), ("CausalConv1dFn", "convolution")],
+)
+def test_on_a_gpu_kernels_count_for_the_part_that_calls_them_and_the_tokeniser_by_its_time_on_the_cpu(label, part):
+    def event(name, on_cpu, on_gpu=0, calls=()):
+        made = FunctionEvent(1, name, 0, 0, on_cpu, device_type=DeviceType.CPU, use_device="cuda", is_legacy=False)
+        if on_gpu:
+            made.append_kernel(name, 0, on_gpu)
+        for called in calls:
+            made.append_cpu_child(called)
+        return made
+
+    calls = [("rankmamba::tokenise", 6000), ("aten::mm", 100, 3000), ("aten::add", 100, 1000), (f"{label}Backward", 100, 500)]
+    spent = dict.fromkeys([*parts.PARTS, parts.OTHER], 0.0)
+    parts._claim(event("rankmamba::all", 12000, calls=[event(*call) for call in calls]), spent, "device_time_total")
+    assert {name: time for name, time in spent.items() if time} == {"tokeniser": 6000, "projections": 3000, part: 500, parts.OTHER: 1000}
+
+
+def test_flash_attention_in_float32_is_refused_before_it_runs(monkeypatch):
+    monkeypatch.setattr(GPTNeoXModel, "set_attn_implementation", lambda *_: None)
+    with pytest.raises(InputError, match="takes no float32"):
+        build("tiny-neox (flash_attention_2)", 64, dtype=torch.float32)
 
 
 LENGTHS = np.array([128, 512, 2048, 8192])
@@ -272,6 +300,10 @@ def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models
     said = capsys.readouterr().out
     assert "tiny-neox (eager)" in said and "the claim that Mamba trains slower" in said
     assert len(read_records(tmp_path, "profile")) == 10 and (tmp_path / "figures" / "throughput.png").is_file()
+    record = read_records(tmp_path, "profile")[0]
+    write_record(tmp_path, record | {"system": "elsewhere", "environment": record["environment"] | {"torch": "1.0"}})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--minutes", "0", "--results", str(tmp_path)])
+    assert main() == 0 and "elsewhere" not in capsys.readouterr().out  # what another machine measured is not compared
 
 
 def test_a_folder_is_compared_by_its_own_name_and_not_by_where_it_lies():

@@ -418,5 +418,17 @@ def test_a_gpu_without_memory_is_met_alike_and_one_pair_too_large_is_an_input_er
             call()
 
 
+@pytest.mark.parametrize(
+    "said", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "Triton Error [CUDA]: out of memory"]
+)
+def test_moments_that_do_not_fit_into_memory_are_an_input_error_whichever_library_asked(said, collection, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(InputError, match="AdamW's moments to fit into memory"):
+        train(small("tiny-mamba"), collection, tmp_path / "model")
+
+
 if __name__ == "__main__":
     with_little_memory(Path(sys.argv[1]))

@@ -14,6 +14,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     BloomConfig,
     FalconMambaConfig,
     GPT2Config,
@@ -23,6 +25,8 @@ from transformers import (
     OPTConfig,
     Qwen2Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from rankmamba import states as states_module
 from rankmamba.backbones import SYSTEMS, load_tokenizer
@@ -638,3 +642,16 @@ def test_a_store_that_is_added_to_while_it_is_opened_is_not_called_damaged(tmp_p
     with pytest.raises(InputError, match="running or was stopped") as error:
         DocumentStates.open(folder, mamba)
     assert "delete" not in str(error.value)
+
+
+def test_states_are_made_with_an_attention_that_takes_no_float32_as_flash_attention_does(tmp_path):
+    def picky(module, query, *rest, **kwargs):
+        assert query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")  # which transformers' own casts to
+        return sdpa_attention_forward(module, query, *rest, **kwargs)
+
+    AttentionInterface.register("picky", picky)
+    AttentionMaskInterface.register("picky", sdpa_mask)
+    reranker = Reranker.from_pretrained("tiny-neox", dtype=torch.bfloat16)
+    reranker.model.backbone.set_attn_implementation("picky")
+    states = DocumentStates.build(reranker, DOCUMENTS, tmp_path / "s")
+    assert np.abs(from_states(states, "which river") - full(reranker, "which river")).max() <= 0.05

@@ -55,6 +55,8 @@ def build(system: str, length: int, layers: int | None = None, device=None, dtyp
             reranker.model.backbone.set_attn_implementation(attention)
         except (ImportError, ValueError) as error:
             raise InputError(f"expected an attention that runs here, got {system}: {str(error).splitlines()[0]}") from error
+        if "flash" in attention and reranker.dtype == torch.float32:
+            raise InputError(f"expected an attention that runs here, got {system}: it takes no float32, and {reranker.precision}")
         reranker.attention = f"{attention}: asked for"
     return reranker
 

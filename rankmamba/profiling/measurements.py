@@ -61,7 +61,7 @@ def recorded(folders: Sequence[str | Path]) -> list[list[dict]]:
     for folder in map(Path, folders):
         for record in read_records(folder, "profile") if (folder / "records").is_dir() else []:
             if record["collection"].endswith(TOKENS):
-                found.setdefault((folder, *_machine(record["environment"])), []).append(record)
+                found.setdefault((folder, *machine(record["environment"])), []).append(record)
     return list(found.values())
 
 
@@ -121,7 +121,8 @@ def texts(
     return records
 
 
-def _machine(environment: dict) -> tuple:
+def machine(environment: dict) -> tuple:
+    """What tells a record's machine from others."""
     return tuple(environment.get(key, "") for key in (MACHINE if environment["device"] == "cpu" else MACHINE[:2]))
 
 
@@ -129,12 +130,12 @@ def _found(folder, system: str, collection: str, config: dict) -> dict | None:
     """The record of the same measurement, made on the same machine with the same number format and kernel."""
     if not Path(folder).is_dir():
         return None
-    here = _machine(environment())
+    here = machine(environment())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, kernel = str(autocast_dtype(device)[0]).removeprefix("torch."), scan.kernel(device).name
     for record in read_records(folder, "profile"):
         ran = record["environment"]
-        same = _machine(ran) == here and ran["dtype"] == dtype and ran["scan"] in ("none", kernel)
+        same = machine(ran) == here and ran["dtype"] == dtype and ran["scan"] in ("none", kernel)
         if same and (record["system"], record["collection"], record["config"]) == (system, collection, config):
             return record
     return None

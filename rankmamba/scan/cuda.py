@@ -92,7 +92,7 @@ def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=F
     side_by_side = tokens.stride(2) == 1 and all(size % 8 == 0 for size in (x.shape[2], tokens.stride(0), tokens.stride(1)))
     rows = tokens.transpose(1, 2)
     y = causal_conv1d_fn(
-        rows if side_by_side else rows.contiguous(),
+        rows if side_by_side else rows.clone(memory_format=torch.contiguous_format),  # of one token, too, which `contiguous` leaves
         weight.to(x.dtype),
         None if bias is None else bias.to(x.dtype),
         activation=activation,
@@ -103,17 +103,18 @@ def causal_conv1d(x, weight, bias=None, initial_state=None, return_final_state=F
 @with_first_derivatives
 def ssd_scan(x, delta, A, B, C, D=None, initial_state=None, return_final_state=False):
     """See `rankmamba.scan.ssd_scan`."""
-    y, final_state = mamba_chunk_scan_combined(
-        x,
-        delta.float(),
-        A.float(),
-        B.to(x.dtype),
-        C.to(x.dtype),
-        chunk_size=256,
-        D=None if D is None else D.float(),
-        initial_states=None if initial_state is None else initial_state.to(x.dtype),
-        return_final_states=True,
-    )
+    with torch.cuda.device_of(x):  # mamba-ssm starts one of its kernels on the current device, wherever the tensors are
+        y, final_state = mamba_chunk_scan_combined(
+            x,
+            delta.float(),
+            A.float(),
+            B.to(x.dtype),
+            C.to(x.dtype),
+            chunk_size=256,
+            D=None if D is None else D.float(),
+            initial_states=None if initial_state is None else initial_state.float(),
+            return_final_states=True,
+        )
     return (y, final_state.float()) if return_final_state else y
 
 

@@ -43,7 +43,8 @@ def kind_of(reranker: Reranker, layers: Sequence[int] | None = None) -> "Recurre
         )
     if family_of(reranker.model.backbone.config).hybrid:
         raise InputError(f"expected a backbone with layers of one kind, got the hybrid {reranker.model.config.system!r}")
-    return (Recurrent if reranker.has_scan else Attention)(reranker, layers)
+    with reranker.scoring():  # both try the backbone, and flash attention takes no float32
+        return (Recurrent if reranker.has_scan else Attention)(reranker, layers)
 
 
 class Recurrent:
