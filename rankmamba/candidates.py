@@ -15,7 +15,6 @@ from .collection import Collection
 from .data.formats import Documents
 from .data.runs import head_of, sort_run
 from .errors import InputError
-from .evaluate import per_query
 
 # bm25s imports JAX where it is installed, and JAX would reserve three quarters of a GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -111,6 +110,8 @@ def tune_bm25(
     top_k: int = 100,
 ) -> pd.DataFrame:
     """Try BM25 with each (k1, b) of the grid on development queries: a table k1, b, RR@k, R@k for k = `top_k`, best RR first."""
+    from .evaluate import per_query  # slow to import
+
     judged = qrels[qrels["query_id"].isin(list(queries))]
     if not (judged["relevance"] > 0).any():
         raise InputError("expected qrels with a relevant document for at least one of the queries, got none")

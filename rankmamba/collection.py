@@ -157,6 +157,21 @@ class Collection:
         return Collection(self.name, self.documents, queries, of_kept(self.qrels), candidates)
 
 
+def import_ir_datasets():
+    """Import ir_datasets, which makes the folder that it keeps its files in, and return it.
+
+    Raises:
+        InputError: that folder cannot be made.
+    """
+    try:
+        import ir_datasets
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"expected a folder for collections that may be written, got: {error}; name one: export IR_DATASETS_HOME=FOLDER"
+        ) from error
+    return ir_datasets
+
+
 def load(name_or_folder: str | Path) -> Collection:
     """Load a collection: an ir_datasets id (ours: see `embedded`), msmarco-document/test (both TREC years with judgements) or a
     folder of your own.
@@ -165,10 +180,10 @@ def load(name_or_folder: str | Path) -> Collection:
     Where an id and a folder have the same name, the id wins; write ./name for the folder.
 
     Raises:
-        InputError: there is no such id or folder, the id lacks queries or judgements, a file cannot be fetched or is malformed.
+        InputError: there is no such id or folder, the id lacks queries or judgements, a file cannot be fetched or is malformed, or
+            there is no folder to keep files in.
     """
-    import ir_datasets
-
+    ir_datasets = import_ir_datasets()
     name = str(name_or_folder)
     if name in UNIONS:
         return _union(name, [load(part) for part in UNIONS[name]])

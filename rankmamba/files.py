@@ -9,9 +9,10 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
@@ -74,8 +75,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
                         os.fsync(handle.fileno())
             if path.is_dir() and not temporary.is_dir():
                 raise InputError(f"expected the name of a file to write, got the folder {path}; name a file in it")
-            if path.exists():
-                shutil.copymode(path, temporary)  # what is private stays so
+            if path.is_dir() == temporary.is_dir() and path.exists():
+                with suppress(OSError):  # what is private stays so, where the disk knows of it
+                    temporary.chmod(stat.S_IMODE(path.stat().st_mode) | (0o700 if path.is_dir() else 0))
             if path.is_dir():
                 os.rename(path, _replaced(workspace, path))
             os.replace(temporary, path)

@@ -125,7 +125,8 @@ class RerankerModel(PreTrainedModel):
         with torch.autocast(hidden.device.type, enabled=False):
             kept = self.dropout(pooled.float()) if dropout_mask is None else pooled.float() * dropout_mask
             if type(self.score) is nn.Linear and self.score.weight.dtype != torch.float32:
-                return nn.functional.linear(kept, self.score.weight.float(), self.score.bias.float())
+                wide = {name: weight.float() for name, weight in self.score.named_parameters()}
+                return torch.func.functional_call(self.score, wide, kept)
             return self.score(kept)
 
     def _hidden(self, input_ids, attention_mask, token_type_ids):

@@ -46,7 +46,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     def drawn(*args, **kwargs) -> Figure:
         with in_style():
             figure = draw(*args, **kwargs)
-        figure.alt = draw.__doc__.partition("\n")[0]
+        figure.alt = (draw.__doc__ or "").partition("\n")[0]
         return figure
 
     return drawn
@@ -200,7 +200,8 @@ def wins_and_losses(values: Mapping[str, Tables], measure: str = PRIMARY, system
         axes.text(0.97, 0.08, f"worse\n{lost:.0%}", ha="right")
         if 1 - won - lost > 0.2:
             axes.text((won + 1 - lost) / 2, 0.08, f"same\n{1 - won - lost:.0%}", ha="center")
-        name = brief(system) + (": " if len(system) < 25 else ":\n")
+        name = brief(system)
+        name += ": " if len(name) < 25 else ":\n"
         axes.set(title=f"{name}{differences.mean():+.3f}", ylim=(-1.05, 1.05), xlim=(0, 1), xticks=(0, 0.5, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.tick_params(labelbottom=place + columns >= len(systems))

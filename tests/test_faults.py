@@ -180,6 +180,13 @@ def test_what_was_private_is_private_when_it_has_been_replaced(tmp_path):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
+def test_where_modes_cannot_be_changed_files_are_replaced_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "chmod", lambda *_, **__: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    for text in ("old", "new"):
+        write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_text() == "new"
+
+
 @pytest.mark.parametrize("name", ["model", "replaced"])
 def test_a_folder_is_still_there_after_a_kill_or_an_error_between_its_two_renames(tmp_path, monkeypatch, name):
     old, path = {"weights": "old"}, tmp_path / name

@@ -97,7 +97,7 @@ def test_the_report_is_one_file_that_loads_nothing_from_elsewhere(executed):
     html = (executed / "report.html").read_text(encoding="utf-8")
     assert "data:image/png;base64" in html and "nan" not in re.sub(r"<[^>]*>", " ", html).lower().split()
     assert not re.findall(r"<script|<(?:link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^\"'> ]+", html)
-    assert "No description" not in html
+    assert "No description" not in html and "default-src 'none'" in html  # nor runs what a stranger's records bring
 
 
 @pytest.mark.skipif(not CAN_DO_WITHOUT, reason="cutting the network off needs Linux and root: unshare --net")

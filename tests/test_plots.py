@@ -138,7 +138,7 @@ def test_a_folder_looks_like_the_last_family_in_its_path_and_is_named_from_there
     ]:
         assert brief(folder) == shown and brief(f"{folder} + bm25") == f"{shown} + bm25"
         assert look(folder) == look(f"{folder} + bm25") == (look(like) if like else OTHER)
-    assert brief("state-spaces/mamba-130m-hf") == "mamba-130m-hf"
+    assert brief("state-spaces/mamba-130m-hf") == "state-spaces/mamba-130m-hf"
     rows = plots.forest({"bm25": values(0), "/home/mamba-study/bert": values(1)}).axes[0].get_yticklabels()
     assert [row.get_text() for row in rows] == ["bm25", "…/bert"]
 

@@ -88,13 +88,9 @@ def downloads(collections: Iterable[str]) -> list[Download]:
     Raises:
         InputError: ir_datasets has no folder to keep files in.
     """
-    try:
-        import ir_datasets
-    except (OSError, RuntimeError) as error:  # it makes its folder when it is imported
-        raise InputError(
-            f"expected a folder for collections that may be written, got: {error}; name one: export IR_DATASETS_HOME=FOLDER"
-        ) from error
-    from ..collection import download_of
+    from ..collection import download_of, import_ir_datasets
+
+    ir_datasets = import_ir_datasets()
 
     found = {}
     for name in collections:

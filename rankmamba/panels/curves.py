@@ -98,7 +98,7 @@ class _Axes:
 def _dashes(system: str, stroke: float) -> str:
     """The line style of a system's figures as SVG has it, for lines `stroke` wide."""
     line = look(system).line
-    dashes = {"-": (), "--": (3.7, 1.6), "-.": (6.4, 1.6, 1, 1.6)}[line] if isinstance(line, str) else line[1]
+    dashes = {"-": (), "--": (3.7, 1.6), "-.": (6.4, 1.6, 1, 1.6), ":": (1, 1.65)}[line] if isinstance(line, str) else line[1]
     return " ".join(f"{stroke * part:.1f}" for part in dashes) or "none"
 
 

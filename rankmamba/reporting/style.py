@@ -58,11 +58,10 @@ def mixed(system: str) -> bool:
 
 
 def brief(system: str) -> str:
-    """The name as a figure has room for it: a hub's without the organisation, of a folder's what follows its last part that names a
-    family, "…/bert/checkpoint-500"."""
+    """The name as a figure has room for it: of a folder's what follows its last part that names a family, "…/bert/checkpoint-500"."""
     folders = base(system).split("/")
     if folders[0]:
-        return system.partition("/")[2] if len(folders) == 2 else system
+        return system
     return "/".join(["…", *folders[_named(folders) :]]) + system[len(base(system)) :]
 
 
