@@ -17,6 +17,7 @@ from rankmamba.collection import load
 from rankmamba.data.formats import write_documents, write_qrels, write_queries
 from rankmamba.errors import InputError
 from rankmamba.profiling import MODES, Subject, build, measure, measurements, parts
+from rankmamba.profiling import plots as profile_plots
 from rankmamba.profiling import tables as profile_tables
 from rankmamba.profiling.flops import forward_flops
 from rankmamba.profiling.parts import TextPass, breakdown
@@ -304,6 +305,14 @@ def test_the_gpu_benchmark_refuses_without_one_and_runs_to_its_end_on_toy_models
     write_record(tmp_path, record | {"system": "elsewhere", "environment": record["environment"] | {"torch": "1.0"}})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--minutes", "0", "--results", str(tmp_path)])
     assert main() == 0 and "elsewhere" not in capsys.readouterr().out  # what another machine measured is not compared
+
+
+def test_a_panel_says_that_memory_ran_out_for_all_and_one_length_has_room_around_it():
+    ran = list(records({("nano-bert", False): {512: 100.0}, ("bert-base", False): {512: 10.0}}))
+    ran[1] |= {"timing": {}, "result": ran[1]["result"] | {"out_of_memory": ["training"]}}
+    for draw in (profile_plots.throughput, profile_plots.memory):
+        nano, base = draw(profile_tables.speed_table(ran)).axes
+        assert [text.get_text() for text in base.texts] == ["out of memory"] and nano.get_xlim() == (256, 1024)
 
 
 def test_a_folder_is_compared_by_its_own_name_and_not_by_where_it_lies():
