@@ -160,3 +160,42 @@ def test_what_a_system_is_says_its_record_and_never_its_name():
     said = claim(pairwise(values, [pair]), records)
     assert "the best Transformer here, /home/mamba-study/bert: /home/bert-study/checkpoint-500 is ahead" in said
     assert "the state-space model is better in 1: /home/bert-study/checkpoint-500 over" in said
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *dict(batch_size=8, group_size=4, epochs=2.0, warmup=0.2, weight_decay=0.1, loss="distil", teacher="minilm-l6").items(),
+        *dict(max_length=512, max_query_length=50).items(),
+    ],
+)
+def test_one_number_of_the_recipe_apart_is_not_alike(name, value):
+    assert trained_alike([trained("nano-bert"), trained("nano-mamba")]) == PAIRS[:1]
+    assert trained_alike([trained("nano-bert"), trained("nano-mamba", **{name: value})]) == []
+
+
+def test_systems_are_alike_in_their_collection_in_every_seed_and_in_how_they_rerank():
+    bert, mamba, ranks = trained("nano-bert"), trained("nano-mamba"), {"first_stage": "bm25", "top_k": 100}
+    assert trained_alike([bert, mamba | {"collection": "elsewhere/train"}]) == []
+    assert trained_alike([bert, trained("nano-mamba", steps=11), mamba]) == []  # its other seed's training was longer
+
+    def reranked(system, **config):
+        return {"kind": "rerank", "system": system, "config": ranks | config}
+
+    assert trained_alike([bert, mamba, reranked("nano-bert"), reranked("nano-mamba", max_passages=1)]) == PAIRS[:1]
+    for other in ({"first_stage": "splade"}, {"top_k": 20}, {"max_passages": 4}):
+        assert trained_alike([bert, mamba, reranked("nano-bert"), reranked("nano-mamba", **other)]) == [], other
+
+
+@pytest.mark.parametrize(
+    "difference, low, high, p, said",
+    [
+        (0.004, -0.005, 0.03, 0.5, "it is open in 1"),
+        (0.001, -0.03, 0.005, 0.5, "it is open in 1"),
+        (0.004, -0.005, 0.009, 0.5, "they are level (the interval within ±0.01) in 1"),
+        (0.005, 0.001, 0.009, 0.01, "they are level (the interval within ±0.01) in 0"),
+    ],
+)
+def test_level_is_an_interval_within_the_margin_at_both_ends_of_a_difference_that_is_not_shown(difference, low, high, p, said):
+    pair = two(table(1), table(2)).assign(difference=difference, low=low, high=high, p_holm=p)
+    assert said in claim(pair, RECORDS)

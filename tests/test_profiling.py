@@ -337,3 +337,33 @@ def test_texts_that_were_edited_are_measured_anew(tmp_path):
         (record,) = measurements.texts(tmp_path / "results", "tiny", ["tiny-mamba"], load(str(folder)), 4, 64, 2)
         tokens.append((record["created"], record["result"]["tokens"]))
     assert tokens[0] == tokens[1] and tokens[2][1] > 2 * tokens[0][1]
+
+
+def test_the_tables_count_a_pair_and_a_token():
+    (record,) = records({("nano-mamba", True): {128: 100}})
+    record["config"]["batch"], record["result"]["flops"] = 4, {"training": 8e9}
+    assert profile_tables.speed_table([record])["gflops"].tolist() == [2.0]
+    texts = {"system": "s", "config": {"n_pairs": 6}, "result": {"tokens": 200, "padded_tokens": {"by length": 250}}}
+    texts["timing"] = {"parts": {"training": {"scan": 0.5}}, "seconds": {"by length": 3.0}}
+    assert profile_tables.parts_table([record, texts])["us"].tolist() == [2500.0]
+    assert profile_tables.padding_table([record, texts])[["padded", "pairs_per_s"]].to_numpy().tolist() == [[1.25, 2.0]]
+
+
+def test_a_summary_is_of_the_median_pass_and_its_quartiles_and_a_step_counts_three_forward_passes():
+    found = profiling._summary([1.0, 2.0, 4.0], None, 8, 100, 0.5)
+    assert [found[name] for name in ("tokens_per_s", "pairs_per_s", "latency_ms", "share")] == [400, 4, 25_000, 0.25]
+    assert [found[name] for name in ("low", "high")] == pytest.approx([800 / 3, 800 / 1.5])
+    stop = threading.Event()
+    stop.set()
+    flops, reranker = measure("tiny-mamba", 64, 2, stop, group_size=2)["flops"], build("tiny-mamba", 64)
+    assert flops == {"inference": 2 * forward_flops(reranker.model, 64), "training": 6 * forward_flops(reranker.model, 64)}
+
+
+def test_of_several_batches_the_largest_and_of_several_attentions_the_fastest_at_the_longest_length_is_compared():
+    rates = ("x (a)", 5, 5), ("x (b)", 9, 9), ("x (c)", 10, 4)
+    made = list(records({(name, False): {128: short, 512: long} for name, short, long in rates}))
+    assert set(profile_tables.fastest_attention(profile_tables.speed_table(made))["system"]) == {"x (b)"}
+    (larger,) = records({("x (a)", False): {128: 3}})
+    larger["config"]["batch"] = 2
+    largest = profile_tables.one_batch(profile_tables.speed_table([larger, *made])).set_index(["system", "length"])
+    assert largest.loc[("x (a)", 128), "tokens_per_s"] == 3

@@ -579,3 +579,12 @@ def test_torch_exports_a_network_with_its_mask(reranker):
     with torch.no_grad():
         exported = torch.export.export(model, (), features).module()
         assert torch.allclose(exported(**features).logits, model(**features).logits, atol=1e-5)
+
+
+def test_the_head_reads_the_pooled_token_times_the_dropout_mask_that_it_is_given(reranker):
+    model, ids = reranker.model.eval(), torch.arange(5, 17).view(2, 6)
+    ones = torch.ones(2, model.score.in_features)
+    plain, none, double = (model(ids, dropout_mask=factor * ones).logits for factor in (1, 0, 2))
+    assert torch.equal(plain, model(ids).logits) and torch.equal(none, model.score.bias.expand(2, 1))
+    torch.testing.assert_close(double - none, 2 * (plain - none))
+    assert not torch.equal(plain, none)

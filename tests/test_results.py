@@ -489,3 +489,19 @@ def test_a_name_that_would_command_a_terminal_is_neither_written_nor_read(tmp_pa
     path.write_text(path.read_text().replace('"plain"', json.dumps(text)))
     with pytest.raises(InputError, match=f"control characters.*{path.name}"):
         read_records(tmp_path)
+
+
+def test_every_interval_and_p_goes_by_the_clusters_of_the_queries_that_are_recorded(tmp_path):
+    records, table = read_records(study(tmp_path, seeds=2)), values(1)
+    shared = {query_id: number // 4 for number, query_id in enumerate(table.index)}
+    known = [*records, record("queries", "relevant documents", result={"words": {}, "clusters": shared})]
+    alone, together = (final_table(found).set_index("system") for found in (records, known))
+    for name in ("RR@100 low", "RR@100 high", "low", "p"):
+        assert alone.loc["nano-mamba", name] != together.loc["nano-mamba", name], name
+    alone, together = (seed_by_seed(found) for found in (records, known))
+    assert (alone["p"] != together["p"]).all() and (alone["low"] != together["low"]).all()
+    given = {"bm25": [table], "x": [values(2)]}, dict(zip(table.index, range(40), strict=True))
+    alone, together = by_words(*given, parts=2), by_words(*given, parts=2, shared=shared)
+    assert (alone["low"] != together["low"]).all()
+    alone, together = (measured(table, clusters)["measures"]["RR@100"] for clusters in (None, shared))
+    assert alone["mean"] == together["mean"] and alone["low"] != together["low"]

@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,3 +300,48 @@ def test_a_collection_of_ones_own_that_has_no_candidates_is_trained_on_bm25s(tmp
         BM25.build(own.documents).search(own.queries),
     )
     assert record["result"]["curve"] == expected.result()["curve"]
+
+
+def test_the_heads_dropout_keeps_the_mean_and_every_step_group_and_seed_draws_its_own():
+    trainer, masks = LCETrainer.__new__(LCETrainer), []
+    trainer.model, trainer.batch_size = Reranker.from_pretrained("tiny-bert").model, 64
+    trainer.model.config.head_dropout = 0.25
+    for seed, first in ((1, 0), (1, 64), (2, 0)):
+        trainer.args = SimpleNamespace(seed=seed)
+        masks.append(trainer._dropout_masks(list(range(first, first + 64)), 4))
+    values, counts = masks[0].unique(return_counts=True)
+    assert values.tolist() == [0, pytest.approx(4 / 3)] and counts[0] / counts.sum() == pytest.approx(0.25, abs=0.02)
+    rows = torch.cat(masks)
+    assert len(rows.unique(dim=0)) == len(rows) == 3 * 64 * 4
+    trainer.args = SimpleNamespace(seed=1)
+    assert torch.equal(trainer._dropout_masks([65, 70], 4), masks[1].view(64, 4, -1)[[1, 6]].flatten(0, 1))  # a process's share
+
+
+def test_a_student_that_begins_as_its_teacher_has_nothing_to_learn_from_any_group(tmp_path):
+    torch.manual_seed(5)
+    teacher = Reranker.from_pretrained("tiny-bert", max_length=64, max_query_length=16)
+    torch.nn.init.normal_(teacher.model.score.weight, std=20.0)
+    for config in (teacher.model.config, teacher.model.config.backbone_config):
+        for name in ("head_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+            setattr(config, name, 0.0)
+    teacher.save_pretrained(tmp_path / "teacher")
+    same = dict(loss="distil", teacher=str(tmp_path / "teacher"), max_steps=4, bf16=False) | TINY | {"learning_rate": 1e-9}
+    result = train(TrainConfig(str(tmp_path / "teacher"), **same), load("rankmamba/tiny/train"), tmp_path / "student")
+    assert max(row["loss"] for row in result.curve) < 0.01
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 100])
+def test_the_scores_of_a_step_are_put_back_into_the_order_of_its_groups(chunks):
+    tiny, reranker = load("rankmamba/tiny/train"), Reranker.from_pretrained("tiny-bert", max_length=512)
+    trainer, groups = LCETrainer.__new__(LCETrainer), TrainingGroups(tiny, tiny.candidates, reranker.inputs, 4, 1, 4)
+    trainer.inputs, trainer.groups, trainer.model, trainer.args = reranker.inputs, groups, reranker.model, SimpleNamespace(seed=1)
+    trainer.chunks, trainer.batch_size = chunks, 2
+    trainer.teacher = np.random.default_rng(0).random((4, 4), dtype=np.float32)
+    step = trainer.batch([2, 3])
+    assert step["order"].tolist() != sorted(step["order"].tolist())
+    rows = [row for each in step["chunks"] for row in zip(each["input_ids"], each["attention_mask"], strict=True)]
+    read = [ids[seen > 0].tolist() for ids, seen in rows]
+    assert [read[place] for place in step["order"]] == [pair.ids.tolist() for index in (2, 3) for pair in groups[index]]
+    masks = torch.cat([each["dropout_mask"] for each in step["chunks"]])
+    assert torch.equal(masks[step["order"]], trainer._dropout_masks([2, 3], 4))
+    assert step["shape"] == (2, 4) and np.array_equal(step["teacher"], trainer.teacher[2:])

@@ -15,6 +15,7 @@ from rankmamba.errors import InputError
 from rankmamba.evaluate import per_query
 from rankmamba.experiment import Experiment
 from rankmamba.reranker import Reranker
+from rankmamba.results import read_records
 from rankmamba.train import TrainConfig
 
 CONFIG = TrainConfig("tiny-mamba", 1e-2, batch_size=2, group_size=4, max_steps=2, max_length=64, max_query_length=24)
@@ -143,14 +144,14 @@ def test_readings_stand_in_order_beside_the_first_stage_and_only_beginnings_have
         return made | {"collection": collection, "config": {"max_length": tokens, "max_passages": passages}}
 
     long, short = "rankmamba/squad-long/600/test", "rankmamba/squad/test"
-    table = transfer.by_reading([read(long, 512, 4), read(long, 1024, value=0.75), read(long, 512), read(short, 512)])
+    table = transfer.by_reading([read(long, 512, 4, value=0.5), read(long, 1024, value=0.75), read(long, 512), read(short, 512)])
     assert list(dict.fromkeys(table["collection"])) == [short, long]
     ours = table[(table["system"] == "a") & table["tokens"].notna()].set_index(["collection", "tokens"])["mean"].to_dict()
     assert ours == {(short, 512): 0.25, (long, 512): 0.25, (long, 1024): 0.75}
     assert (table["low"] <= table["mean"]).all() and (table["mean"] <= table["high"]).all()
     wide = transfer.side_by_side(table)
     assert [read for _, read in wide.columns] == ["512 tokens", "512 tokens", "1024 tokens", "MaxP, 4 x 512 tokens"]
-    assert wide.loc["a"].tolist() == ["0.250", "0.250", "0.750", "0.250"] and set(wide.loc["bm25"]) == {"0.500"}
+    assert wide.loc["a"].tolist() == ["0.250", "0.250", "0.750", "0.500"] and set(wide.loc["bm25"]) == {"0.500"}
 
 
 def test_gains_are_of_the_same_queries_read_at_both_lengths():
@@ -191,3 +192,36 @@ def test_the_verdict_elsewhere_reads_documents_as_in_training_and_as_far_as_was_
     ]
     assert [line.partition(" +0.")[0] for line in said] == expected
     assert transfer.verdict(records, [], trainings) == transfer.verdict([], pairs, trainings) == ""
+
+
+def test_transfers_of_a_collection_are_of_the_same_queries_and_documents_and_others_give_way(experiment, tmp_path):
+    shutil.copytree(experiment.folder, tmp_path / "study")
+    copied = Experiment(tmp_path / "study", "rankmamba/tiny", "tiny")
+    for earlier in (copied.folder / "records").glob("transfer-*"):  # of other tests
+        earlier.unlink()
+
+    def left(collection, length, **settings):
+        transfer.transfer(copied, "tiny-mamba", f"rankmamba/tiny/{collection}", length, **settings)
+        return {(r["collection"].rpartition("/")[2], r["config"]["max_length"]) for r in read_records(copied.folder, "transfer")}
+
+    dev = left("dev", 40, n_queries=4, top_k=3)
+    assert left("test", 40, n_queries=4, top_k=3) == dev | {("test", 40)}
+    assert left("test", 48, n_queries=4, top_k=3) == dev | {("test", 40), ("test", 48)}
+    assert left("test", 48, n_queries=3, top_k=3) == dev | {("test", 48)}
+    assert left("test", 40, n_queries=3, top_k=2) == dev | {("test", 40)}
+
+
+def test_the_verdict_elsewhere_is_of_the_mean_over_all_seeds():
+    def read(system, value, seed):
+        values = {f"q{place}": value + place % 5 / 50 for place in range(60)}
+        made = record(f"{system}, {transfer.reading(64)}", values, seed)
+        return made | {"collection": "rankmamba/x", "config": {"max_length": 64, "max_passages": 1}}
+
+    kinds = {"a-bert": ("none", "sdpa"), "a-mamba": ("native", "none")}
+    trainings = [
+        {"kind": "train", "system": system, "environment": {"scan": scan, "attention": attention}}
+        for system, (scan, attention) in kinds.items()
+    ]
+    records = [read("a-bert", 0.7, 0), read("a-bert", 0.1, 1), read("a-mamba", 0.2, 0), read("a-mamba", 0.2, 1)]
+    (said,) = transfer.verdict(records, [("a-bert", "a-mamba")], trainings).splitlines()[2:]
+    assert "60 queries, seeds: 2; " in said and "is better in 0, the state-space model in 0 of 1" in said
