@@ -51,6 +51,13 @@ class RerankerConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+class Head(nn.Linear):
+    """A linear layer that computes in float32, whatever the format of its weights."""
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(pooled, self.weight.float(), None if self.bias is None else self.bias.float())
+
+
 class RerankerModel(PreTrainedModel):
     """backbone -> pooled token -> dropout -> Linear(D, 1); the head and its logits are float32 whatever the backbone runs in.
 
@@ -82,7 +89,7 @@ class RerankerModel(PreTrainedModel):
         width = getattr(
             config.backbone_config, "word_embed_proj_dim", config.backbone_config.hidden_size
         )  # OPT-350m's is another
-        self.score = nn.Linear(width, config.num_labels)
+        self.score = Head(width, config.num_labels)
         self.post_init()
 
     @classmethod
@@ -124,9 +131,6 @@ class RerankerModel(PreTrainedModel):
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), positions]
         with torch.autocast(hidden.device.type, enabled=False):
             kept = self.dropout(pooled.float()) if dropout_mask is None else pooled.float() * dropout_mask
-            if type(self.score) is nn.Linear and self.score.weight.dtype != torch.float32:
-                wide = {name: weight.float() for name, weight in self.score.named_parameters()}
-                return torch.func.functional_call(self.score, wide, kept)
             return self.score(kept)
 
     def _hidden(self, input_ids, attention_mask, token_type_ids):

@@ -39,7 +39,7 @@ NEEDED = {
     "evaluate": {"result": {"measures": dict, "per_query": dict}},
 }
 INTERVAL = ("mean", "low", "high")
-COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # to terminals, and other directions
+COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # to what shows a text; the last are none
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 
 

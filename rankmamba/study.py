@@ -25,7 +25,7 @@ from .training.config import weights_in
 
 REPORT = "07_report"
 clock = tqdm.format_interval  # mm:ss, or h:mm:ss
-# Nothing runs and nothing is loaded, whatever names the records of others bring.
+# What the browser is told: nothing runs, and nothing is loaded from elsewhere.
 REPORT_POLICY = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'\">"
 )
@@ -160,6 +160,9 @@ def export_report(executed: Path, target: Path) -> None:
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata["title"] = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        if "text/markdown" in output.get("data", {}):  # sentences with names from records, which may be another's
+            output["data"]["text/markdown"] = output["data"]["text/markdown"].replace("<", "&lt;")
     body, _ = exporter.from_notebook_node(notebook)
     body = re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL)  # they would ask servers elsewhere for more
     body = body.replace("<head>", f"<head>{REPORT_POLICY}", 1).replace("</head>", f"<style>{REPORT_STYLE}</style></head>", 1)

@@ -188,7 +188,8 @@ def train(
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            raise InputError(f"expected weights, gradients and AdamW's moments to fit into memory, got: {error}; use lora_r") from error
+            remedy = "use a smaller lora_r" if config.lora_r else "use lora_r"
+            raise InputError(f"expected weights, gradients and AdamW's moments to fit into memory, got: {error}; {remedy}") from error
     if not progress.curve:
         raise Stopped
     setup = reranker.setup | {"optimizer": OPTIMIZER, "processes": processes.num_processes}

@@ -556,13 +556,15 @@ def test_a_token_that_the_mask_hides_affects_no_score_wherever_it_stands(reranke
     assert torch.equal(hidden, same) and not torch.allclose(hidden, seen)
 
 
-def test_what_acts_on_the_head_acts_on_the_score():
-    model = Reranker.from_pretrained("tiny-mamba", dtype=torch.float32).model
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_what_acts_on_the_head_acts_on_the_score(weights):
+    model = Reranker.from_pretrained("tiny-mamba", dtype=torch.float32).model.to(weights)
     ids = torch.randint(200, 900, (2, 12))
     plain, pooled = model(input_ids=ids).logits, []
     model.score.register_forward_pre_hook(lambda module, given: pooled.append(given[0]))
     model.score.register_forward_hook(lambda module, given, output: -output)
-    assert torch.equal(model(input_ids=ids).logits, -plain) and pooled[0].shape == (2, model.score.in_features)
+    assert torch.equal(model(input_ids=ids).logits, -plain) and plain.dtype == torch.float32
+    assert pooled[0].shape == (2, model.score.in_features)
 
 
 def test_a_tensor_that_the_network_would_not_read_is_refused():

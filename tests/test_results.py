@@ -478,7 +478,7 @@ def test_queries_that_share_a_document_widen_the_final_tables_intervals_and_the_
     assert "take each alone" in (said := caption(final_table(read_records(tmp_path)))) and "too few" in said
 
 
-@pytest.mark.parametrize("text", ["nano\x1b[2Jbert", "nano-bert\u202etxt"])
+@pytest.mark.parametrize("text", ["nano\x1b[2Jbert", "nano-bert\u202etxt", "nano\n\n# bert", "nano-\ud800"])
 def test_a_name_that_would_command_a_terminal_is_neither_written_nor_read(tmp_path, text):
     for key in ("system", "collection", "scale", "note"):
         with pytest.raises(InputError, match=f"without control characters as '{key}'"):

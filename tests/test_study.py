@@ -188,3 +188,14 @@ def test_a_checkpoint_in_a_folder_and_a_saved_reranker_run_through_the_study_and
     before, after = (load_file(path / WEIGHTS) for path in (trained, next((further / "models").glob("*-seed0"))))
     for name, weight in before.items():
         assert torch.allclose(weight, after[name], atol=1e-7), name
+
+
+def test_a_name_in_a_record_stays_text_in_the_report(tmp_path):
+    name = "nano<meta http-equiv=refresh content='0;url=http://127.0.0.1'><plaintext>"
+    outputs = [nbformat.v4.new_output("display_data", {"text/markdown": f"**{name}**"})]
+    cells = [nbformat.v4.new_markdown_cell("# A title"), nbformat.v4.new_code_cell("", outputs=outputs)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "07_report.ipynb")
+    study.export_report(tmp_path / "07_report.ipynb", tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>A title</title>" in html and "&lt;plaintext" in html
+    assert "<plaintext" not in html and "<meta http-equiv=refresh" not in html
