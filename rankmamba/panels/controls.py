@@ -126,7 +126,7 @@ class Controls:
 
     def _show(self, job: Job) -> None:
         going = not job.ended.is_set()
-        self.start.disabled, self.stop.disabled = going, not going or job.stop.is_set()
+        self.stop.disabled = not going or job.stop.is_set()
         self.stop.button_style = "" if self.stop.disabled else "danger"
         self.bar.value = job.done / job.total if job.total else 0
         self.bar.bar_style = {"failed": "danger", "stopped": "warning", "finished": "success"}.get(job.state, "info")
@@ -138,6 +138,7 @@ class Controls:
             parts.append(f"{tqdm.format_interval(job.remaining)} left")
         self.status.value = " · ".join(parts)
         self.error.value = error_html(job.error, job.traceback) if job.error else ""
+        self.start.disabled = going  # last: what stands there by then is how the job ended, and the next one may begin
 
 
 def in_row(children: Sequence[widgets.Widget], **layout) -> widgets.HBox:
