@@ -367,7 +367,7 @@ def test_below_lists_that_a_system_failed_to_complete_stands_a_document_of_their
     search = Search(experiment.split("test"), models, tmp_path / "states")
     panel = panels.RankingPanel(search, [], top_k=3)
     panel.query.value = "the metal of a planet"
-    wait_for(lambda: panel.text.value)
+    wait_for(lambda: panel.text.value and not panel.ranking.start.disabled)
     before = panel.text.value
     search.models["tiny-mamba"], search._rerankers = tmp_path / "gone", {}
     panel.query.value = "the outer bank of a river"

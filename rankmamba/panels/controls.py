@@ -1,5 +1,6 @@
 """What every panel shows of its job: buttons, a bar, the time, and errors; and the rule that there is one panel of a kind."""
 
+import threading
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -79,6 +80,7 @@ class Controls:
 
     def __init__(self, label: str, work: Callable[[Job], object], draw: Callable[[Job], None], unit: str = "step"):
         self.unit, self.job = unit, None
+        self._showing = threading.Lock()  # or a job that has just ended could show itself as the one that begins
         self._work, self._draw = work, draw
         self.start = widgets.Button(description=label, button_style="primary", tooltip=f"{label} (Enter)")
         self.stop = widgets.Button(description="Stop", disabled=True, tooltip="Stop; what is done so far is kept")
@@ -94,13 +96,14 @@ class Controls:
 
     def begin(self) -> None:
         """Start the job; a running one is stopped first, and the new job's thread waits for it."""
-        before = self.job
-        if before is not None:
-            before.stop.set()
-        self.start.disabled, self.stop.disabled, self.stop.button_style = True, False, "danger"
-        self.error.value = ""
-        self.job = Job(self._work, self._refresh, after=before)
-        self.job.start()
+        with self._showing:
+            before = self.job
+            if before is not None:
+                before.stop.set()
+            self.start.disabled, self.stop.disabled, self.stop.button_style = True, False, "danger"
+            self.error.value = ""
+            self.job = Job(self._work, self._refresh, after=before)
+            self.job.start()
 
     def _press(self) -> None:
         if self.job is None or self.job.ended.is_set():  # the second press of a double click comes when the button is disabled
@@ -122,7 +125,9 @@ class Controls:
             self._draw(job)
         except Exception as error:
             job.fail(error)
-        self._show(job)
+        with self._showing:
+            if job is self.job:
+                self._show(job)
 
     def _show(self, job: Job) -> None:
         going = not job.ended.is_set()
