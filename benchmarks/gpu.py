@@ -23,9 +23,9 @@ from rankmamba import plots, scan
 from rankmamba.doctor import import_problem
 from rankmamba.errors import InputError
 from rankmamba.profiling import plots as profile_plots
-from rankmamba.profiling.measurements import machine, recorded, speed
+from rankmamba.profiling.measurements import machine, speed
 from rankmamba.profiling.tables import fastest_attention, one_batch, speed_table, verdict
-from rankmamba.results import environment, new_record, write_record
+from rankmamba.results import environment, new_record, read_records, write_record
 from rankmamba.scan import reference
 
 GROUP = 8
@@ -134,7 +134,7 @@ def main() -> int:
         except InputError as error:
             print(f"  left out: {error}")
     here = machine(environment())  # another GPU's records may lie in the folder
-    records = [record for of in recorded([options.results]) for record in of if machine(record["environment"]) == here]
+    records = [record for record in read_records(options.results, "profile") if machine(record["environment"]) == here]
     table = one_batch(speed_table(records))
     shown = ["system", "mode", "length", "batch", "tokens_per_s", "peak_mib", "share"]
     print(table[shown].to_string(index=False, float_format="{:,.3g}".format))

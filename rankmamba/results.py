@@ -39,7 +39,8 @@ NEEDED = {
     "evaluate": {"result": {"measures": dict, "per_query": dict}},
 }
 INTERVAL = ("mean", "low", "high")
-COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # to what shows a text; the last are none
+# line breaks, codes that command a terminal, changes of direction, and halves of characters, which cannot be printed
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 
 
@@ -180,7 +181,7 @@ def _check(record: object, where: str) -> None:
         raise InputError(f"expected text as 'note', got {record['note']!r} ({where})")
     for key in (*(key for key, kind in FIELDS.items() if kind is str), "note"):
         text = record.get(key, "")
-        if COMMANDS.search(text):  # a terminal shows it as it is
+        if CONTROL.search(text):  # tables, reports and terminals show it as it is
             raise InputError(f"expected text without control characters as '{key}', got {text!r:.80} ({where})")
     for part in ("measures", "per_query") if record["kind"] == "evaluate" else ():
         measures = record["result"][part]

@@ -95,7 +95,7 @@ def load_yaml(text: str, where: str | Path):
     return loader.construct_object(node, deep=True)
 
 
-def file_text(path: Path) -> str:
+def yaml_text(path: Path) -> str:
     """The text of a YAML file.
 
     Raises:
@@ -143,7 +143,7 @@ def read_scale(name: str) -> dict:
         )
     if name not in known:
         raise InputError(f"expected a scale among {', '.join(known)}, got {name!r}")
-    scale = load_yaml(file_text(path), path)
+    scale = load_yaml(yaml_text(path), path)
     parts = isinstance(scale, dict) and set(scale) == {"parameters", "minutes"}
     if not parts or not all(isinstance(part, dict) for part in scale.values()):
         raise InputError(f"expected the two mappings 'parameters' and 'minutes' in {path}, got {scale!r:.200}")

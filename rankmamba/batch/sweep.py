@@ -26,12 +26,13 @@ from ..files import replacing, slug, write_text
 from ..study import REPORT, clock, record_config
 from ..study import run as run_study
 from .cluster import starter
-from .parameters import ROOT, check, file_text, known, notebooks, parse_yaml, settle
+from .parameters import ROOT, check, known, notebooks, parse_yaml, settle, yaml_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PATIENCE = 10  # seconds in which a study that was asked to end does so
+
 
 @dataclass(frozen=True)
 class Run:
@@ -57,7 +58,7 @@ def read_sweep(path: str | Path, fits: dict[str, tuple]) -> list[dict]:
         InputError: the file cannot be read, is neither a grid nor a list of sets, holds a set twice, or names an unknown
             parameter or a value of another type; with the line.
     """
-    root, loader = parse_yaml(file_text(Path(path)), path)
+    root, loader = parse_yaml(yaml_text(Path(path)), path)
 
     def where(node) -> str:
         return f"{path}:{node.start_mark.line + 1}"

@@ -107,7 +107,7 @@ class _Padding:
             )
         real = attention_mask[:, -length:].bool()
         lengths = real.sum(1)
-        if not plain():  # what records cannot look at values
+        if not plain():  # torch.compile and torch.export cannot look at values
             if real.all():
                 return None
             if torch.equal(real, torch.arange(length, device=real.device) < lengths[:, None]):

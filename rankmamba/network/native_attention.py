@@ -97,9 +97,9 @@ def native_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_f
     """Return the mask that `native_attention` gets: None or (B, K) where the last query stands at the last key and padding is all
     there is beside causality, else, as for packed texts or a cache with places to come, (B, 1, L, K), true where a key is seen."""
     sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
-    plain = not scan.plain() and mask_function in (causal_mask_function, bidirectional_mask_function)
+    padding_alone = not scan.plain() and mask_function in (causal_mask_function, bidirectional_mask_function)
     padding, keys = kwargs.get("attention_mask"), kv_offset + kv_length
-    if plain and q_offset + q_length == keys and (padding is None or padding.shape[1] == keys):
+    if padding_alone and q_offset + q_length == keys and (padding is None or padding.shape[1] == keys):
         return flash_attention_mask(batch_size, **sizes, **kwargs)
     whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return masked_pairs(batch_size, **sizes, mask_function=mask_function, **kwargs | whole)

@@ -15,12 +15,18 @@ from ..reranking.threads import batch_cost
 from ..training.losses import lce_loss
 from . import timed
 
-MAMBA_SSM = ("SelectiveScanFnBackward", "MambaChunkScanCombinedFnBackward")
 # Part: strings that its events' names contain. The first match on the way down from the outermost call decides, so what a
 # scan calls belongs to the scan. "rankmamba::" are our own labels; a backward pass is named after what it is the backward of.
 PARTS = {
     "tokeniser": ("rankmamba::tokenise",),
-    "scan": ("rankmamba::scan", "_SelectiveScanBackward", "_SsdScanBackward", "_Mamba2InnerBackward", *MAMBA_SSM),
+    "scan": (
+        "rankmamba::scan",
+        "_SelectiveScanBackward",
+        "_SsdScanBackward",
+        "_Mamba2InnerBackward",
+        "SelectiveScanFnBackward",  # mamba-ssm's
+        "MambaChunkScanCombinedFnBackward",
+    ),
     "convolution": ("rankmamba::convolution", "_CausalConv1dBackward", "CausalConv1dFnBackward"),
     "attention": (
         "rankmamba::attention",

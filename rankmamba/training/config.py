@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..batch.parameters import ROOT, file_text, load_yaml
+from ..batch.parameters import ROOT, load_yaml, yaml_text
 from ..errors import InputError
 from ..files import sha256
 
@@ -134,7 +134,7 @@ def read_config(path: str | Path) -> tuple[TrainConfig, dict]:
         InputError: there is no such file, or it lacks a name, has an unknown one, or a value of the wrong type.
     """
     path = Path(path)
-    values = load_yaml(file_text(path), path)
+    values = load_yaml(yaml_text(path), path)
     if not isinstance(values, dict):
         raise InputError(f"expected names and values, got {values!r:.80} ({path})")
     where = {"collection": str, "folder": str, "candidates": str}
